@@ -1,0 +1,8 @@
+"""AnyMAL: eyes, ears and a sense of motion for a frozen language model.
+
+The core of the pipeline. It names no modality: those live in ``adapters``.
+"""
+
+from anymal.cpu import make_torchaudio_importable
+
+make_torchaudio_importable()  # before the first import of transformers, which imports torchaudio unguarded

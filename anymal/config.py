@@ -1,0 +1,362 @@
+"""Every setting of a run and its default: one home per setting, typed, documented under the field.
+
+A run is stated by one YAML recipe; dotted overrides follow it on the command line:
+
+    python launch/pretrain.py launch/recipes/demo.yaml optim.lr=1e-3 train=[projectors,lora]
+
+OmegaConf merges and checks them against the dataclasses below; unknown keys are errors that name the nearest one.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from anymal.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(kw_only=True)
+class ProjectorConfig:
+    """How an encoder's features become embeddings of the LLM."""
+
+    kind: str = "mlp"
+    """A name in `adapters.projectors.PROJECTORS`: linear, mlp or resampler."""
+    tokens: int = 32
+    """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others."""
+    layers: int = 2
+    """Layers of an mlp, or blocks of a resampler (AnyMAL: 6 for images, 4 for video)."""
+    width: int = 0
+    """Inner width of an mlp or resampler; 0 takes the LLM's width for an mlp, the encoder's for a resampler."""
+    heads: int = 8
+    """Attention heads of a resampler."""
+
+    def __post_init__(self):
+        _require(self.tokens > 0 and self.layers > 0, "a projector needs at least one token and one layer")
+
+
+@dataclass(kw_only=True)
+class ModalityConfig:
+    """One modality of the model."""
+
+    encoder: str = MISSING
+    """Hub name or local folder of the frozen encoder."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """What is trained between the encoder and the LLM."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Decoding settings of this modality (listed by --help under its name)."""
+
+
+@dataclass(kw_only=True)
+class LLMConfig:
+    """The frozen language model."""
+
+    name: str = MISSING
+    """Hub name or local folder of any causal LM of transformers."""
+    bits: int = 4
+    """4 (nf4, double quantisation), 8, 16 (bfloat16) or 32 (float32)."""
+    attention: str = "sdpa"
+    """transformers' attention implementation: eager, sdpa, flash_attention_2, flex_attention."""
+    checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    license: str = ""
+    """The LLM's licence, for the model card; empty reads it from the model's own card if there is one."""
+
+    def __post_init__(self):
+        _require(self.bits in (4, 8, 16, 32), f"model.llm.bits is {self.bits}; it can be 4, 8, 16 or 32")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation of the LLM (trained when `train` lists lora). AnyMAL: rank 64, alpha 16, all layers."""
+
+    rank: int = 64
+    """Rank of the update."""
+    alpha: float = 16
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the update's input."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get an update, or [all-linear]."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """LLM, modalities, and what to start from."""
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """The frozen language model."""
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    """One entry for each modality, by its name in `adapters.MODALITIES`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adaptation of the LLM."""
+    checkpoint: str | None = None
+    """A checkpoint folder whose projectors (and LoRA, if any) the run starts from; nothing else of it is used."""
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """One of several datasets."""
+
+    shards: Any = MISSING
+    """As data.shards."""
+    ratio: float = 1.0
+    """Its share of the samples, relative to the other datasets' ratios."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read, and how."""
+
+    shards: Any = None
+    """Tars of the only dataset: a path, a brace pattern (a/{000..015}.tar), a folder, or a list of these."""
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Several datasets with ratios, by name, in place of data.shards."""
+    batch_size: int = 16
+    """Samples in a micro-batch of one process."""
+    shuffle: int = 10_000
+    """Samples that are shuffled among one another (shards are shuffled as well); 0 keeps the shards' order."""
+    workers: int = 2
+    """Processes that read and decode; 0 does it in the training process. The order of samples is the same."""
+    timeout: float = 300.0
+    """Seconds to wait for a worker before the run stops with an error."""
+    max_tokens: int = 2048
+    """Longest sample in tokens, media included; a longer one is a bad sample."""
+    max_bad_in_a_row: int = 20
+    """Stop after more bad samples than this without a good one between; 0 tolerates none."""
+    max_bad_share: float = 0.1
+    """Stop when more than this share of the samples is bad; 0 tolerates none."""
+
+    def __post_init__(self):
+        _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
+        _require(self.workers >= 0, f"data.workers is {self.workers}; it cannot be negative")
+        _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it is a share from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """How a sample becomes text for the LLM."""
+
+    template: str = "chat"
+    """chat (the tokenizer's chat template) or plain (media and texts one after another, then the answer)."""
+    system: str = ""
+    """System message put before conversations that have none (chat only); empty leaves the template's own."""
+    instruction: str = ""
+    """For media-caption pairs: what the user says after the medium, e.g. "Describe it."; may be empty."""
+
+    def __post_init__(self):
+        _require(self.template in ("chat", "plain"), f"prompt.template is {self.template!r}; it can be chat or plain")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float = 2e-4
+    """Peak learning rate (AnyMAL: 2e-4 for images, 1e-4 for the others, 1e-5 for instruction tuning)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's decay rates of the first and second moment."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises."""
+    steps: int = 1000
+    """Optimizer steps of the run."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step and process."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    def __post_init__(self):
+        _require(self.steps > 0 and self.accumulate > 0, "optim.steps and optim.accumulate must be at least 1")
+        _require(len(self.betas) == 2, f"optim.betas is {self.betas}; it takes two numbers")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero: int = 1
+    """ZeRO stage: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters are sharded over processes."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file whose settings are added to the derived ones; one that contradicts ours is an error."""
+
+    def __post_init__(self):
+        _require(self.zero in (0, 1, 2, 3), f"engine.zero is {self.zero}; it can be 0, 1, 2 or 3")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where the run lives and how it is followed."""
+
+    dir: str = "runs/default"
+    """Folder of checkpoints, metrics.jsonl, quarantine.jsonl and the resolved recipe."""
+    seed: int = 0
+    """All randomness derives from it."""
+    resume: str = "auto"
+    """auto (go on from the folder's latest checkpoint, if any), never (refuse a folder in use), or a checkpoint."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step always saves one."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl and W&B."""
+    wandb: str = "disabled"
+    """online, offline or disabled."""
+    project: str = "anymal"
+    """W&B project."""
+    data_license: str = ""
+    """Licences of the data, for the model card."""
+
+    def __post_init__(self):
+        _require(
+            self.wandb in ("online", "offline", "disabled"), f"run.wandb is {self.wandb!r}; online, offline or disabled"
+        )
+        _require(self.save_every > 0 and self.keep > 0, "run.save_every and run.keep must be at least 1")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """LLM, modalities, and what to start from."""
+    train: list[str] = field(default_factory=lambda: ["projectors"])
+    """What is trainable: projectors (all), projectors.NAME (one modality's), lora. Everything else is frozen."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read, and how."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """How a sample becomes text for the LLM."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives and how it is followed."""
+
+
+def load(schema: type, recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """Defaults of `schema`, then the YAML recipe, then ``a.b=value`` overrides, checked against the types.
+
+    Raises:
+        UserError: The recipe is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong
+            type, or a setting without default is left out. The message names the recipe or override.
+    """
+    config = OmegaConf.structured(schema)
+    sources: list[tuple[str, Any]] = []
+    if recipe is not None:
+        if not Path(recipe).is_file():
+            raise UserError(f"there is no recipe {recipe}")
+        sources.append((str(recipe), lambda: OmegaConf.load(recipe)))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is neither a recipe nor an override; an override is written a.b=value")
+        sources.append((override, lambda override=override: OmegaConf.from_dotlist([override])))
+    for name, read in sources:
+        try:
+            config = OmegaConf.merge(config, read())
+        except (OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"{name}: {_first_lines(error)}") from error
+        except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
+            raise UserError(f"{name} is not valid YAML: {error}") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
+    return OmegaConf.to_object(config)
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    place = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    return f"{lines[0]} (at {place})" if place else lines[0]
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved settings as a recipe that `load` reads back."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def options(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Make the options dataclass `cls` from a recipe's dict; an unknown name is an error with the nearest one."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known) or 'none'}"
+            raise UserError(f"{where}: unknown option {name!r}; {hint}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {_first_lines(error)}") from error
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    docs = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and is_doc:
+            docs[statement.target.id] = inspect.cleandoc(following.value.value)
+    return docs
+
+
+def describe(cls: type, prefix: str = "") -> list[str]:
+    """Lines of ``--help``: each setting with its type, default and meaning, nested ones after their parent."""
+    lines = []
+    docs, hints = field_docs(cls), get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        inner = next((a for a in getattr(hint, "__args__", ()) if dataclasses.is_dataclass(a)), None)
+        if dataclasses.is_dataclass(hint):
+            lines += ["", f"{docs.get(f.name, '')}", *describe(hint, f"{prefix}{f.name}.")]
+            continue
+        default = f.default if f.default is not dataclasses.MISSING else None
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        shown = "required" if default == MISSING else f"default {default!r}"
+        kind = getattr(hint, "__name__", str(hint)) if not getattr(hint, "__args__", ()) else str(hint)
+        if inner is None:
+            lines.append(f"  {prefix}{f.name}  ({kind}, {shown})")
+            lines += textwrap.wrap(docs.get(f.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        else:
+            lines += ["", docs.get(f.name, ""), *describe(inner, f"{prefix}{f.name}.NAME.")]
+    return lines
+
+
+def parse_args(schema: type, usage: str, argv: Sequence[str] | None = None, more_help: Sequence[str] = ()) -> Any:
+    """Read ``[recipe.yaml] [a.b=value ...]`` from the command line.
+
+    ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
+    launcher passes is accepted and not needed: the rank comes from the environment.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
+        print("\n".join([inspect.cleandoc(usage), "", "Settings:", *describe(schema), *more_help]))
+        raise SystemExit(0)
+    if "--local_rank" in arguments:
+        at = arguments.index("--local_rank")
+        del arguments[at : at + 2]
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
+    recipe = None
+    if arguments and "=" not in arguments[0]:
+        recipe = arguments.pop(0)
+    return load(schema, recipe, [a.removeprefix("--") for a in arguments])

@@ -1,0 +1,66 @@
+"""What can go wrong with one sample, and how much of it a run puts up with.
+
+A worker that meets a bad sample raises `BadSample`; the stream turns it into a line of ``quarantine.jsonl`` and goes
+on with the next one, until the `Quarantine`'s budget is spent.
+"""
+
+import json
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the person who started the run must change. Shown without a traceback."""
+
+
+class BadSample(ValueError):
+    """One sample that cannot be used: a medium that does not decode, a missing answer, a wrong count.
+
+    The message says what was found and what is wanted. The stream adds the shard and the key.
+    """
+
+
+class BudgetExceeded(UserError):
+    """More bad samples than ``data.max_bad_in_a_row`` or ``data.max_bad_share`` allow."""
+
+
+class Quarantine:
+    """Counts good and bad samples, logs the bad ones, and stops the run when there are too many.
+
+    Args:
+        path: The JSON Lines file that each bad sample is appended to; None keeps no file.
+        max_in_a_row: The longest run of bad samples without a good one between; 0 allows none at all.
+        max_share: The largest share of bad samples, judged once `grace` samples were seen; 0 allows none at all.
+        grace: How many samples must have been seen before the share is judged.
+    """
+
+    def __init__(self, path: Path | None, *, max_in_a_row: int, max_share: float, grace: int = 100):
+        self.path, self.max_in_a_row, self.max_share, self.grace = path, max_in_a_row, max_share, grace
+        self.good = self.bad = self.in_a_row = 0
+
+    def accept(self) -> None:
+        """Count one good sample."""
+        self.good += 1
+        self.in_a_row = 0
+
+    def reject(self, shard: str, key: str, reason: str) -> None:
+        """Log one bad sample.
+
+        Raises:
+            BudgetExceeded: The budget is spent; the message names the last sample and the log.
+        """
+        self.bad += 1
+        self.in_a_row += 1
+        if self.path is not None:
+            with self.path.open("a") as log:
+                log.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+        seen = self.good + self.bad
+        share = self.bad / seen
+        too_many = self.in_a_row > self.max_in_a_row
+        too_large = share > self.max_share and (seen >= self.grace or self.max_share == 0)
+        if too_many or too_large:
+            raise BudgetExceeded(
+                f"{self.bad} of {seen} samples are bad, {self.in_a_row} in a row; "
+                f"data.max_bad_in_a_row is {self.max_in_a_row} and data.max_bad_share is {self.max_share}. "
+                f"The last one: {shard}, key {key!r}: {reason}. "
+                + (f"All are listed in {self.path}." if self.path else "")
+            )

@@ -1,0 +1,97 @@
+"""The contract that a modality fulfils, and nothing else.
+
+A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``adapters.MODALITIES``:
+
+    bytes ──decode (worker)──▶ [...] ──encoder (frozen)──▶ [N, tokens, width] ──projector (trained)──▶ [N, K, D]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Encoder(Protocol):
+    """A frozen pretrained network (an ``nn.Module``) that owns its preprocessing, width and token count."""
+
+    width: int
+    """Channels of a feature."""
+    tokens: int
+    """Features of one medium, before the projector."""
+    license: str
+    """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
+    decode: Callable[[bytes], Tensor]
+    """Turns the bytes of one shard member into the encoder's input for one medium.
+
+    Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
+    with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
+    """
+
+    def __call__(self, media: Tensor) -> Tensor:
+        """[N, ...] decoded media → [N, tokens, width] features."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One entry of the registry."""
+
+    name: str
+    """As recipes, samples and prompts call it, such as ``"image"``."""
+    suffixes: tuple[str, ...]
+    """Endings of the shard members that hold it, longest first, without the leading dot: ``("imu.npy",)``."""
+    options: type
+    """A keyword-only dataclass of its decoding settings, a docstring under each field (shown by ``--help``)."""
+    load: Callable[[str, object], Encoder]
+    """(hub name or local folder, options) → the encoder, on the CPU in fp32, in eval mode."""
+
+    @property
+    def placeholder(self) -> str:
+        """The token that stands for a medium in a prompt until it is spliced in."""
+        return f"<{self.name}>"
+
+
+class Adapter(nn.Module):
+    """All that one modality needs: decode + frozen encoder + trained projector.
+
+    Args:
+        modality: Its registry entry.
+        encoder: The frozen encoder; moved out of reach of `train()`.
+        projector: A module [N, tokens, width] → [N, K, D] with an attribute ``tokens`` (K).
+    """
+
+    def __init__(self, modality: Modality, encoder: nn.Module, projector: nn.Module):
+        super().__init__()
+        self.modality, self.encoder, self.projector = modality, encoder, projector
+
+    @property
+    def decode(self) -> Callable[[bytes], Tensor]:
+        """The encoder's own decoding and preprocessing (picklable, holds no weights)."""
+        return self.encoder.decode
+
+    @property
+    def tokens(self) -> int:
+        """K, the tokens that one medium takes in the LLM."""
+        return self.projector.tokens
+
+    def forward(self, media: Tensor) -> Tensor:
+        """[N, ...] decoded media → [N, K, D] embeddings in the LLM's space; no gradient reaches the encoder."""
+        with torch.no_grad():
+            features = self.encoder(media.to(_dtype(self.encoder)) if media.is_floating_point() else media)
+        return self.projector(features)
+
+    def absent(self) -> Tensor:
+        """A zero that depends on every projector parameter.
+
+        Added to the loss where a batch holds none of this modality, so that every rank's backward pass touches the
+        same parameters: otherwise ranks that see different modalities wait for one another forever.
+        """
+        parameter = next(self.projector.parameters())
+        features = parameter.new_zeros(1, self.encoder.tokens, self.encoder.width)
+        return self.projector(features).sum() * 0.0
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

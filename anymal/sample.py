@@ -1,0 +1,130 @@
+"""The values that travel from a shard to the loss.
+
+    raw tar members ──stream──▶ Sample ──prompt──▶ Tokens ──packing──▶ Batch ──model──▶ loss
+
+Legend of shapes, used everywhere:
+    B  samples in a micro-batch        T  tokens of a micro-batch, all its samples end to end
+    A  answer tokens (those with loss)  D  width of the LLM's embeddings
+    N  media of one modality in a batch K  tokens that one medium takes in the LLM
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+TEXT = "text"
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A piece of a message: some text, or one medium."""
+
+    kind: str
+    """``"text"``, or the name of a modality."""
+    content: Any
+    """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N)."""
+
+
+@dataclass(kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """``"system"``, ``"user"`` or ``"assistant"``."""
+    parts: list[Part]
+    """Texts and media in the order in which the LLM reads them."""
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """A conversation with typed parts. A media-caption pair is one with one medium and one answer."""
+
+    key: str
+    """The WebDataset key: unique within its shard."""
+    shard: str
+    """The tar that it came from."""
+    messages: list[Message]
+    """The conversation."""
+    options: list[str] = field(default_factory=list)
+    """The possible answers, if this is a closed question; the last message's text is the right one."""
+
+    def media(self) -> list[Part]:
+        """Every medium, in reading order."""
+        return [part for message in self.messages for part in message.parts if part.kind != TEXT]
+
+    def answer(self) -> str:
+        """The text of the last message if it is the assistant's, else an empty string."""
+        last = self.messages[-1]
+        return "".join(p.content for p in last.parts if p.kind == TEXT) if last.role == "assistant" else ""
+
+
+@dataclass(kw_only=True)
+class Tokens:
+    """One sample as the LLM reads it. Where a medium stands, `ids` holds zeros: its embeddings are spliced in there."""
+
+    key: str
+    """The sample's key, for error messages."""
+    ids: list[int]
+    """[t] token ids."""
+    labels: list[int]
+    """[t] the token at each position that must be predicted, or -100 where it is given."""
+    runs: list[tuple[str, int, int]]
+    """For each medium in reading order: its modality, the position of its first token, and its number of tokens."""
+    media: list[Tensor]
+    """For each medium in reading order: the tensor that its encoder takes."""
+
+    def group(self) -> str:
+        """The name under which its loss is reported: its modalities, or ``"text"``."""
+        return "+".join(sorted({run[0] for run in self.runs})) or TEXT
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """A micro-batch: B samples end to end in one row of T tokens. Nothing is padding."""
+
+    ids: Tensor
+    """[1, T] int64 token ids, zero where a medium stands."""
+    positions: Tensor
+    """[1, T] int64, counting from zero again with every sample: this is what keeps samples from seeing one another."""
+    rows: Tensor
+    """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
+    targets: Tensor
+    """[A] int64, the answer tokens."""
+    group_of_row: Tensor
+    """[A] int64, index into `groups` for each answer token."""
+    groups: list[str]
+    """Names under which losses are reported."""
+    media: dict[str, Tensor]
+    """For each modality present, [N, ...] what its encoder takes."""
+    slots: dict[str, Tensor]
+    """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
+    counts: dict[str, Tensor]
+    """For each modality present, [N] int64: the number of tokens K of each medium."""
+    keys: list[str]
+    """The samples' keys, for error messages."""
+    bookmark: dict = field(default_factory=dict)
+    """Where the stream stands after this batch, as plain JSON."""
+
+    def to(self, device: Any) -> "Batch":
+        """A copy with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value
+
+        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader when pinning; pinned tensors are copied to a GPU while it computes."""
+        pinned = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in pinned.items():
+            if isinstance(value, Tensor):
+                pinned[name] = value.pin_memory()
+            elif isinstance(value, dict):
+                pinned[name] = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in value.items()}
+        return Batch(**pinned)
