@@ -1,0 +1,117 @@
+"""The frozen language model: loading at 4, 8, 16 or 32 bits, freezing, LoRA.
+
+Weights are quantised by bitsandbytes while transformers loads them. Computation is in float32 on a CPU (bfloat16 is
+many times slower there) and in bfloat16 on a GPU; the code is the same.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from anymal.config import LLMConfig, LoraConfig
+from anymal.errors import UserError
+
+# On a CPU, 8-bit layers warn at every call that they cast; it is known and harmless.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, bfloat16 elsewhere."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
+    """Load a causal LM of transformers, frozen and in eval mode, and its tokenizer.
+
+    Raises:
+        UserError: There is no such model, or it is not a causal LM.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    dtype = {16: torch.bfloat16, 32: torch.float32}.get(config.bits, compute_dtype(device))
+    quantization = None
+    if config.bits == 4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif config.bits == 8:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name)
+        llm = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=config.attention,
+            device_map={"": device},
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
+    llm.requires_grad_(False)
+    if config.checkpointing:
+        # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_frozen_mode(llm, recompute=True)
+    return llm, tokenizer
+
+
+def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
+    """Put a frozen LLM in eval mode, but for two kinds of modules that read the flag as something else.
+
+    Quantised layers always keep it set. On a CPU an 8-bit layer in eval mode takes another kernel, off by about 2%;
+    a 4-bit layer in eval mode repacks its weights for good at the first input without gradient (on CPUs with
+    AVX512-BF16), after which no gradient passes through it any more.
+
+    Args:
+        llm: The LLM, with or without LoRA.
+        recompute: Whether decoder layers may recompute their activations in the backward pass, if that is enabled.
+            Set on the layers alone, not on the dropouts inside them.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    llm.eval()
+    for module in llm.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            module.training = True
+        elif isinstance(module, GradientCheckpointingLayer):
+            module.training = recompute
+
+
+def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
+    """Wrap the LLM in PEFT's LoRA, trainable and in float32; the base stays as it is.
+
+    Raises:
+        UserError: No layer has one of the names in `config.targets`.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(llm, settings)
+    except ValueError as error:
+        raise UserError(f"model.lora.targets={config.targets}: {error}") from error
+
+
+def load_lora(llm: nn.Module, folder: Any) -> nn.Module:
+    """Wrap the LLM in a LoRA saved in PEFT's own layout."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(llm, str(folder), is_trainable=True)

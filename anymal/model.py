@@ -1,0 +1,198 @@
+"""Encode, project, splice, run the LLM; and say what of it is trainable.
+
+    batch.media ──frozen encoders──▶ features ──projectors──▶ embeddings ─┐
+    batch.ids ─────────────the LLM's own embedding table─────────────────▶ spliced row ──LLM──▶ loss at answer tokens
+
+The encoders are not registered as submodules: the engine sees only what gradients pass through, and under ZeRO-3
+nothing is gathered for an encoder that only some ranks run.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anymal.errors import UserError
+from anymal.llm import compute_dtype, set_frozen_mode
+from anymal.loss import answer_loss
+from anymal.modality import Adapter
+from anymal.sample import Batch
+
+
+class AnyMAL(nn.Module):
+    """A frozen LLM, and for each modality a frozen encoder and a trained projector.
+
+    Args:
+        llm: A causal LM of transformers, on its device (with or without LoRA).
+        adapters: By modality name, in the order in which every rank runs them.
+    """
+
+    def __init__(self, llm: nn.Module, adapters: dict[str, Adapter]):
+        super().__init__()
+        self.llm = llm
+        self.projectors = nn.ModuleDict({name: adapter.projector for name, adapter in adapters.items()})
+        self.projectors.to(self.device)
+        self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
+        for encoder in self.encoders.values():
+            encoder.requires_grad_(False).eval().to(self.device, compute_dtype(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM's embedding table is."""
+        return self.llm.get_input_embeddings().weight.device
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The named modules of which the model consists, frozen encoders included."""
+        yield "llm", self.llm
+        for name, encoder in self.encoders.items():
+            yield f"encoders.{name}", encoder
+        for name, projector in self.projectors.items():
+            yield f"projectors.{name}", projector
+
+    @torch.no_grad()
+    def encode(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Decoded media [N, ...] of each modality → features [N, tokens, width]. No gradient passes."""
+        features = {}
+        for name, tensor in media.items():
+            tensor = tensor.to(self.device)
+            if tensor.is_floating_point():
+                tensor = tensor.to(compute_dtype(self.device))
+            features[name] = self.encoders[name](tensor)
+        return features
+
+    def embed(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Embed the ids and put each medium's embeddings exactly where its placeholder stands.
+
+        Every projector runs, in the same order on every rank: one whose modality is absent gets a zero input, and its
+        output takes part with weight zero. Otherwise ranks that see different modalities would wait for one another
+        forever in the gradient reduction.
+
+        Returns:
+            [1, T, D] embeddings, and a scalar zero that depends on every projector that the batch has no medium for.
+
+        Raises:
+            ValueError: Embeddings and placeholder positions differ in number. Nothing is spliced.
+        """
+        row = self.llm.get_input_embeddings()(batch.ids)
+        absent = row.new_zeros((), dtype=torch.float32)
+        for name, projector in self.projectors.items():
+            if name not in features:
+                encoder = self.encoders[name]
+                nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
+                absent = absent + projector(nothing).sum().float() * 0.0
+                continue
+            embeddings = projector(features[name]).to(row.dtype)
+            slots, counts = batch.slots[name], batch.counts[name]
+            if embeddings.shape[:2].numel() != len(slots) or len(counts) != len(embeddings):
+                raise ValueError(
+                    f"{name}: {len(embeddings)} media of {embeddings.shape[1]} embeddings for {len(counts)} "
+                    f"placeholder runs of {len(slots)} positions in all; samples {', '.join(batch.keys)}"
+                )
+            row = row.index_copy(1, slots, embeddings.flatten(0, 1)[None])
+        return row, absent
+
+    def logits(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[A, V] logits that predict the answer tokens, and the zero of `embed`."""
+        row, absent = self.embed(batch, features)
+        output = self.llm(
+            inputs_embeds=row,
+            position_ids=batch.positions,  # they restart with every sample: that is what isolates samples
+            logits_to_keep=batch.rows,  # the head runs on these rows only
+            use_cache=False,
+        )
+        return output.logits[0], absent
+
+    def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            logits, absent = self.logits(batch, features)
+        total, per_group = answer_loss(logits, batch.targets, batch.group_of_row, len(batch.groups))
+        return total + absent, per_group
+
+    def train(self, mode: bool = True) -> "AnyMAL":
+        """Training mode for what is trained; what is frozen stays in eval mode."""
+        super().train(mode)
+        set_frozen_mode(self.llm, recompute=mode)
+        for name, module in self.llm.named_modules():
+            if "lora_" in name:
+                module.train(mode)
+        return self
+
+
+def select_trainable(model: AnyMAL, train: Sequence[str]) -> None:
+    """Freeze everything but what `train` names: ``projectors``, ``projectors.NAME``, ``lora``. The only such place.
+
+    Raises:
+        UserError: A name fits nothing in the model.
+    """
+    model.requires_grad_(False)
+    for encoder in model.encoders.values():
+        encoder.requires_grad_(False)
+    known = ["projectors", *(f"projectors.{name}" for name in model.projectors), "lora"]
+    for name in train:
+        if name not in known:
+            raise UserError(f"train lists {name!r}; this model has {', '.join(known)}")
+        chosen = [
+            parameter
+            for path, parameter in model.named_parameters()
+            if path.startswith(f"{name}.") or (name == "lora" and "lora_" in path)
+        ]
+        if not chosen:
+            raise UserError(f"train lists {name!r}, but the model has no such parameters")
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+    model.train()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of what the model consists of."""
+
+    module: str
+    parameters: int
+    dtype: str
+    bits: int
+    trainable: bool
+
+
+def table(model: AnyMAL) -> list[Row]:
+    """Module, parameters, dtype, bits, trainable: one row for each kind of parameter in each part."""
+    rows: dict[tuple, int] = {}
+    for name, part in model.parts():
+        for path, parameter in part.named_parameters():
+            module = f"{name}.lora" if "lora_" in path else name
+            bits = 8 if parameter.dtype == torch.int8 else parameter.element_size() * 8
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:  # bitsandbytes packs two 4-bit weights into a byte
+                bits, numel = 4, torch.Size(state.shape).numel()
+            key = (module, str(parameter.dtype).removeprefix("torch."), bits, parameter.requires_grad)
+            rows[key] = rows.get(key, 0) + numel
+    return [Row(module, count, dtype, bits, learns) for (module, dtype, bits, learns), count in rows.items()]
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The table as aligned text."""
+    lines = [f"{'module':<22} {'parameters':>14} {'dtype':>9} {'bits':>4}  trainable"]
+    for row in rows:
+        mark = "yes" if row.trainable else "-"
+        lines.append(f"{row.module:<22} {row.parameters:>14,} {row.dtype:>9} {row.bits:>4}  {mark}")
+    return "\n".join(lines)
+
+
+def fingerprint(modules: Any) -> str:
+    """SHA-256 over the bytes of every parameter and buffer, in order: equal before and after means unchanged."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(modules.state_dict(keep_vars=True).items()):
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
