@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -220,6 +221,10 @@ class RunConfig:
     """W&B project."""
     data_license: str = ""
     """Licences of the data, for the model card."""
+    samples: int = 4
+    """Samples whose answers are generated and logged with every checkpoint; 0 for none."""
+    samples_from: Any = None
+    """Shards that they are taken from, as data.shards; by default the training data."""
 
     def __post_init__(self):
         _require(
@@ -248,14 +253,16 @@ class Config:
     """Where the run lives and how it is followed."""
 
 
-def load(schema: type, recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """Defaults of `schema`, then the YAML recipe, then ``a.b=value`` overrides, checked against the types.
+def load(
+    schema: type, recipe: str | Path | None = None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
+) -> Any:
+    """Defaults of `schema`, then `defaults`, the YAML recipe, and ``a.b=value`` overrides, checked against the types.
 
     Raises:
         UserError: The recipe is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong
             type, or a setting without default is left out. The message names the recipe or override.
     """
-    config = OmegaConf.structured(schema)
+    config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(defaults)))
     sources: list[tuple[str, Any]] = []
     if recipe is not None:
         if not Path(recipe).is_file():
@@ -312,7 +319,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and is_doc:
             docs[statement.target.id] = inspect.cleandoc(following.value.value)
@@ -342,8 +349,15 @@ def describe(cls: type, prefix: str = "") -> list[str]:
     return lines
 
 
-def parse_args(schema: type, usage: str, argv: Sequence[str] | None = None, more_help: Sequence[str] = ()) -> Any:
-    """Read ``[recipe.yaml] [a.b=value ...]`` from the command line.
+def parse_args(
+    schema: type,
+    usage: str,
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Sequence[str] = (),
+    more_help: Sequence[str] = (),
+) -> Any:
+    """Read ``[recipe.yaml] [a.b=value ...]`` from the command line; `defaults` are overrides that the recipe beats.
 
     ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
     launcher passes is accepted and not needed: the rank comes from the environment.
@@ -359,4 +373,4 @@ def parse_args(schema: type, usage: str, argv: Sequence[str] | None = None, more
     recipe = None
     if arguments and "=" not in arguments[0]:
         recipe = arguments.pop(0)
-    return load(schema, recipe, [a.removeprefix("--") for a in arguments])
+    return load(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 
@@ -53,18 +52,16 @@ class Modality:
         return f"<{self.name}>"
 
 
-class Adapter(nn.Module):
-    """All that one modality needs: decode + frozen encoder + trained projector.
+@dataclass(frozen=True)
+class Adapter:
+    """All that one modality needs: decode + frozen encoder + trained projector."""
 
-    Args:
-        modality: Its registry entry.
-        encoder: The frozen encoder; moved out of reach of `train()`.
-        projector: A module [N, tokens, width] → [N, K, D] with an attribute ``tokens`` (K).
-    """
-
-    def __init__(self, modality: Modality, encoder: nn.Module, projector: nn.Module):
-        super().__init__()
-        self.modality, self.encoder, self.projector = modality, encoder, projector
+    modality: Modality
+    """Its registry entry."""
+    encoder: Encoder
+    """The frozen encoder, an ``nn.Module``."""
+    projector: nn.Module
+    """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K)."""
 
     @property
     def decode(self) -> Callable[[bytes], Tensor]:
@@ -75,23 +72,3 @@ class Adapter(nn.Module):
     def tokens(self) -> int:
         """K, the tokens that one medium takes in the LLM."""
         return self.projector.tokens
-
-    def forward(self, media: Tensor) -> Tensor:
-        """[N, ...] decoded media → [N, K, D] embeddings in the LLM's space; no gradient reaches the encoder."""
-        with torch.no_grad():
-            features = self.encoder(media.to(_dtype(self.encoder)) if media.is_floating_point() else media)
-        return self.projector(features)
-
-    def absent(self) -> Tensor:
-        """A zero that depends on every projector parameter.
-
-        Added to the loss where a batch holds none of this modality, so that every rank's backward pass touches the
-        same parameters: otherwise ranks that see different modalities wait for one another forever.
-        """
-        parameter = next(self.projector.parameters())
-        features = parameter.new_zeros(1, self.encoder.tokens, self.encoder.width)
-        return self.projector(features).sum() * 0.0
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

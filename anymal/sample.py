@@ -25,6 +25,8 @@ class Part:
     """``"text"``, or the name of a modality."""
     content: Any
     """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N)."""
+    member: str = ""
+    """For a medium: the suffix of the shard member that it came from, such as ``"0.jpg"``."""
 
 
 @dataclass(kw_only=True)

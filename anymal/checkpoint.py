@@ -1,0 +1,272 @@
+"""What was trained, where the stream stands, and the resolved recipe: written whole or not at all.
+
+    RUN/checkpoints/step-00000100/
+        README.md                              model card: what it is, what it was made from, licences
+        recipe.yaml                            every setting of the run
+        adapters/MODALITY/adapter_config.json  what the projector fits
+        adapters/MODALITY/model.safetensors    the projector
+        lora/                                  PEFT's own layout, if there is a LoRA
+        tokenizer/                             the LLM's tokenizer with the placeholder tokens
+        training/state.json                    step, bookmark, W&B run id
+        training/optimizer.safetensors         AdamW's moments, independent of the number of ranks
+    RUN/checkpoints/latest                     a link to the newest
+
+LLM and encoders are not in it: they are frozen, and named in the recipe. Nothing in it is a pickle.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anymal import config as settings
+from anymal.config import Config
+from anymal.errors import UserError
+from anymal.llm import add_lora, load_lora
+from anymal.modality import Adapter
+from anymal.model import AnyMAL
+
+LATEST = "latest"
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """What a run needs, besides weights, to go on exactly where it stopped."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    bookmark: dict | None = None
+    """The stream's place after the last sample trained on, as `anymal.stream.merge_bookmarks` gives it."""
+    wandb_id: str | None = None
+    """W&B's run id, so that a resumed run continues the same curve."""
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """AdamW's moments, as `anymal.engine.full_moments` gives them."""
+
+
+def adapter_config(adapter: Adapter, config: Config) -> dict[str, Any]:
+    """What a projector fits: modality, encoder, shapes, LLM."""
+    name = adapter.modality.name
+    return {
+        "modality": name,
+        "placeholder": adapter.modality.placeholder,
+        **asdict(config.model.modalities[name]),
+        "encoder_width": adapter.encoder.width,
+        "encoder_tokens": adapter.encoder.tokens,
+        "llm": config.model.llm.name,
+    }
+
+
+def save(
+    model: AnyMAL,
+    parameters: dict[str, Tensor],
+    state: TrainingState,
+    config: Config,
+    adapters: dict[str, Adapter],
+    tokenizer: Any,
+) -> Path:
+    """Write a checkpoint of the run and move ``latest`` to it; keep the newest ``run.keep``. Rank 0 only.
+
+    Args:
+        model: For its structure; its weights are not read (under ZeRO they are sharded).
+        parameters: The projectors' and LoRA's parameters by their names in `model`, whole.
+        state: Where the run stands.
+        config: The resolved settings.
+        adapters: As the model was made from.
+        tokenizer: With the placeholder tokens.
+    """
+    folder = checkpoints(config) / f"step-{state.step:08d}"
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    settings.save(config, temporary / "recipe.yaml")
+    for name, adapter in adapters.items():
+        place = temporary / "adapters" / name
+        place.mkdir(parents=True)
+        (place / "adapter_config.json").write_text(json.dumps(adapter_config(adapter, config), indent=2))
+        save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
+    _save_lora(model, parameters, temporary / "lora")
+    tokenizer.save_pretrained(temporary / "tokenizer")
+    training = temporary / "training"
+    training.mkdir()
+    save_file(state.moments, training / "optimizer.safetensors")
+    described = {"version": 1, "step": state.step, "bookmark": state.bookmark, "wandb_id": state.wandb_id}
+    (training / "state.json").write_text(json.dumps(described))
+    (temporary / "README.md").write_text(model_card(config, adapters, state.step))
+    _publish(temporary, folder)
+    _prune(folder.parent, config.run.keep)
+    return folder
+
+
+def _below(parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): p.contiguous() for n, p in parameters.items() if n.startswith(prefix)}
+
+
+def _save_lora(model: AnyMAL, parameters: dict[str, Tensor], place: Path) -> None:
+    lora = {name: p for name, p in _below(parameters, "llm.").items() if "lora_" in name}
+    if not lora:
+        return
+    from peft import get_peft_model_state_dict
+
+    place.mkdir()
+    save_file(get_peft_model_state_dict(model.llm, state_dict=lora), place / "adapter_model.safetensors")
+    model.llm.peft_config["default"].save_pretrained(place)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Flush, rename into place, then move ``latest``: whoever reads meanwhile finds the old one or the new one."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():  # a run that went on from an older checkpoint comes by here again
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    link = folder.with_name(f".tmp-{LATEST}-{os.getpid()}")
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name(LATEST))
+
+
+def _prune(place: Path, keep: int) -> None:
+    """Drop the oldest checkpoints, and what a killed process left half-written."""
+    latest = (place / LATEST).resolve()
+    old = sorted(place.glob("step-*"))[:-keep]
+    for folder in [*old, *place.glob(".tmp-step-*")]:
+        if folder.resolve() != latest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoints(config: Config) -> Path:
+    """The folder that holds a run's checkpoints."""
+    return Path(config.run.dir) / "checkpoints"
+
+
+def find_resume(config: Config) -> Path | None:
+    """The checkpoint that the run goes on from, or None for a fresh start.
+
+    Raises:
+        UserError: ``run.resume`` names no checkpoint, or it is ``never`` and the folder already holds one.
+    """
+    latest = checkpoints(config) / LATEST
+    if config.run.resume == "auto":
+        return latest.resolve() if latest.exists() else None
+    if config.run.resume == "never":
+        if latest.exists():
+            raise UserError(f"{config.run.dir} already holds checkpoints; choose another run.dir, or run.resume=auto")
+        return None
+    return existing(config.run.resume)
+
+
+def existing(place: str | Path) -> Path:
+    """A checkpoint folder, given itself, ``latest``, or the run folder that holds it.
+
+    Raises:
+        UserError: There is none.
+    """
+    place = Path(place)
+    for folder in (place, place / "checkpoints" / LATEST, place / LATEST):
+        if (folder / "recipe.yaml").is_file() and (folder / "adapters").is_dir():
+            return folder.resolve()
+    raise UserError(f"{place} holds no checkpoint (a folder with recipe.yaml and adapters/)")
+
+
+def recipe(folder: Path, overrides: list[str] | None = None) -> Config:
+    """The settings that a checkpoint was made with, with overrides such as ``model.llm.bits=32``."""
+    return settings.load(Config, folder / "recipe.yaml", overrides or [])
+
+
+def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
+    """The LLM with the LoRA of the checkpoint it starts from, or a fresh one if `train` asks for it, or as it is."""
+    if start is not None and (start / "lora").is_dir():
+        return load_lora(llm, start / "lora")
+    return add_lora(llm, config.model.lora) if "lora" in config.train else llm
+
+
+def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *, partly: bool = False) -> list[str]:
+    """Load the projectors of a checkpoint into the model; return the modalities found.
+
+    Args:
+        model: What they go into.
+        adapters: As the model was made from.
+        folder: The checkpoint.
+        partly: Whether the checkpoint may lack some of the model's modalities (they keep their fresh weights).
+
+    Raises:
+        UserError: A modality is missing, a file is damaged, or a projector does not fit. Names file and tensor.
+    """
+    found = []
+    for name in adapters:
+        path = folder / "adapters" / name / "model.safetensors"
+        if not path.is_file():
+            if partly:
+                continue
+            raise UserError(f"{folder} has no projector for {name}; it has {_names(folder)}")
+        try:
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}; use an older checkpoint") from error
+        projector = model.projectors[name]
+        wanted = {key: tuple(p.shape) for key, p in projector.state_dict().items()}
+        given = {key: tuple(p.shape) for key, p in weights.items()}
+        if wanted != given:
+            differs = next(k for k in sorted({*wanted, *given}) if wanted.get(k) != given.get(k))
+            raise UserError(
+                f"{path} does not fit model.modalities.{name}.projector: {differs} is {given.get(differs)} there and "
+                f"{wanted.get(differs)} in this model; compare {path.with_name('adapter_config.json')}"
+            )
+        projector.load_state_dict(weights)
+        found.append(name)
+    return found
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in (folder / "adapters").iterdir())) or "none"
+
+
+def load_training_state(folder: Path) -> TrainingState:
+    """Read step, bookmark, W&B id and the optimizer's moments back.
+
+    Raises:
+        UserError: The checkpoint was stripped of them, or they are damaged.
+    """
+    place = folder / "training"
+    try:
+        described = json.loads((place / "state.json").read_text())
+        moments = load_file(place / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{place} cannot be read ({error}); to start a new run from these weights set model.checkpoint={folder}"
+        ) from error
+    return TrainingState(
+        step=described["step"], bookmark=described["bookmark"], wandb_id=described["wandb_id"], moments=moments
+    )
+
+
+def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:
+    """A model card in Markdown: what it is, what it was made from, and under which licences."""
+    llm = config.model.llm
+    rows = [f"| LLM | {llm.name} | {llm.license or 'see its own model card'} |"]
+    for name, adapter in adapters.items():
+        rows.append(f"| {name} encoder | {config.model.modalities[name].encoder} | {adapter.encoder.license} |")
+    datasets = ", ".join(config.data.datasets) or str(config.data.shards)
+    rows.append(f"| data | {datasets} | {config.run.data_license or 'not stated (run.data_license)'} |")
+    listed = "\n".join(rows)
+    return f"""---
+base_model: {llm.name}
+library_name: anymal
+---
+# AnyMAL adapters for {llm.name}
+
+Projectors for {", ".join(adapters)}, trained for {step} steps with the LLM held frozen at {llm.bits} bits
+(trained: {", ".join(config.train)}). They work with the same LLM at any precision.
+
+| part | source | licence |
+|---|---|---|
+{listed}
+
+Use: `python launch/chat.py checkpoint=THIS_FOLDER "prompt"`. All settings are in `recipe.yaml`.
+"""

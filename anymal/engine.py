@@ -1,0 +1,181 @@
+"""DeepSpeed: processes, its JSON derived from our config, and the trained state in a form free of the world size.
+
+The engine gets only what gradients pass through (projectors and LLM). Parameters that learn are float32; on a GPU the
+arithmetic is bfloat16 through autocast, so DeepSpeed itself runs in float32 and its half-precision modes stay off.
+"""
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymal.config import Config
+from anymal.errors import UserError
+from anymal.model import AnyMAL, trainable
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Join the process group that the launcher described, or make one of a single process.
+
+    Returns:
+        rank, world size, and this process's device.
+    """
+    gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in single.items()})
+    import deepspeed
+
+    if not gpu:  # it would be compiled at every start, for half a minute; gloo does the same
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings, derived from ours.
+
+    Raises:
+        UserError: ``engine.deepspeed`` is no JSON file, or it sets one of ours to another value.
+    """
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "gradient_accumulation_steps": config.optim.accumulate,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": config.engine.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,  # progress is ours to show
+    }
+    if config.engine.deepspeed is None:
+        return derived
+    path = Path(config.engine.deepspeed)
+    try:
+        extra = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.deepspeed={path}: not a readable JSON file: {error}") from error
+    return _merged(derived, extra, str(path))
+
+
+def _merged(ours: dict, extra: dict, where: str) -> dict:
+    merged = dict(ours)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merged(ours[key], value, f"{where}: {key}")
+        elif key in ours and ours[key] != value:
+            raise UserError(f"{where}: {key} is {value}, but the recipe says {ours[key]}; set it in the recipe")
+        else:
+            merged[key] = value
+    return merged
+
+
+def make_engine(model: AnyMAL, config: Config) -> Any:
+    """Wrap the model in a DeepSpeed engine with AdamW over what is trainable."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        list(trainable(model).values()),
+        lr=config.optim.lr,
+        betas=tuple(config.optim.betas),
+        weight_decay=config.optim.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    return engine
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The rate of the step that follows `step` finished ones: linear warm-up, then half a cosine down to zero.
+
+    A pure function of the step, so that there is no scheduler whose state could be lost.
+    """
+    warmup = max(1, round(config.optim.warmup * config.optim.steps))
+    if step < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.optim.steps - warmup)
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum over all processes."""
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's plain-JSON value, on every rank."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def portable_parameters(engine: Any) -> dict[str, Tensor]:
+    """Projectors and LoRA by name, whole and in float32 on the CPU. Every rank must call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if name.startswith("projectors.") or "lora_" in name:
+            with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+                found[name] = parameter.detach().float().cpu().clone()
+    return found
+
+
+def full_moments(engine: Any) -> dict[str, Tensor]:
+    """AdamW's moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, whole, on the CPU. Every rank must call it.
+
+    DeepSpeed's own optimizer files are cut by the number of ranks; these are not, so a run may go on with another.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    sharded = engine.zero_optimization()
+    found = {}
+    for name, parameter in trainable(engine.module).items():
+        for key in MOMENTS:
+            whole = safe_get_full_optimizer_state(parameter, key) if sharded else engine.optimizer.state[parameter][key]
+            found[f"{name}.{key}"] = whole.detach().float().cpu().clone()
+    return found
+
+
+def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
+    """Put back what `full_moments` returned after `step` optimizer steps, for whatever world size and ZeRO stage."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    sharded = engine.zero_optimization()
+    inner = engine.optimizer.optimizer if sharded else engine.optimizer
+    for group in inner.param_groups:
+        for parameter in group["params"]:  # under ZeRO: this rank's flat partition
+            state = inner.state[parameter]
+            for key in MOMENTS:
+                state.setdefault(key, torch.zeros_like(parameter))
+            state["step"] = torch.tensor(float(step))
+    if engine.zero_optimization_stage() in (1, 2):
+        # Stages 1 and 2 find a parameter's piece of the flat state only once linked, which the first step would do.
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in trainable(engine.module).items():
+        for key in MOMENTS:
+            value = moments[f"{name}.{key}"].to(engine.device)
+            if sharded:
+                safe_set_full_optimizer_state(parameter, value, key)
+            else:
+                inner.state[parameter][key].copy_(value)

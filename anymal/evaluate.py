@@ -1,0 +1,153 @@
+"""How much a model really perceives: held-out questions with the real medium, a blank one, and somebody else's.
+
+A model that answers from the wording of the question alone scores the same in all three; only what lies above both
+controls was seen or heard.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anymal.generate import embed_prompt, generate, log_likelihoods
+from anymal.metrics import accuracy, cider_d, wilson_interval
+from anymal.model import AnyMAL
+from anymal.prompt import Prepare
+from anymal.sample import Sample, Tokens
+
+Features = dict[str, Tensor]  # one sample's encoded media: modality → [N, tokens, width]
+
+
+def evaluate(
+    model: AnyMAL,
+    prepare: Prepare,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> dict[str, Any]:
+    """Score one held-out set.
+
+    Closed questions (samples with options) are answered by the likeliest option, once with each sample's own media,
+    once with blank media (the encoder's input all zeros) and once with another sample's media. All samples are also
+    answered freely, and the answers compared with what is right.
+
+    Args:
+        model: The model.
+        prepare: Its decoding and prompt.
+        samples: Not yet decoded; the last message of each is the right answer.
+        max_new_tokens: Longest free answer.
+        batch_size: Media encoded, and answers generated, at once.
+        seed: Of the exchange of media.
+        progress: Called with the number of finished pieces of work; `pieces(samples)` in all.
+
+    Returns:
+        ``n``, ``accuracy`` with its 95% ``interval``, ``blank``, ``shuffled``, ``chance`` (1 / options), ``exact``
+        (free answers that are right to the letter), ``cider_d``, and ``predictions``: for each sample its key, shard,
+        question, answer, choice, and what the model said. Figures that need options are None without them.
+    """
+    decoded = [prepare.decode(sample) for sample in samples]
+    questions = [prepare.prompt.question(sample) for sample in decoded]
+    real = _encode(model, questions, batch_size)
+    answers = [sample.answer() for sample in samples]
+
+    said: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        chosen = slice(start, start + batch_size)
+        prompts = [embed_prompt(model, q, f) for q, f in zip(questions[chosen], real[chosen], strict=True)]
+        said += generate(model, prepare.prompt.tokenizer, prompts, max_new_tokens=max_new_tokens)
+        progress(len(prompts))
+
+    conditions = {"accuracy": real, "blank": _blank(model, questions), "shuffled": _shuffled(questions, real, seed)}
+    closed = [i for i, sample in enumerate(samples) if sample.options]
+    result: dict[str, Any] = {"n": len(samples), **dict.fromkeys([*conditions, "chance", "interval"])}
+    choices: list[str | None] = [None] * len(samples)
+    for name, features in conditions.items():
+        picked = []
+        for i in closed:
+            options = samples[i].options
+            ids = prepare.prompt.answers(decoded[i], options)
+            likelihoods = log_likelihoods(model, embed_prompt(model, questions[i], features[i]), ids)
+            picked.append(options[int(likelihoods.argmax())])
+            progress(1)
+        if closed:
+            result[name] = accuracy(picked, [answers[i] for i in closed])
+        if name == "accuracy":
+            for i, choice in zip(closed, picked, strict=True):
+                choices[i] = choice
+    if closed:
+        result["chance"] = float(np.mean([1 / len(samples[i].options) for i in closed]))
+        result["interval"] = wilson_interval(round(result["accuracy"] * len(closed)), len(closed))
+    result["exact"] = accuracy(said, answers)
+    result["cider_d"] = cider_d(said, [[answer] for answer in answers])
+    result["predictions"] = [
+        {
+            "key": sample.key,
+            "shard": sample.shard,
+            "question": _asked(sample),
+            "answer": answer,
+            "choice": choice,
+            "said": text,
+        }
+        for sample, answer, choice, text in zip(samples, answers, choices, said, strict=True)
+    ]
+    return result
+
+
+def pieces(samples: Sequence[Sample]) -> int:
+    """How many pieces of work `evaluate` reports as it goes."""
+    return len(samples) + 3 * sum(bool(sample.options) for sample in samples)
+
+
+def _asked(sample: Sample) -> str:
+    asked = sample.messages[:-1] if sample.answer() else sample.messages
+    return " ".join(p.content for m in asked for p in m.parts if p.kind == "text" and m.role != "system")
+
+
+def _encode(model: AnyMAL, questions: Sequence[Tokens], batch_size: int) -> list[Features]:
+    """Run the encoders over all media, `batch_size` at a time, and hand them back sample by sample."""
+    found: list[Features] = [{} for _ in questions]
+    for modality in model.projectors:
+        place = [
+            (i, medium)
+            for i, question in enumerate(questions)
+            for (name, *_), medium in zip(question.runs, question.media, strict=True)
+            if name == modality
+        ]
+        for start in range(0, len(place), batch_size):
+            chosen = place[start : start + batch_size]
+            features = model.encode({modality: torch.stack([medium for _, medium in chosen])})[modality]
+            for (i, _), feature in zip(chosen, features, strict=True):
+                known = found[i].get(modality)
+                found[i][modality] = feature[None] if known is None else torch.cat([known, feature[None]])
+    return found
+
+
+def _blank(model: AnyMAL, questions: Sequence[Tokens]) -> list[Features]:
+    """What the encoders make of media that are all zeros."""
+    known: Features = {}
+    found = []
+    for question in questions:
+        for (modality, *_), medium in zip(question.runs, question.media, strict=True):
+            if modality not in known:
+                known[modality] = model.encode({modality: torch.zeros_like(medium)[None]})[modality]
+        names = [run[0] for run in question.runs]
+        found.append({m: known[m].expand(names.count(m), -1, -1) for m in dict.fromkeys(names)})
+    return found
+
+
+def _shuffled(questions: Sequence[Tokens], real: Sequence[Features], seed: int) -> list[Features]:
+    """Give every sample the media of another one that has as many of each modality; alone in that, it keeps its own."""
+    alike: dict[tuple, list[int]] = {}
+    for i, question in enumerate(questions):
+        alike.setdefault(tuple(sorted(run[0] for run in question.runs)), []).append(i)
+    found = list(real)
+    for members in alike.values():
+        ring = np.random.default_rng([seed, len(members)]).permutation(members)
+        for mine, theirs in zip(ring, np.roll(ring, 1), strict=True):
+            found[mine] = real[theirs]
+    return found

@@ -1,0 +1,84 @@
+"""From settings to the parts of a run: the one place where core and modalities meet. Every program here uses it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import MODALITIES, build_adapters
+from adapters.pretrained import license_of
+from anymal.checkpoint import load_projectors, with_lora
+from anymal.config import Config
+from anymal.errors import UserError
+from anymal.llm import load_llm
+from anymal.modality import Adapter
+from anymal.model import AnyMAL
+from anymal.prompt import Prepare, prepare
+from anymal.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model and what belongs to it."""
+
+    model: AnyMAL
+    """LLM, encoders, projectors, on the device."""
+    adapters: dict[str, Adapter]
+    """What the model was made from, by modality."""
+    tokenizer: Any
+    """The LLM's, with the placeholder tokens."""
+    prepare: Prepare
+    """Decoding and prompt, for the stream's workers."""
+
+
+def suffixes() -> dict[str, str]:
+    """Which modality a shard member holds, by its suffix."""
+    return {suffix: name for name, modality in MODALITIES.items() for suffix in modality.suffixes}
+
+
+def unchanged(sample: Sample) -> Sample:
+    """A `prepare` for `anymal.stream.samples_once` that leaves the media encoded."""
+    return sample
+
+
+def device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build(config: Config, place: torch.device, *, start: Path | None = None, partly: bool = False) -> Built:
+    """Load the LLM and the encoders, make the projectors, and load what a checkpoint holds.
+
+    Args:
+        config: The settings.
+        place: The device that everything goes to.
+        start: A checkpoint whose projectors and LoRA are loaded.
+        partly: Whether `start` may lack projectors of some modalities.
+    """
+    config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
+    torch.manual_seed(config.run.seed)  # fresh projectors and LoRA are the same on every rank
+    llm, tokenizer = load_llm(config.model.llm, place)
+    llm = with_lora(llm, config, start)
+    table = llm.get_input_embeddings().weight
+    adapters = build_adapters(config.model.modalities, table.shape[1], table.float().std().item())
+    model = AnyMAL(llm, adapters)
+    if start is not None:
+        load_projectors(model, adapters, start, partly=partly)
+    return Built(
+        model=model,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        prepare=prepare(tokenizer, adapters, config.prompt, config.data.max_tokens),
+    )
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,83 @@
+"""Answer a prompt with media, given in the order in which the LLM shall read them.
+
+    python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg --audio b.wav "What do you see and hear?"
+    python launch/chat.py checkpoint=runs/demo/finetune "Which is louder," --audio a.wav "or" --audio b.wav "?"
+
+`--NAME FILE` is a medium of modality NAME; everything else that is not a setting is text.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from adapters import MODALITIES
+from anymal import checkpoint
+from anymal.config import field_docs, parse_args
+from anymal.errors import BadSample, UserError
+from anymal.generate import embed_prompt, generate
+from anymal.sample import TEXT, Message, Part, Sample
+from launch.build import build, device, run_program
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """A question."""
+
+    checkpoint: str = MISSING
+    """A checkpoint folder, or the run folder that holds it (its latest)."""
+    bits: int = 0
+    """Precision of the LLM: 4, 8, 16 or 32; 0 takes the one it was trained with."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher values draw among the likely ones."""
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
+    """The command line → the message's parts in order, and the settings.
+
+    Raises:
+        UserError: An unknown modality, or a file that cannot be read.
+    """
+    parts, settings = [], []
+    remaining = iter(arguments)
+    names = field_docs(ChatConfig)
+    for argument in remaining:
+        if argument in ("-h", "--help") or argument.split("=")[0] in names:
+            settings.append(argument)
+        elif argument.startswith("--"):
+            name = argument[2:]
+            if name not in MODALITIES:
+                raise UserError(f"{argument}: there is no such modality; known are: {', '.join(MODALITIES)}")
+            path = Path(next(remaining, ""))
+            if not path.is_file():
+                raise UserError(f"{argument} needs a file; {str(path)!r} is none")
+            parts.append(Part(kind=name, content=path.read_bytes(), member=path.name))
+        else:
+            parts.append(Part(kind=TEXT, content=argument))
+    return parts, settings
+
+
+def main() -> None:
+    """Read the command line and print the answer."""
+    parts, settings = split_arguments(sys.argv[1:])
+    config = parse_args(ChatConfig, __doc__, settings)
+    if not parts:
+        raise UserError("nothing was asked; give a text, and media as --image FILE, --audio FILE, ...")
+    folder = checkpoint.existing(config.checkpoint)
+    overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
+    built = build(checkpoint.recipe(folder, overrides), device(), start=folder)
+    asked = Sample(key="prompt", shard="command line", messages=[Message(role="user", parts=parts)])
+    try:
+        question = built.prepare.prompt.question(built.prepare.decode(asked))
+    except BadSample as error:
+        raise UserError(f"the prompt {error}") from error
+    prompt = embed_prompt(built.model, question)
+    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
+    print(generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)[0])
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,14 @@
+"""Stage 2: projectors and LoRA learn from interleaved multimodal conversations.
+
+    deepspeed launch/finetune.py launch/recipes/mmit-lora.yaml model.checkpoint=runs/pretrain data.shards=...
+    python launch/finetune.py launch/recipes/demo-finetune.yaml                      # one process, a CPU will do
+
+A recipe states the run; settings after it, written a.b=value, override it. Started again, a run goes on from its
+latest checkpoint.
+"""
+
+from launch.build import run_program
+from launch.stage import main
+
+if __name__ == "__main__":
+    run_program(lambda: main(__doc__, defaults=["train=[projectors,lora]"]))

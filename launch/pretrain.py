@@ -1,0 +1,15 @@
+"""Stage 1: encoders and LLM frozen, projectors learn from media-text pairs.
+
+    deepspeed launch/pretrain.py launch/recipes/image-llama3.1-8b.yaml data.shards=/data/laion/{00000..00999}.tar
+    python launch/pretrain.py launch/recipes/demo-pretrain.yaml                      # one process, a CPU will do
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --no_local_rank launch/pretrain.py launch/recipes/demo-pretrain.yaml
+
+A recipe states the run; settings after it, written a.b=value, override it. Started again, a run goes on from its
+latest checkpoint.
+"""
+
+from launch.build import run_program
+from launch.stage import main
+
+if __name__ == "__main__":
+    run_program(lambda: main(__doc__, defaults=["train=[projectors]"]))

@@ -1,0 +1,133 @@
+"""One training stage, from the settings to the last checkpoint. Pretraining and finetuning both are this program."""
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from omegaconf import OmegaConf
+
+from adapters import describe_options
+from anymal import checkpoint
+from anymal import config as settings
+from anymal.checkpoint import TrainingState
+from anymal.config import Config, DataConfig
+from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
+from anymal.errors import Quarantine, UserError
+from anymal.generate import embed_prompt, generate
+from anymal.model import format_table, select_trainable, table, trainable
+from anymal.packing import pack
+from anymal.sample import Sample
+from anymal.stream import Stream, samples_once
+from anymal.tracking import Tracker
+from anymal.train import train
+from launch.build import Built, build, suffixes, unchanged
+
+
+def main(usage: str, defaults: list[str]) -> int:
+    """Read the command line and run the stage; 0 when all steps are done, 1 when a signal stopped it."""
+    return run_stage(settings.parse_args(Config, usage, more_help=describe_options(), defaults=defaults))
+
+
+def run_stage(config: Config) -> int:
+    """Train as the settings say, from the beginning or from where an earlier process stopped."""
+    rank, world, device = start_processes()
+    resume = checkpoint.find_resume(config)
+    state = checkpoint.load_training_state(resume) if resume else TrainingState()
+    start = resume
+    if start is None and config.model.checkpoint is not None:
+        start = checkpoint.existing(config.model.checkpoint)
+    built = build(config, device, start=start, partly=resume is None)
+    select_trainable(built.model, config.train)
+    if resume is not None:
+        _check_same_parameters(built, state, resume)
+    folder = Path(config.run.dir)
+    if rank == 0:
+        _describe(built, config, folder)
+    engine = make_engine(built.model, config)
+    if resume is not None:
+        restore_moments(engine, state.moments, state.step)
+
+    log = folder / ("quarantine.jsonl" if rank == 0 else f"quarantine-{rank}.jsonl")
+    limits = {"max_in_a_row": config.data.max_bad_in_a_row, "max_share": config.data.max_bad_share}
+    stream = Stream(
+        config.data,
+        suffixes=suffixes(),
+        prepare=built.prepare,
+        collate=pack,
+        quarantine=Quarantine(log, **limits),
+        seed=config.run.seed,
+        rank=rank,
+        world=world,
+        bookmark=state.bookmark,
+    )
+    shown = _samples_to_show(config)
+    resolved = OmegaConf.to_container(OmegaConf.structured(config))
+    with Tracker(
+        config.run, resolved, rank=rank, steps=config.optim.steps, start=state.step, run_id=state.wandb_id
+    ) as tracker:
+        tracker.note(format_table(table(built.model)))
+        if resume is not None:
+            tracker.note(f"going on from {resume}, step {state.step}")
+
+        def save(place: int, bookmark: dict) -> None:
+            parameters, moments = portable_parameters(engine), full_moments(engine)
+            if rank == 0:
+                now = TrainingState(step=place, bookmark=bookmark, wandb_id=tracker.run_id, moments=moments)
+                checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer)
+            _show(built, shown, tracker, place)
+            torch.distributed.barrier()
+
+        finished = train(engine, iter(stream), config=config, start=state.step, rank=rank, tracker=tracker, save=save)
+        if finished:
+            tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
+    return 0 if finished else 1
+
+
+def _check_same_parameters(built: Built, state: TrainingState, folder: Path) -> None:
+    """What is trained must be what the checkpoint's optimizer state is about."""
+    now = set(trainable(built.model))
+    before = {name.rsplit(".", 1)[0] for name in state.moments}
+    if now != before:
+        name = sorted(now ^ before)[0]
+        raise UserError(
+            f"{folder} was made with other parameters trainable: {name} is {'new' if name in now else 'gone'}. "
+            f"To start a new stage from it, set model.checkpoint={folder} and another run.dir"
+        )
+
+
+def _describe(built: Built, config: Config, folder: Path) -> None:
+    """Leave the resolved recipe and the table of what is trained in the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save(config, folder / "recipe.yaml")
+    (folder / "model.json").write_text(json.dumps([asdict(row) for row in table(built.model)], indent=2))
+
+
+def _samples_to_show(config: Config) -> list[Sample]:
+    """The samples whose answers are logged with each checkpoint, not yet decoded."""
+    if not config.run.samples:
+        return []
+    data = config.data
+    if config.run.samples_from is not None:
+        data = DataConfig(shards=config.run.samples_from, workers=0)
+    limits = {"max_in_a_row": config.run.samples + data.max_bad_in_a_row, "max_share": 1.0}
+    samples = samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=Quarantine(None, **limits))
+    return list(islice(samples, config.run.samples))
+
+
+def _show(built: Built, samples: list[Sample], tracker: Tracker, step: int) -> None:
+    """Log what the model answers. Every rank computes it, since a sharded model needs them all."""
+    if not samples:
+        return
+    prompt = built.prepare.prompt
+    questions = [prompt.question(built.prepare.decode(sample)) for sample in samples]
+    prompts = [embed_prompt(built.model, question) for question in questions]
+    said = generate(built.model, built.tokenizer, prompts, max_new_tokens=16)
+    rows: list[list[Any]] = [
+        [sample.key, question.group(), sample.answer(), text]
+        for sample, question, text in zip(samples, questions, said, strict=True)
+    ]
+    tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
+    built.model.train()
