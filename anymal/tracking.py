@@ -1,0 +1,322 @@
+"""What a run tells the person who follows it: the same figures as JSON Lines, in W&B, and in one progress bar.
+
+    model ──per-group loss──▶ Meter ──figures──▶ Tracker ──▶ metrics.jsonl, W&B, the terminal
+
+The training loop, on every rank:
+
+    meter = Meter()
+    with Tracker(config.run, settings, rank=rank, steps=steps, start=start, run_id=run_id) as tracker:
+        for step in range(start + 1, steps + 1):
+            with meter.waiting():
+                batch = next(batches)
+            ...
+            meter.add(batch, per_group)
+            tracker.log(step, meter.figures(lr=lr, grad_norm=norm))
+
+``metrics.jsonl`` is the truth: it survives kill -9 to the last line, and a resumed run cuts off what its checkpoint
+does not know about, so that it holds one curve. W&B gets the same lines; see `_start_wandb` for how a run in several
+pieces stays one curve there.
+"""
+
+import json
+import os
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from anymal.config import RunConfig
+from anymal.errors import UserError
+from anymal.sample import Batch
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Where the output is not a terminal, the bar is a line of text at most this often."""
+GB = 1e9
+
+
+class Meter:
+    """Adds up what the micro-batches report until the next line of figures.
+
+    Adding never waits for the GPU: the losses stay where they are until `figures` reads them.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._per_group: dict[str, Tensor] = {}
+        self._tokens = self._padding = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, batch: Batch, per_group: Tensor, *, padding: int = 0) -> None:
+        """Count one micro-batch.
+
+        Args:
+            batch: What the model saw, T tokens of it.
+            per_group: [G, 2] from `anymal.loss.answer_loss`: for each of ``batch.groups``, the summed loss (nats)
+                and the number of answer tokens.
+            padding: How many of the T tokens are padding.
+        """
+        for name, pair in zip(batch.groups, per_group.detach().double(), strict=True):
+            self._per_group[name] = self._per_group.get(name, 0) + pair
+        self._tokens += batch.ids.shape[-1]
+        self._padding += padding
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time spent inside counts as waiting for data."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
+
+    def figures(self, **also: float) -> dict[str, float]:
+        """The figures of all ranks since the last call, and start over. With several processes all must call it.
+
+        Args:
+            also: What the caller knows and wants beside them, such as ``lr`` and ``grad_norm``.
+
+        Returns:
+            ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out), ``tokens_per_s``
+            (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
+            of the tokens, ``wait_share`` of the time (the mean over ranks), ``memory_gb`` (10^9 bytes: the peak of
+            the fullest rank, on its GPU if it has one, else of its process without loader workers), and `also`.
+        """
+        ours = {
+            "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
+            "tokens": self._tokens,
+            "padding": self._padding,
+            "waited": self._waited,
+            "memory": _peak_memory(),
+        }
+        ranks = _gather(ours)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._reset()
+
+        groups: dict[str, tuple[float, float]] = {}
+        for rank in ranks:
+            for name, (loss, answers) in rank["groups"].items():
+                loss_before, answers_before = groups.get(name, (0.0, 0.0))
+                groups[name] = (loss_before + loss, answers_before + answers)
+        tokens = sum(rank["tokens"] for rank in ranks)
+        answers = sum(count for _, count in groups.values())
+        figures = {"loss": sum(loss for loss, _ in groups.values()) / answers} if answers else {}
+        figures |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(groups.items()) if count}
+        return figures | {
+            "tokens_per_s": tokens / seconds,
+            "answer_tokens_per_s": answers / seconds,
+            "padding_share": sum(rank["padding"] for rank in ranks) / max(tokens, 1),
+            "wait_share": sum(rank["waited"] for rank in ranks) / len(ranks) / seconds,
+            "memory_gb": max(rank["memory"] for rank in ranks) / GB,
+            **also,
+        }
+
+
+def _gather(ours: dict) -> list[dict]:
+    """`ours` of every rank. Ranks may have seen different groups, so it is not a sum of tensors."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [ours]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, ours)
+    return everyones
+
+
+def _peak_memory() -> int:
+    """Bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Tracker:
+    """Writes the figures of rank 0; on every other rank each method returns at once.
+
+    A context manager: left by an exception, it marks the W&B run as failed.
+
+    Args:
+        run: Where the run lives, and whether W&B is used.
+        config_dict: The resolved settings, for W&B.
+        rank: This process's.
+        steps: Optimizer steps of the whole run.
+        start: The last step that is already done: 0, or the step of the checkpoint that the run resumes from. Later
+            lines of ``metrics.jsonl`` and ``samples.jsonl`` come from a process that was killed; they are dropped.
+        run_id: The W&B id stored in that checkpoint.
+
+    Raises:
+        UserError: W&B cannot be started.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        config_dict: Mapping[str, Any],
+        *,
+        rank: int,
+        steps: int,
+        start: int = 0,
+        run_id: str | None = None,
+    ):
+        self.run_id = run_id or secrets.token_hex(4)  # not from `random`, which belongs to the training
+        """The W&B id. Rank 0's goes into the checkpoint and comes back as `run_id` when the run resumes."""
+        self._active = rank == 0
+        if not self._active:
+            return
+        folder = Path(run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
+        for path in (self._metrics, self._samples):
+            _keep_until(path, start)
+        self._wandb = None if run.wandb == "disabled" else _start_wandb(run, config_dict, self.run_id)
+        self._bar = _Bar(steps, start)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of optimizer step `step` (the first is 1)."""
+        if not self._active:
+            return
+        _append(self._metrics, {"step": step, "time": time.time(), **figures})
+        if self._wandb:
+            # Not log(step=...): W&B throws away what is logged to an earlier step than its last, and after a kill
+            # the resumed run has fewer steps than W&B has seen.
+            self._wandb.log({"step": step, **figures})
+        self._bar.show(step, figures)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Write a table of samples, such as question, answer and what the model said, at step `step`."""
+        if not self._active:
+            return
+        rows = [list(row) for row in rows]
+        _append(self._samples, {"step": step, "name": name, "columns": list(columns), "rows": rows})
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({"step": step, name: wandb.Table(columns=list(columns), data=rows)})
+
+    def note(self, text: str) -> None:
+        """Print `text` above the bar."""
+        if self._active:
+            tqdm.write(text)
+
+    def close(self, *, failed: bool = False) -> None:
+        """End the bar and the W&B run."""
+        if not self._active:
+            return
+        self._active = False
+        self._bar.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.close(failed=kind is not None)
+
+
+def _append(path: Path, line: dict) -> None:
+    # Opened for each line: nothing is left in a buffer of ours when the process is killed.
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that was cut off; all at once or not at all."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) -> Any:
+    """A W&B run whose files lie under the run's folder.
+
+    A resumed run is a second piece with the same id: online W&B appends to it; offline it is a folder of its own and
+    ``wandb sync`` (0.31) uploads the pieces of one id in the order in which they began. W&B's own step counts lines,
+    so steps that a killed process had logged already would be thrown away or moved. All figures are therefore drawn
+    over a metric of ours, "step": a step that was trained twice is two points on the same spot.
+    """
+    import wandb
+
+    offline = run.wandb == "offline"
+    try:
+        started = wandb.init(
+            project=run.project,
+            dir=run.dir,
+            id=run_id,
+            resume="allow",
+            mode=run.wandb,
+            config=dict(config_dict),
+            # The bar would be recorded as thousands of lines of console output.
+            settings=wandb.Settings(console="off", silent=offline),
+        )
+    except Exception as error:
+        raise UserError(f"W&B did not start: {error}. Try run.wandb=offline, or run.wandb=disabled") from error
+    started.define_metric("step", hidden=True)
+    started.define_metric("*", step_metric="step")
+    return started
+
+
+class _Bar:
+    """A tqdm bar on a terminal; elsewhere the same text without the bar, as a line now and then."""
+
+    def __init__(self, steps: int, start: int):
+        self._steps, self._start = steps, start
+        self._began, self._last = time.monotonic(), -SECONDS_BETWEEN_LINES
+        self._bar = None
+        if sys.stderr.isatty():
+            # A terminal inside a container may claim to have no columns and rows; tqdm would show nothing at all.
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
+            self._bar = tqdm(total=steps, initial=start, unit="step", **width)
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        postfix = _postfix(figures)
+        if self._bar is not None:
+            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES and step < self._steps:
+            return
+        self._last = now
+        line = tqdm.format_meter(
+            step,
+            self._steps,
+            now - self._began,
+            initial=self._start,
+            unit="step",
+            postfix=postfix,
+            bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+_POSTFIX = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_s": "{:.0f} tok/s", "wait_share": "wait {:.0%}"}
+
+
+def _postfix(figures: Mapping[str, float]) -> str:
+    return ", ".join(text.format(figures[name]) for name, text in _POSTFIX.items() if name in figures)
