@@ -282,7 +282,20 @@ def load(
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
-    return OmegaConf.to_object(config)
+    return OmegaConf.to_object(_with_home(config))
+
+
+def _with_home(config: Any) -> Any:
+    """Put the home folder in place of a leading ``~/`` wherever a setting is a text."""
+    for key in list(config) if OmegaConf.is_dict(config) else range(len(config)):
+        if OmegaConf.is_missing(config, key):
+            continue
+        value = config[key]
+        if OmegaConf.is_config(value):
+            _with_home(value)
+        elif isinstance(value, str) and value.startswith("~/"):
+            config[key] = str(Path(value).expanduser())
+    return config
 
 
 def _first_lines(error: Exception) -> str:

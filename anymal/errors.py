@@ -27,7 +27,7 @@ class Quarantine:
     """Counts good and bad samples, logs the bad ones, and stops the run when there are too many.
 
     Args:
-        path: The JSON Lines file that each bad sample is appended to; None keeps no file.
+        path: The JSON Lines file that bad samples are appended to, each once, also over restarts; None keeps no file.
         max_in_a_row: The longest run of bad samples without a good one between; 0 allows none at all.
         max_share: The largest share of bad samples, judged once `grace` samples were seen; 0 allows none at all.
         grace: How many samples must have been seen before the share is judged.
@@ -36,6 +36,7 @@ class Quarantine:
     def __init__(self, path: Path | None, *, max_in_a_row: int, max_share: float, grace: int = 100):
         self.path, self.max_in_a_row, self.max_share, self.grace = path, max_in_a_row, max_share, grace
         self.good = self.bad = self.in_a_row = 0
+        self._listed = set() if path is None or not path.exists() else _listed(path)
 
     def accept(self) -> None:
         """Count one good sample."""
@@ -50,7 +51,8 @@ class Quarantine:
         """
         self.bad += 1
         self.in_a_row += 1
-        if self.path is not None:
+        if self.path is not None and (shard, key) not in self._listed:
+            self._listed.add((shard, key))
             with self.path.open("a") as log:
                 log.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
         seen = self.good + self.bad
@@ -64,3 +66,18 @@ class Quarantine:
                 f"The last one: {shard}, key {key!r}: {reason}. "
                 + (f"All are listed in {self.path}." if self.path else "")
             )
+
+
+def _listed(path: Path) -> set[tuple[str, str]]:
+    """The shard and key of every line. A last line that a crash tore is closed, so that the next does not join it."""
+    text, found = path.read_text(), set()
+    if text and not text.endswith("\n"):
+        with path.open("a") as log:
+            log.write("\n")
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            found.add((entry["shard"], entry["key"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # torn; at worst its sample is listed again
+    return found

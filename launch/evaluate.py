@@ -9,6 +9,7 @@ Writes evaluation.json, and the media that the predictions are about, to `out`; 
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_sets(config: EvaluateConfig) -> dict[str, list[Sample]]:
         quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
         data = DataConfig(shards=shards, workers=0)
         samples = samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=quarantine)
-        found[name] = [s for i, s in enumerate(samples) if not config.limit or i < config.limit]
+        found[name] = list(islice(samples, config.limit or None))
     return found
 
 

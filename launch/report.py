@@ -240,11 +240,12 @@ def _examples(run: Path, name: str, result: Mapping[str, Any]) -> str:
 def _card(run: Path, prediction: Mapping[str, Any]) -> str:
     from launch.report_media import medium_html
 
-    medium = '<p class="missing">This medium was not kept.</p>'
-    if prediction.get("media"):
-        path = run / prediction["media"]
+    shown = []
+    for name in prediction.get("media", []):
+        path = run / name
         if path.resolve().is_relative_to(run.resolve()):  # a page that is passed on holds nothing from elsewhere
-            medium = medium_html(path)
+            shown.append(medium_html(path))
+    medium = "".join(shown) or '<p class="missing">This medium was not kept.</p>'
     if is_right(prediction):
         mark = '<span class="mark right" title="right">✓ right</span>'
     else:

@@ -47,7 +47,7 @@ def test_surplus_media_are_refused_with_both_numbers(toy):
     batch = pack(tokens)
     features = model.encode(batch.media)
     features["eye"] = torch.cat([features["eye"], features["eye"][:1]])
-    with pytest.raises(ValueError, match="3 media of 3 embeddings for 2 placeholder runs of 6 positions.*a, b, c, d"):
+    with pytest.raises(ValueError, match=r"3 media of 3 embeddings for 2 placeholder runs of 6 positions.*a, b, c, d"):
         model.embed(batch, features)
 
 
@@ -124,7 +124,7 @@ def test_only_what_is_listed_is_trainable(tiny_llm):
     select_trainable(model, ["lora"])
     assert all("lora_" in name for name in trainable(model)) and len(trainable(model)) == 2 * 2 * 7
     assert not any(p.requires_grad for e in model.encoders.values() for p in e.parameters())
-    with pytest.raises(UserError, match="train lists 'lorra'; this model has projectors, projectors.eye"):
+    with pytest.raises(UserError, match=r"train lists 'lorra'; this model has projectors, projectors.eye"):
         select_trainable(model, ["lorra"])
 
 

@@ -49,7 +49,7 @@ def _predictions(suffix: str, right: str, wrong: str, count: int) -> list[dict]:
             "key": f"{i:05d}",
             "shard": "test-000000.tar",
             "member": suffix,
-            "media": f"media/{i}.{suffix}",
+            "media": [f"media/{i}.{suffix}"],
             "question": "What is it? Answer in a few words.",
             "answer": right,
             "choice": right if i % 3 else wrong,
@@ -126,7 +126,7 @@ def test_media_that_cannot_be_shown_do_not_stop_the_page(tmp_path):
         (tmp_path / "media" / name).write_bytes(content)
     (tmp_path.parent / "outside.jpg").write_bytes(b"secret")
     names = [f"media/{name}" for name in media] + ["media/missing.jpg", "../outside.jpg"]
-    predictions = [{"answer": "x", "said": "y", "media": name} for name in names]
+    predictions = [{"answer": "x", "said": "y", "media": [name]} for name in names]
     (tmp_path / "evaluation.json").write_text(json.dumps({"modalities": {"any": {"predictions": predictions}}}))
     page = write_report(tmp_path).read_text()
     assert page.count('class="card"') == len(names)

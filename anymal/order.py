@@ -1,0 +1,258 @@
+"""Which sample stands at which position, and bookmarks, which are positions. Reads nothing, knows no tar.
+
+The stream asks `Order` where the sample at position P lies. P counts over all datasets, ranks and epochs:
+
+    P ──cycle of ratios──▶ dataset, j ──▶ epoch j // N, i = j % N ──shuffle──▶ shard, sample in the shard
+
+Every step is closed-form, so nothing has to be read, buffered or replayed to know what stands at P. Rank r of R
+takes the positions ≡ r (mod R): what it has done is one integer, whatever the number of workers.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import lcm
+
+import numpy as np
+
+from anymal.errors import UserError
+
+VERSION = 1  # of the order and of the bookmarks: a change of either must refuse older bookmarks
+LONGEST_CYCLE = 10_000
+_CYCLE, _SHARDS, _SAMPLES = range(3)  # tells apart the random numbers of the three permutations
+
+
+@lru_cache(maxsize=64)
+def permutation(n: int, *key: int) -> np.ndarray:
+    """[n] int64, a permutation of 0..n-1 that depends on `key` alone.
+
+    Sorted raw output of PCG64, because numpy promises never to change that; it does not promise it for `permutation`,
+    and an upgrade in the middle of a run must not move samples.
+    """
+    found = np.random.PCG64(list(key)).random_raw(n).argsort(kind="stable")
+    found.flags.writeable = False
+    return found
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What `Order` knows of one dataset."""
+
+    name: str
+    """As the recipe calls it."""
+    shards: list[tuple[str, int]]
+    """File name and number of samples of each shard, in the order given."""
+    ratio: float = 1.0
+    """Its share of the positions, relative to the others'."""
+
+    def __post_init__(self):
+        self.per_shard = np.array([count for _, count in self.shards], dtype=np.int64)
+        self.total = int(self.per_shard.sum())
+        self._epoch = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
+
+    def epoch(self, epoch: int, seed: int, index: int, shuffled: bool) -> tuple[np.ndarray, np.ndarray]:
+        """[S] shards in the order in which this epoch takes them, and [S] how many samples lie before each one's end.
+
+        The last epoch asked for is kept: positions are asked for nearly in order.
+        """
+        if self._epoch[0] != epoch:
+            n = len(self.shards)
+            order = permutation(n, seed, _SHARDS, index, epoch) if shuffled else np.arange(n)
+            self._epoch = (epoch, order, self.per_shard[order].cumsum())
+        return self._epoch[1:]
+
+
+class Order:
+    """position → (dataset, shard, sample): a pure function of its arguments.
+
+    Args:
+        datasets: The datasets; each must hold samples.
+        seed: All permutations derive from it.
+        shuffle: Samples are permuted within consecutive windows of this many; 0 keeps shards and samples in order.
+
+    Raises:
+        UserError: A dataset is empty or its ratio is not positive, or seed or shuffle is negative.
+    """
+
+    def __init__(self, datasets: Sequence[Counts], *, seed: int, shuffle: int):
+        if seed < 0 or shuffle < 0:
+            raise UserError(f"run.seed is {seed} and data.shuffle is {shuffle}; neither can be negative")
+        for dataset in datasets:
+            if dataset.total == 0:
+                raise UserError(f"data: the {len(dataset.shards)} shards of dataset {dataset.name!r} hold no sample")
+            if not 0 < dataset.ratio < float("inf"):
+                raise UserError(f"data: the ratio of dataset {dataset.name!r} is {dataset.ratio}; it must be positive")
+        self.datasets, self.seed, self.shuffle = list(datasets), seed, shuffle
+        self.cycle = _slots([dataset.ratio for dataset in datasets])
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """The sample at `position`: index of the dataset, of its shard (as given), and of the sample in the shard."""
+        index, j = self._blend(position)
+        dataset = self.datasets[index]
+        epoch, i = divmod(j, dataset.total)
+        if self.shuffle:
+            window, inside = divmod(i, self.shuffle)
+            length = min(self.shuffle, dataset.total - window * self.shuffle)
+            place = permutation(length, self.seed, _SAMPLES, index, epoch, window)[inside]
+            i = window * self.shuffle + int(place)
+        shards, ends = dataset.epoch(epoch, self.seed, index, self.shuffle > 0)
+        nth = int(ends.searchsorted(i, side="right"))  # passes over empty shards
+        shard = int(shards[nth])
+        return index, shard, i - int(ends[nth] - dataset.per_shard[shard])
+
+    def _blend(self, position: int) -> tuple[int, int]:
+        """The dataset at a position, and how many earlier positions it has."""
+        if len(self.datasets) == 1:
+            return 0, position
+        cycle, slot = divmod(position, sum(self.cycle))
+        # Permuted anew in each cycle: in a fixed order, two ranks and two datasets of equal ratio would leave each
+        # rank with one of the datasets only.
+        dataset_of, before = _cycle(self.cycle, self.seed, cycle)
+        index = int(dataset_of[slot])
+        return index, cycle * self.cycle[index] + int(before[slot])
+
+    def identity(self) -> dict:
+        """What a bookmark's positions depend on, as plain JSON."""
+        datasets = {}
+        for dataset in self.datasets:
+            listed = "\n".join(f"{name}\t{count}" for name, count in dataset.shards)
+            digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:16]
+            described = {"samples": dataset.total, "shards": len(dataset.shards), "listing": digest}
+            datasets[dataset.name] = described | {"ratio": dataset.ratio}
+        return {"seed": self.seed, "shuffle": self.shuffle, "datasets": datasets}
+
+
+def _slots(ratios: Sequence[float]) -> tuple[int, ...]:
+    """How many positions of one cycle each dataset gets: exact if a cycle of at most LONGEST_CYCLE can be, else ±1."""
+    shares = [Fraction(str(ratio)) for ratio in ratios]
+    shares = [share / sum(shares) for share in shares]
+    length = lcm(*(share.denominator for share in shares))
+    if length > LONGEST_CYCLE:
+        length = LONGEST_CYCLE
+    slots = [int(share * length) for share in shares]
+    remainders = sorted(range(len(shares)), key=lambda d: slots[d] - shares[d] * length)
+    for d in remainders[: length - sum(slots)]:
+        slots[d] += 1
+    return tuple(max(1, count) for count in slots)  # however small its ratio, a dataset is not left out
+
+
+@lru_cache(maxsize=4)
+def _cycle(slots: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """[C] the dataset of each position of a cycle, and [C] how many positions before it in the cycle are its own."""
+    dataset_of = np.repeat(np.arange(len(slots)), slots)[permutation(sum(slots), seed, _CYCLE, cycle)]
+    before = np.empty_like(dataset_of)
+    for d, count in enumerate(slots):
+        before[dataset_of == d] = np.arange(count)
+    return dataset_of, before
+
+
+class Share:
+    """The positions that one rank takes, from a bookmark on.
+
+    Args:
+        order: The order that the positions refer to.
+        rank, world: Which of how many ranks.
+        bookmark: Where to go on, as `merge_bookmarks` gives it; None starts at the beginning.
+
+    Raises:
+        UserError: The bookmark is no merged bookmark, or belongs to other data, another seed, shuffle or ratio.
+    """
+
+    def __init__(self, order: Order, *, rank: int, world: int, bookmark: dict | None):
+        if not 0 <= rank < world:
+            raise UserError(f"rank {rank} is not one of {world}")
+        self.rank, self.world, self.identity = rank, world, order.identity()
+        start, done = 0, []
+        if bookmark is not None:
+            _check(bookmark, self.identity)
+            start, done = bookmark["next"], bookmark["done"]
+        self.position = start + (rank - start) % world
+        """The first position of this rank that is not done; those in `done` are passed over."""
+        self.done = sorted(p for p in done if p >= start and p % world == rank)
+
+    def positions(self) -> Iterator[int]:
+        """Endless, without moving `position`: the reading ahead that workers do is not progress."""
+        done, position = set(self.done), self.position
+        while True:
+            if position not in done:
+                yield position
+            position += self.world
+
+    def piece(self) -> dict:
+        """This rank's part of a bookmark, as plain JSON."""
+        ahead = self.done[bisect_left(self.done, self.position) :]
+        return {
+            "rank": self.rank,
+            "world": self.world,
+            "position": self.position,
+            "done": ahead,
+            "version": VERSION,
+            "data": self.identity,
+        }
+
+
+def merge_bookmarks(pieces: Sequence[dict]) -> dict:
+    """The ranks' pieces → a bookmark that does not depend on how many ranks there were.
+
+    Returns:
+        ``{"version", "data", "next", "done"}``: the first position that was not taken, and the positions beyond it
+        that were (ranks drift apart by the bad samples that each one met).
+
+    Raises:
+        UserError: The pieces are not those of all ranks of one run.
+    """
+    world = len(pieces)
+    pieces = sorted(pieces, key=lambda piece: piece["rank"])
+    if not pieces or [(p["rank"], p["world"]) for p in pieces] != [(r, world) for r in range(world)]:
+        found = ", ".join(f"{piece['rank']} of {piece['world']}" for piece in pieces) or "none"
+        raise UserError(f"a bookmark needs one piece from every rank of one run; found: {found}")
+    if any(piece["data"] != pieces[0]["data"] for piece in pieces):
+        raise UserError("the ranks read different data: they do not see the same shards, seed or ratios")
+    following = []
+    for piece in pieces:
+        position, done = piece["position"], set(piece["done"])
+        while position in done:
+            position += world
+        following.append(position)
+    first = min(following)
+    done = {p for piece in pieces for p in piece["done"] if p > first}
+    for rank, piece in enumerate(pieces):
+        done.update(range(first + (rank - first) % world, piece["position"], world))
+    return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": sorted(done)}
+
+
+def _check(bookmark: dict, identity: dict) -> None:
+    """Refuse a bookmark whose positions would mean other samples here, and say what differs."""
+    if "next" not in bookmark or bookmark.get("version") != VERSION:
+        raise UserError(
+            f"this is not a merged bookmark of version {VERSION} (see anymal.stream.merge_bookmarks): "
+            f"it holds {', '.join(bookmark) or 'nothing'}"
+        )
+    was = bookmark["data"]
+    changed = [
+        f"{name} was {was[setting]}, is {identity[setting]}"
+        for name, setting in (("run.seed", "seed"), ("data.shuffle", "shuffle"))
+        if was[setting] != identity[setting]
+    ]
+    for name in dict.fromkeys([*was["datasets"], *identity["datasets"]]):
+        before, now = was["datasets"].get(name), identity["datasets"].get(name)
+        if before is None or now is None:
+            changed.append(f"dataset {name!r} is {'gone' if now is None else 'new'}")
+            continue
+        if before["ratio"] != now["ratio"]:
+            changed.append(f"the ratio of dataset {name!r} was {before['ratio']}, is {now['ratio']}")
+        if before["listing"] != now["listing"]:
+            changed.append(
+                f"dataset {name!r} had {before['samples']} samples in {before['shards']} shards, "
+                f"now {now['samples']} in {now['shards']} (or other names, or another order)"
+            )
+    if not changed and list(was["datasets"]) != list(identity["datasets"]):
+        changed.append("the datasets are listed in another order")
+    if changed:
+        raise UserError(
+            f"the data changed since the bookmark was made, so its positions would mean other samples: "
+            f"{'; '.join(changed)}. Put it back, or start a new run from the trained weights (model.checkpoint)"
+        )

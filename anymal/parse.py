@@ -1,0 +1,125 @@
+"""The members of one tar sample → a `Sample`: a conversation, or a caption and what it describes.
+
+Called by the stream's workers between reading and decoding. Knows JSON and UTF-8, decodes no medium, unpickles nothing.
+"""
+
+import json
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from anymal.errors import BadSample
+from anymal.sample import TEXT, Message, Part, Sample
+
+ROLES = ("system", "user", "assistant")
+PICKLED = ("pickle", "pkl", "pyd", "pt", "pth")
+
+
+def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, str]) -> Sample:
+    """The members of one sample → a conversation whose media are still bytes.
+
+    With a ``json`` that has "messages" it is that conversation: each content is a string or a list of
+    ``{"type": "text", "text": ...}`` and ``{"type": MODALITY, "member": "0.jpg"}``; without "member", media are taken
+    in the members' order (2.jpg before 10.jpg). Otherwise ``txt`` is the caption of all the media.
+
+    Raises:
+        BadSample: No text, invalid JSON or UTF-8, an unknown type or role, or media and parts that do not match.
+    """
+    for member in members:
+        if member.rsplit(".", 1)[-1] in PICKLED:
+            raise BadSample(f"its member {member!r} looks like a pickle, which is never unpickled; remove it")
+    media = {modality: [] for modality in suffixes.values()}
+    for member in sorted(members, key=_natural):
+        fitting = [suffix for suffix in suffixes if f".{member}".endswith(f".{suffix}")]
+        if fitting:
+            media[suffixes[max(fitting, key=len)]].append(member)
+    try:
+        described = json.loads(members["json"]) if "json" in members else None
+    except ValueError as error:
+        raise BadSample(f"its json is not valid: {error}") from error
+    if isinstance(described, dict) and "messages" in described:
+        options = described.get("options") or []
+        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+            raise BadSample(f'its "options" are {_short(options)}; they must be a list of texts')
+        messages = _conversation(described["messages"], members, media)
+        return Sample(key=key, shard=shard, messages=messages, options=options)
+    return Sample(key=key, shard=shard, messages=_pair(members, media))
+
+
+def _natural(member: str) -> list[str | int]:
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", member))]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _pair(members: dict[str, bytes], media: dict[str, list[str]]) -> list[Message]:
+    if "txt" not in members:
+        raise BadSample(f'has no text: neither a txt nor a json with "messages"; it holds {", ".join(sorted(members))}')
+    try:
+        caption = members["txt"].decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its txt is not UTF-8: {error}") from error
+    if not caption:
+        raise BadSample("has no text: its txt is empty")
+    kind_of = {member: modality for modality, names in media.items() for member in names}
+    if not kind_of:
+        raise BadSample(f"has no medium of this run's modalities ({', '.join(media)}); it holds {', '.join(members)}")
+    names = sorted(kind_of, key=_natural)
+    parts = [Part(kind=kind_of[member], content=members[member], member=member) for member in names]
+    answer = Part(kind=TEXT, content=caption)
+    return [Message(role="user", parts=parts), Message(role="assistant", parts=[answer])]
+
+
+def _conversation(turns: Any, members: dict[str, bytes], media: dict[str, list[str]]) -> list[Message]:
+    """The messages, with each medium's bytes in its part, once it is certain that every medium has one place."""
+    if not isinstance(turns, list) or not turns:
+        raise BadSample(f'its "messages" are {_short(turns)}; they must be a list that is not empty')
+    messages = [_message(turn, [TEXT, *media]) for turn in turns]
+    parts = [part for message in messages for part in message.parts]
+    if not any(part.kind == TEXT and part.content.strip() for part in parts):
+        raise BadSample("has no text: no message says anything")
+    for modality, held in media.items():
+        mine = [part for part in parts if part.kind == modality]
+        named = {part.member for part in mine if part.member}
+        for name in sorted(named - set(held)):
+            near = f"; did you mean {near[0]}?" if (near := get_close_matches(name, held, 1)) else ""
+            raise BadSample(f"has no {modality} member {name!r}{near}")
+        unnamed = [part for part in mine if not part.member]
+        if len(named) + len(unnamed) != len(held):
+            raise BadSample(
+                f"its conversation refers to {len(named) + len(unnamed)} {modality} members, it holds {len(held)}"
+                + (f" ({', '.join(held)})" if held else "")
+            )
+        following = iter(name for name in held if name not in named)
+        for part in mine:
+            part.member = part.member or next(following)
+            part.content = members[part.member]
+    return messages
+
+
+def _message(turn: Any, kinds: list[str]) -> Message:
+    """One message; media have no content yet, only the member that they name, if they name one."""
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        raise BadSample(f'has the message {_short(turn)}; a message has "role" and "content"')
+    if turn["role"] not in ROLES:
+        raise BadSample(f"has the role {_short(turn['role'])}; roles are {', '.join(ROLES)}")
+    content = turn["content"]
+    if isinstance(content, str):
+        content = [{"type": TEXT, "text": content}]
+    if not isinstance(content, list):
+        raise BadSample(f"has the content {_short(content)}; a content is a text or a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in kinds:
+            near = get_close_matches(str(kind), kinds, 1)
+            hint = f"did you mean {near[0]}?" if near else f"this run's types are {', '.join(kinds)}"
+            raise BadSample(f"has the part {_short(part)} of unknown type; {hint}")
+        field = "text" if kind == TEXT else "member"
+        if part.keys() - {"type", field} or not isinstance(part.get(field, "" if kind != TEXT else None), str):
+            raise BadSample(f'has the part {_short(part)}; {kind} parts have "type" and the text "{field}"')
+        parts.append(Part(kind=kind, content=part.get("text"), member=part.get("member", "").lower()))
+    return Message(role=turn["role"], parts=parts)

@@ -1,0 +1,251 @@
+"""Tars: which there are, where each sample lies in them, and reading one sample by its place.
+
+The stream's first room: `expand` lists the shards, `index` finds the byte range of every sample without reading any
+data, `read` has webdataset take one range apart. Neither decodes nor unpickles anything, and no name is ever handed
+to a shell or a URL opener: the operating system opens it, or nothing does.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from anymal.errors import BadSample, UserError
+
+BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
+LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once
+VERSION = 1  # of the index files
+_OPEN_FILES = 32
+_PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
+_PACKED_DATA = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\x5d\x00\x00\x80|\xfd7zXZ|\x28\xb5\x2f\xfd", re.DOTALL)
+
+
+@dataclass(kw_only=True)
+class Index:
+    """Where the samples of one tar lie."""
+
+    path: str
+    """The tar."""
+    blocks: np.ndarray
+    """[n + 1] uint32: sample i takes the bytes from 512 * blocks[i] to 512 * blocks[i + 1]."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Samples that must not be used, and why: the last one of a tar that was cut, for example."""
+    problem: str = ""
+    """Why there is no sample at all."""
+
+    def __len__(self) -> int:
+        return len(self.blocks) - 1
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Offset and size in bytes of a sample."""
+        start, end = (BLOCK * int(block) for block in self.blocks[sample : sample + 2])
+        return start, end - start
+
+
+def expand(shards: Any) -> list[str]:
+    """The tars that a recipe's ``shards`` names: a path, a folder, a brace pattern, or a list of these.
+
+    Raises:
+        UserError: One does not exist, is compressed, is a URL or a command, is listed twice, or there is none.
+    """
+    items = list(shards) if isinstance(shards, list | tuple) else [] if shards is None else [shards]
+    paths = [path for item in items for path in _expand_one(os.fspath(item))]
+    if not paths:
+        raise UserError("data.shards names no shard; it takes a path, a folder, a brace pattern or a list of these")
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice:
+        raise UserError(f"{twice} is listed twice; to see data more often, give it a ratio in data.datasets")
+    return paths
+
+
+def _expand_one(name: str) -> list[str]:
+    path = os.path.expanduser(name)
+    if name.startswith("pipe:"):
+        raise UserError(f"{name}: commands in the place of shards are never run; write their output to a tar first")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        raise UserError(f"{name}: shards are read from local files only; download it first")
+    if os.path.isdir(path):
+        found = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        if not found:
+            packed = any(_PACKED.search(entry) for entry in os.listdir(path))
+            raise UserError(f"there is no .tar in {path}" + ("; decompress what is in there first" if packed else ""))
+        return found
+    if os.path.isfile(path):
+        if _PACKED.search(path):
+            raise UserError(f"{path} is compressed, so that no sample can be read by its place; decompress it first")
+        return [path]
+    try:
+        expanded = expand_urls(path)
+    except ValueError as error:
+        raise UserError(f"{name} is not a brace pattern: {error}") from error
+    if expanded == [path]:
+        raise UserError(f"there is no shard {path}")
+    return [found for item in expanded for found in _expand_one(item)]
+
+
+def index(path: str) -> Index:
+    """Where the samples of a tar lie: from its index file if that is newer than the tar, else by walking its headers.
+
+    The index file lies beside the tar, or in $ANYMAL_CACHE (~/.cache/anymal) where that folder cannot be written to.
+
+    Raises:
+        UserError: The tar cannot be opened. One that is no tar or is cut short is no error: see `Index.problem`
+            and `Index.bad`.
+    """
+    _forget(path)  # whoever asks for an index wants the file that is there now
+    try:
+        stat = os.stat(path)
+        stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
+        for place in _index_files(path):
+            found = _load(place, path, stamp)
+            if found is not None:
+                return found
+        made = _walk(path)
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    _save(made, stamp)
+    return made
+
+
+def _index_files(path: str) -> Iterator[str]:
+    yield f"{path}.index.json"
+    folder = os.environ.get("ANYMAL_CACHE") or os.path.expanduser("~/.cache/anymal")
+    digest = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
+    yield os.path.join(folder, "index", f"{digest}.json")
+
+
+def _load(place: str, path: str, stamp: list[int]) -> Index | None:
+    try:
+        known = json.loads(Path(place).read_bytes())
+        if known["stamp"] != stamp:
+            return None
+        bad = {int(sample): str(reason) for sample, reason in known["bad"].items()}
+        return Index(path=path, blocks=np.array(known["blocks"], np.uint32), bad=bad, problem=str(known["problem"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None  # missing, of another version, or damaged: it is made again
+
+
+def _save(made: Index, stamp: list[int]) -> None:
+    """Write the index file where that is possible; several processes may do it at once, so by renaming."""
+    known = {"stamp": stamp, "problem": made.problem, "bad": made.bad, "blocks": made.blocks.tolist()}
+    for place in _index_files(made.path):
+        temporary = None
+        try:
+            folder = os.path.dirname(place) or "."
+            os.makedirs(folder, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".tmp")
+            with open(handle, "w") as file:
+                json.dump(known, file, separators=(",", ":"))
+            os.chmod(temporary, 0o644)  # mkstemp's own mode would keep other users from sharing it
+            os.replace(temporary, place)
+            return
+        except OSError:
+            if temporary is not None:
+                os.unlink(temporary)
+
+
+def _walk(path: str) -> Index:
+    """Read every header of a tar, and none of its data."""
+    starts, bad, last, tar, damage = [], {}, None, None, ""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and tar.offset > member.offset:
+                    tar.members = []  # else the headers of the whole tar stay in memory
+                    key = _key(member)
+                    if key is not None and key != last:
+                        starts.append(member.offset)
+                        last = key
+                    if key is not None and member.issparse():
+                        bad[len(starts) - 1] = f"its member {member.name!r} is sparse: its real size is not bounded"
+        except Exception as error:  # headers are anyone's bytes: tarfile raises many kinds of errors over them
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: told to seek to nowhere
+                raise
+            damage = f" ({error})"
+        if tar is None:
+            packed = _PACKED_DATA.match(os.pread(file.fileno(), BLOCK, 0))
+            problem = "is compressed; decompress it" if packed else "is not a tar" + damage
+            return Index(path=path, blocks=np.zeros(1, np.uint32), problem=f"{problem}; it has {size:,} bytes")
+        end = min(tar.offset, size)
+        if damage or os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):
+            # webdataset would end here without a word, and a cut between two members would leave half a sample.
+            damage = f"the tar is cut or damaged at byte {end:,} of {size:,}{damage}, so this sample may lack members"
+            bad[len(starts) - 1] = damage
+    if not starts:
+        return Index(path=path, blocks=np.zeros(1, np.uint32), problem=damage or f"holds no sample in {size:,} bytes")
+    blocks = -(-np.array([*starts, end], np.int64) // BLOCK)
+    return Index(path=path, blocks=blocks.astype(np.uint32), bad=bad)
+
+
+def _key(member: tarfile.TarInfo) -> str | None:
+    """The key of the sample that a member belongs to; None if webdataset passes it over."""
+    name = member.name
+    if not member.isreg() or re.match(r"__[^/]*__($|/)", name):
+        return None
+    return base_plus_ext(name)[0]
+
+
+def read(path: str, offset: int, size: int) -> tuple[str, dict[str, bytes]]:
+    """One sample: its key, and the bytes of each member by its suffix (what follows the first dot, lower case).
+
+    Raises:
+        BadSample: These bytes are not one sample: cut, changed since the tar was indexed, or with a suffix twice.
+    """
+    if size > LARGEST_SAMPLE:
+        raise BadSample(f"takes {size:,} bytes; the largest that is read is {LARGEST_SAMPLE:,}")
+    data = _bytes(path, offset, size)
+    if _PACKED_DATA.match(data):
+        raise BadSample("its first member is named like compressed data, which webdataset would decompress")
+    try:
+        files = ({**file, "__url__": path} for file in tar_file_iterator(io.BytesIO(data)))
+        samples = list(group_by_keys(files))
+    except Exception as error:  # as in _walk
+        raise BadSample(f"does not read as members of a tar: {str(error.args[0]).split(' @ ')[0]}") from error
+    if len(samples) != 1:
+        raise BadSample(f"its place in the tar holds {len(samples)} samples; was the tar changed during the run?")
+    sample = samples[0]
+    key = sample.pop("__key__")
+    del sample["__url__"]
+    return key, sample
+
+
+def name_of(path: str, offset: int, size: int) -> str:
+    """The key of a sample that could not be read, as far as it can be told; else where it lies."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(_bytes(path, offset, min(size, 1 << 16))), mode="r:") as tar:
+            return base_plus_ext(tar.next().name)[0] or f"@{offset}"
+    except Exception:  # as in _walk; this only serves a message
+        return f"@{offset}"
+
+
+_files: OrderedDict[str, int] = (
+    OrderedDict()
+)  # path → descriptor, the latest last; pread makes it safe to share by fork
+
+
+def _bytes(path: str, offset: int, size: int) -> bytes:
+    if path not in _files:
+        while len(_files) >= _OPEN_FILES:
+            os.close(_files.popitem(last=False)[1])
+        _files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _files.move_to_end(path)
+    return os.pread(_files[path], size, offset)
+
+
+def _forget(path: str) -> None:
+    if path in _files:
+        os.close(_files.pop(path))

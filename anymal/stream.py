@@ -1,0 +1,325 @@
+"""Shards → samples → batches, endlessly, from any place, in an order that no number of workers can change.
+
+    order.py: position ──▶ place in a tar   (main process)
+    shards.py: place ──▶ members            (workers: no state, so how many there are changes nothing)
+    parse.py: members ──▶ Sample ──prepare──▶ Tokens   (workers)
+    here: Tokens ──▶ Batch with its bookmark   (main process)
+
+A bad sample travels like a good one, as a `Bad`; the main process logs it and takes the next. docs/stream.md says why
+it is done this way.
+"""
+
+import io
+import logging
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from anymal import shards
+from anymal.config import DataConfig, DatasetConfig
+from anymal.errors import BadSample, Quarantine, UserError
+from anymal.order import Counts, Order, Share, merge_bookmarks
+from anymal.parse import parse
+from anymal.sample import Batch, Sample, Tokens
+
+__all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once"]
+
+_CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """What a worker sends in place of a sample that cannot be used."""
+
+    shard: str
+    """The tar."""
+    key: str
+    """The sample's key, or its offset where not even that could be read."""
+    reason: str
+    """What was found and what is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """One sample to be read."""
+
+    position: int
+    """Its place in the order."""
+    dataset: int
+    """Index of its dataset."""
+    shard: int
+    """Index of the shard in the dataset."""
+    sample: int
+    """Index of the sample in the shard."""
+
+
+class Stream:
+    """Endless batches of one rank.
+
+    Iterating goes on where the last batch ended. `wait_seconds` adds up the time that the consumer waited for data,
+    `realised` the good samples of each dataset.
+
+    Args:
+        data: What is read, and how.
+        suffixes: Suffix of a shard member → modality, such as ``{"jpg": "image", "imu.npy": "imu"}``; the longest
+            that fits wins, and ``0.jpg`` fits ``jpg``.
+        prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
+            Whatever it raises makes the sample a bad one; a `UserError` stops the run.
+        collate: ``data.batch_size`` tokenised samples → a batch. Runs in the main process.
+        quarantine: Where bad samples are counted and named.
+        seed: The order of samples derives from it and the data alone.
+        rank, world: Which of how many processes this is; together they see every sample once an epoch.
+        bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
+
+    Raises:
+        UserError: A shard is missing, a dataset is empty, or the bookmark is one of other data.
+        BudgetExceeded: From here or from iterating: there are too many bad shards or samples.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        suffixes: dict[str, str],
+        prepare: Callable[[Sample], Tokens],
+        collate: Callable[[list[Tokens]], Batch],
+        quarantine: Quarantine,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        bookmark: dict | None = None,
+    ):
+        named = _datasets(data)
+        indexes = _index(named, quarantine, rank / world)
+        counts = []
+        for (name, dataset), tars in zip(named.items(), indexes, strict=True):
+            listed = [(Path(tar.path).name, len(tar)) for tar in tars]
+            counts.append(Counts(name=name, shards=listed, ratio=dataset.ratio))
+        self.data, self.quarantine, self.collate = data, quarantine, collate
+        self.order = Order(counts, seed=seed, shuffle=data.shuffle)
+        self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
+        self.reader = _Reader(indexes, suffixes, prepare)
+        self.wait_seconds = 0.0
+        self.realised = dict.fromkeys(named, 0)
+        self._total = sum(dataset.total for dataset in counts)
+
+    @property
+    def bookmark(self) -> dict:
+        """This rank's piece of a bookmark after the last batch (`merge_bookmarks` joins the pieces of all ranks)."""
+        return self.share.piece()
+
+    def __iter__(self) -> Iterator[Batch]:
+        names = list(self.realised)
+        tickets = (_ticket(position, self.order) for position in self.share.positions())
+        results = _load(self.reader, tickets, self.data)
+        while True:
+            started, good = time.perf_counter(), []
+            while len(good) < self.data.batch_size:
+                ticket, result = next(results)
+                if isinstance(result, Bad):
+                    self._reject(result)
+                    continue
+                self.quarantine.accept()
+                self.realised[names[ticket.dataset]] += 1
+                good.append(result)
+            batch = self.collate(good)
+            self.share.position = ticket.position + self.share.world
+            batch.bookmark = self.share.piece()
+            self.wait_seconds += time.perf_counter() - started
+            yield batch
+
+    def _reject(self, bad: Bad) -> None:
+        self.quarantine.reject(bad.shard, bad.key, bad.reason)
+        if self.quarantine.in_a_row > self._total:
+            raise UserError(
+                f"not one of the {self._total} samples is good. The last: {bad.shard}, {bad.key}: {bad.reason}"
+            )
+
+
+def samples_once(
+    data: DataConfig,
+    *,
+    suffixes: dict[str, str],
+    prepare: Callable[[Sample], Any],
+    quarantine: Quarantine,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Any]:
+    """One pass in stored order, dataset after dataset, for evaluation; ratios, shuffle and batch size play no part.
+
+    Yields:
+        What `prepare` makes of each good sample; rank r of R gets every R-th. Bad ones go to the quarantine.
+
+    Raises:
+        As `Stream`.
+    """
+    indexes = _index(_datasets(data), quarantine, rank / world)
+    if not any(len(tar) for tars in indexes for tar in tars):
+        raise UserError("data: the shards hold no sample")
+    places = ((d, s, i) for d, tars in enumerate(indexes) for s, tar in enumerate(tars) for i in range(len(tar)))
+    mine = islice(enumerate(places), rank, None, world)
+    tickets = (Ticket(position=p, dataset=d, shard=s, sample=i) for p, (d, s, i) in mine)
+    for _, result in _load(_Reader(indexes, suffixes, prepare), tickets, data):
+        if isinstance(result, Bad):
+            quarantine.reject(result.shard, result.key, result.reason)
+        else:
+            quarantine.accept()
+            yield result
+
+
+def _datasets(data: DataConfig) -> dict[str, DatasetConfig]:
+    if (data.shards is None) == (not data.datasets):
+        raise UserError("data takes either shards or datasets: give one of them")
+    return data.datasets or {"data": DatasetConfig(shards=data.shards)}
+
+
+def _index(named: dict[str, DatasetConfig], quarantine: Quarantine, start: float) -> list[list[shards.Index]]:
+    """The indexes of all datasets' shards; shards without any sample are named in the quarantine.
+
+    Each rank begins at another shard (`start` of 0..1), so that ranks without index files share the work of making
+    them: whoever comes second finds a file.
+    """
+    paths = [shards.expand(dataset.shards) for dataset in named.values()]
+    every = list(dict.fromkeys(path for listed in paths for path in listed))
+    first = int(start * len(every))
+    made, told = {}, time.monotonic()
+    for path in every[first:] + every[:first]:
+        made[path] = shards.index(path)
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            _log.info("indexed %d of %d shards", len(made), len(every))
+    for path in every:
+        if made[path].problem:
+            quarantine.reject(path, "", made[path].problem)
+    return [[made[path] for path in listed] for listed in paths]
+
+
+def _ticket(position: int, order: Order) -> Ticket:
+    dataset, shard, sample = order.locate(position)
+    return Ticket(position=position, dataset=dataset, shard=shard, sample=sample)
+
+
+# ---------------------------------------------------------------------------------------------------- the workers
+
+
+class _Reader:
+    """The map-style dataset that the workers hold: chunks of tickets → what each of them gives. It has no state."""
+
+    def __init__(self, indexes: list[list[shards.Index]], suffixes: dict[str, str], prepare: Callable[[Sample], Any]):
+        self.indexes, self.suffixes, self.prepare = indexes, suffixes, prepare
+
+    def __getitem__(self, tickets: list[Ticket]) -> Any:
+        found = [(ticket, self._one(ticket)) for ticket in tickets]
+        return found if get_worker_info() is None else _pack(found)
+
+    def _one(self, ticket: Ticket) -> Any:
+        """What `prepare` made of the sample, a `Bad`, or a `UserError` (returned: a loader garbles what is raised)."""
+        tar = self.indexes[ticket.dataset][ticket.shard]
+        place, key = tar.place(ticket.sample), None
+        try:
+            if ticket.sample in tar.bad:
+                raise BadSample(tar.bad[ticket.sample])
+            key, members = shards.read(tar.path, *place)
+            return self.prepare(parse(tar.path, key, members, self.suffixes))
+        except UserError as error:
+            return error
+        except BadSample as error:
+            reason = str(error)
+        except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+        return Bad(shard=tar.path, key=shards.name_of(tar.path, *place) if key is None else key, reason=reason)
+
+
+def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:
+    """Tickets → (ticket, result) in the same order, read by ``data.workers`` processes ahead of their use."""
+    tickets = iter(tickets)
+    size = max(1, min(_CHUNK, data.batch_size // max(1, data.workers)))
+    options = {}
+    if data.workers:
+        ahead = -(-data.batch_size // (data.workers * size))  # the next batch is read while this one is trained on
+        options = {"prefetch_factor": max(2, ahead), "multiprocessing_context": "fork", "timeout": data.timeout}
+        options |= {"worker_init_fn": _start_worker}
+    loader = DataLoader(
+        reader,
+        sampler=iter(lambda: list(islice(tickets, size)), []),
+        batch_size=None,
+        num_workers=data.workers,
+        collate_fn=_same,
+        generator=torch.Generator(),  # its own: else starting a loader would draw from torch's global generator
+        **options,
+    )
+    chunks = iter(loader)
+    while True:
+        try:
+            chunk = next(chunks, None)
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            if "timed out" in str(error):
+                why = f"nothing came within data.timeout = {data.timeout:g} s: a decoder hangs, or the storage is slow"
+            else:
+                why = f"a worker died, for want of memory or of /dev/shm, or in a decoder's own code ({error})"
+            raise UserError(f"{why}. data.workers=0 shows where") from error
+        if chunk is None:
+            return
+        for ticket, result in _unpack(*chunk) if data.workers else chunk:
+            if isinstance(result, UserError):
+                raise result
+            yield ticket, result
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a tokenizer do not survive the fork
+
+
+def _pack(value: Any) -> tuple[bytes, Tensor]:
+    """Any picklable value → its pickle without tensors, and [bytes] uint8: all tensors end to end.
+
+    A loader passes every tensor as a shared-memory file of its own; a batch of a thousand media would need a thousand
+    open files. Only our own workers write what `_unpack` reads.
+    """
+    tensors: list[Tensor] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> tuple | None:
+            if not isinstance(item, Tensor):
+                return None
+            tensors.append(item.detach().contiguous().reshape(-1).view(torch.uint8))
+            start = sum(-(-len(tensor) // 16) * 16 for tensor in tensors[:-1])  # aligned for every dtype
+            return start, len(tensors[-1]), item.dtype, tuple(item.shape)
+
+    written = io.BytesIO()
+    Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    flat = torch.empty(sum(-(-len(tensor) // 16) * 16 for tensor in tensors), dtype=torch.uint8)
+    start = 0
+    for tensor in tensors:
+        flat[start : start + len(tensor)] = tensor
+        start += -(-len(tensor) // 16) * 16
+    return written.getvalue(), flat
+
+
+def _unpack(written: bytes, flat: Tensor) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, saved: tuple) -> Tensor:
+            start, length, dtype, shape = saved
+            return flat[start : start + length].view(dtype).reshape(shape)
+
+    return Unpickler(io.BytesIO(written)).load()

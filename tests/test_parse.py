@@ -1,0 +1,106 @@
+"""Members of one tar sample → a conversation, or the reason why not."""
+
+import json
+
+import pytest
+
+from anymal.errors import BadSample
+from anymal.parse import parse
+
+SUFFIXES = {"jpg": "image", "png": "image", "npy": "array", "imu.npy": "imu"}
+
+
+def conversation(*messages, **more) -> bytes:
+    return json.dumps({"messages": list(messages), **more}).encode()
+
+
+def user(*parts) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def of(members: dict) -> list:
+    sample = parse("a.tar", "k", members, SUFFIXES)
+    assert (sample.shard, sample.key) == ("a.tar", "k")
+    return [(message.role, [(part.kind, part.content) for part in message.parts]) for message in sample.messages]
+
+
+ANSWER = {"role": "assistant", "content": "yes"}
+IMAGE = {"type": "image"}
+
+
+def test_pairs():
+    image = {"jpg": b"1", "txt": "  a naïve cat\n".encode()}
+    assert of(image) == [("user", [("image", b"1")]), ("assistant", [("text", "a naïve cat")])]
+    metadata = {"json": b'{"url": "x", "width": 3}', "cls": b"4"}  # as img2dataset writes it
+    assert of(image | metadata) == of(image)
+    many = {"10.jpg": b"10", "imu.npy": b"i", "2.png": b"2", "txt": b"x", "a.npy": b"a"}
+    assert of(many)[0] == ("user", [("image", b"2"), ("image", b"10"), ("array", b"a"), ("imu", b"i")])
+
+
+def test_conversations():
+    text = {"type": "text", "text": "which?"}
+    members = {"10.jpg": b"10", "2.jpg": b"2", "imu.npy": b"i", "txt": b"not used"}
+    turns = [
+        {"role": "system", "content": "be brief"},
+        user(IMAGE, text, {"type": "imu", "member": "IMU.npy"}, IMAGE),
+        ANSWER,
+    ]
+    assert of(members | {"json": conversation(*turns)}) == [
+        ("system", [("text", "be brief")]),
+        ("user", [("image", b"2"), ("text", "which?"), ("imu", b"i"), ("image", b"10")]),
+        ("assistant", [("text", "yes")]),
+    ]
+    turns[1] = user({"type": "imu"}, IMAGE, {"type": "image", "member": "2.jpg"})  # IMAGE is the one that is left
+    assert of(members | {"json": conversation(*turns)})[1][1] == [("imu", b"i"), ("image", b"10"), ("image", b"2")]
+    assert of({"json": conversation(user(text), ANSWER)})[0] == ("user", [("text", "which?")])
+    closed = parse("a.tar", "k", {"json": conversation(user(text), ANSWER, options=["yes", "no"])}, SUFFIXES)
+    assert closed.options == ["yes", "no"]
+    assert closed.answer() == "yes"
+
+
+@pytest.mark.parametrize(
+    "members, says",
+    [
+        ({"jpg": b""}, "has no text: neither a txt nor a json"),
+        ({"jpg": b"", "json": b'{"caption": "x"}'}, "has no text: neither"),
+        ({"jpg": b"", "txt": b" \n"}, "its txt is empty"),
+        ({"jpg": b"", "txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"jpg": b"", "txt": b"x", "json": b"{"}, "its json is not valid"),
+        ({"jpg": b"", "json": b"\xff"}, "its json is not valid"),
+        ({"txt": b"x", "mp4": b""}, "no medium of this run's modalities (image, array, imu); it holds txt, mp4"),
+        ({"jpg": b"", "txt": b"x", "pth": b""}, "'pth' looks like a pickle, which is never unpickled"),
+        ({"jpg": b"", "txt": b"x", "0.pyd": b""}, "never unpickled"),
+        ({"json": b'{"messages": []}'}, "not empty"),
+        ({"json": b'{"messages": {}}'}, "must be a list"),
+        ({"json": conversation("hello")}, '"role" and "content"'),
+        ({"json": conversation({"role": "human", "content": "x"})}, "system, user, assistant"),
+        ({"json": conversation({"role": "user", "content": 3})}, "has the content 3"),
+        ({"json": conversation(user({"type": "text"}))}, 'has the part {"type": "text"}'),
+        ({"json": conversation(user({"type": "imag"}))}, "did you mean image?"),
+        ({"json": conversation(user({"type": []}))}, "unknown type"),
+        ({"json": conversation(user("hello"))}, "unknown type"),
+        ({"json": conversation(user({"type": "image", "url": "http://x"}))}, "http://x"),
+        ({"json": conversation(user({"type": "image", "member": 0}))}, '"member"'),
+        ({"json": conversation(user({"type": "text", "text": " "}))}, "no message says anything"),
+        ({"json": conversation(ANSWER, options=[1])}, "must be a list of texts"),
+        ({"json": conversation(user(IMAGE), ANSWER)}, "refers to 1 image members, it holds 0"),
+        (
+            {"json": conversation(user(IMAGE), ANSWER), "0.jpg": b"", "1.png": b""},
+            "refers to 1 image members, it holds 2",
+        ),
+        ({"json": conversation(user(IMAGE, IMAGE), ANSWER), "jpg": b""}, "refers to 2 image members, it holds 1 (jpg)"),
+        ({"json": conversation(ANSWER), "imu.npy": b""}, "refers to 0 imu members, it holds 1 (imu.npy)"),
+        (
+            {"json": conversation(user({"type": "image", "member": "1.jpg"}), ANSWER), "0.jpg": b""},
+            "has no image member '1.jpg'; did you mean 0.jpg?",
+        ),
+        (
+            {"json": conversation(user({"type": "image", "member": "imu.npy"}), ANSWER), "imu.npy": b""},
+            "has no image member 'imu.npy'",
+        ),
+    ],
+)
+def test_bad_samples(members, says):
+    with pytest.raises(BadSample) as error:
+        of(members)
+    assert says in str(error.value)

@@ -1,0 +1,275 @@
+"""Shards: which there are, where their samples lie, and what is done about tars that are cut, empty or hostile."""
+
+import gzip
+import io
+import json
+import os
+import random
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from anymal import shards
+from anymal.errors import BadSample, UserError
+
+
+def write(path: Path, samples: list[dict]) -> Path:
+    with webdataset.TarWriter(str(path)) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return path
+
+
+def pairs(n: int, size: int = 700) -> list[dict]:
+    """Samples whose bytes are told apart."""
+    return [{"__key__": f"s{i:04d}", "bin": bytes([i % 256]) * (size + i), "txt": f"caption {i}"} for i in range(n)]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def read_all(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    index = shards.index(str(path))
+    return [shards.read(str(path), *index.place(i)) for i in range(len(index))]
+
+
+def as_webdataset_reads(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    raw = webdataset.WebDataset(str(path), shardshuffle=False)
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in raw]
+
+
+def test_expand(tmp_path):
+    for name in ("b.tar", "a.tar", "c.txt"):
+        (tmp_path / name).touch()
+    a, b = str(tmp_path / "a.tar"), str(tmp_path / "b.tar")
+    assert shards.expand(str(tmp_path)) == [a, b]
+    assert shards.expand(a) == [a]
+    assert shards.expand(tmp_path / "a.tar") == [a]
+    assert shards.expand(f"{tmp_path}/{{b,a}}.tar") == [b, a]
+    assert shards.expand([b, f"{tmp_path}/{{a..a}}.tar"]) == [b, a]
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("pipe:touch {tmp}/ran", "never run"),
+        ("{tmp}/a.tar::pipe:touch {tmp}/ran", "never run"),
+        ("https://host/a.tar", "download it first"),
+        ("s3://bucket/{{000..002}}.tar", "download it first"),
+        ("{tmp}/none.tar", "there is no shard {tmp}/none.tar"),
+        ("{tmp}/{{a,none}}.tar", "there is no shard {tmp}/none.tar"),
+        ("{tmp}/packed.tar.gz", "decompress it first"),
+        ("{tmp}/packed", "decompress what is in there"),
+        (["{tmp}/a.tar", "{tmp}"], "listed twice"),
+        ([], "names no shard"),
+        (None, "names no shard"),
+    ],
+)
+def test_expand_refuses(tmp_path, name, says):
+    (tmp_path / "packed").mkdir()
+    for file in ("a.tar", "packed.tar.gz", "packed/x.tar.gz"):
+        (tmp_path / file).touch()
+    asked = [item.format(tmp=tmp_path) for item in name] if isinstance(name, list) else name
+    with pytest.raises(UserError) as error:
+        shards.expand(asked.format(tmp=tmp_path) if isinstance(asked, str) else asked)
+    assert says.format(tmp=tmp_path) in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_samples_are_those_that_webdataset_reads(tmp_path):
+    path = write(tmp_path / "a.tar", pairs(50))
+    assert read_all(path) == as_webdataset_reads(path)
+    assert len(read_all(path)) == 50
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_odd_members(tmp_path, form):
+    """Folders, long names, members without a suffix, metadata, links, capitals: as webdataset has them."""
+    path = tmp_path / "a.tar"
+    long = "d/" * 60 + "n" * 120
+    with tarfile.open(path, "w", format=form) as tar:
+        add(tar, "README", b"no suffix")
+        add(tar, "__meta__", b"{}")
+        add(tar, "__meta__/a.txt", b"{}")
+        add(tar, "d", kind=tarfile.DIRTYPE)
+        add(tar, "d/a.0.JPG", b"1")
+        add(tar, "d/README", b"between")
+        add(tar, "d/a.txt", b"2")
+        add(tar, f"{long}.txt", b"3")
+        add(tar, f"{long}.jpg", b"4" * 2000)
+        add(tar, "link.txt", kind=tarfile.SYMTYPE)
+        add(tar, "naïve.txt", "é".encode())
+        add(tar, "d/a.txt", b"the same key later is another sample")
+    found = read_all(path)
+    assert found == as_webdataset_reads(path)
+    assert [key for key, _ in found] == ["d/a", long, "naïve", "d/a"]
+    assert set(found[0][1]) == {"0.jpg", "txt"}
+
+
+def test_index_file_is_used_until_the_tar_changes(tmp_path):
+    path = write(tmp_path / "a.tar", pairs(4))
+    first = shards.index(str(path))
+    beside = Path(f"{path}.index.json")
+    known = json.loads(beside.read_text())
+    assert known["blocks"] == first.blocks.tolist()
+    known["problem"] = "seen"  # shows that the file is read
+    beside.write_text(json.dumps(known))
+    assert shards.index(str(path)).problem == "seen"
+    for damaged in ("", "[1]", "{", json.dumps(known | {"blocks": [-1]}), json.dumps(known | {"stamp": [0]})):
+        beside.write_text(damaged)
+        assert shards.index(str(path)).blocks.tolist() == first.blocks.tolist()
+
+    shards.read(str(path), *first.place(0))  # opens the old file
+    write(path, pairs(9, size=100))
+    assert len(shards.index(str(path))) == 9
+    assert read_all(path) == as_webdataset_reads(path)
+
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # same size, another time: walked again
+    assert len(shards.index(str(path))) == 9
+    assert json.loads(beside.read_text())["stamp"][2] == stat.st_mtime_ns + 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.index.json"]
+
+
+def test_read_only_folder_uses_the_cache(monkeypatch):
+    """As another user when the tests run as root, for whom no folder is read-only."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, cache = Path(folder, "data"), Path(folder, "cache")
+        for made in (data, cache):
+            made.mkdir()
+        path = write(data / "a.tar", pairs(3))
+        os.chmod(folder, 0o755)
+        os.chmod(cache, 0o777)
+        os.chmod(data, 0o555)
+        monkeypatch.setenv("ANYMAL_CACHE", str(cache))
+        was_root = os.geteuid() == 0
+        try:
+            if was_root:
+                os.seteuid(65534)
+            assert len(shards.index(str(path))) == 3
+            (cached,) = (cache / "index").iterdir()
+            cached.write_text(cached.read_text().replace('"problem":""', '"problem":"seen"'))
+            assert shards.index(str(path)).problem == "seen"
+        finally:
+            if was_root:
+                os.seteuid(0)
+            os.chmod(data, 0o755)
+        assert [p.name for p in data.iterdir()] == ["a.tar"]
+
+
+def test_nowhere_to_write_is_no_error(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", pairs(3))
+    Path(f"{path}.index.json").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path / "file"))
+    assert len(shards.index(str(path))) == 3
+    assert not list(tmp_path.glob(".index-*"))
+
+
+def test_a_tar_cut_anywhere_gives_whole_samples_or_named_bad_ones(tmp_path):
+    whole = write(tmp_path / "whole.tar", pairs(4))
+    data, samples = whole.read_bytes(), dict(read_all(whole))
+    end = max(shards.index(str(whole)).blocks) * 512
+    for cut in [*range(256, end + 512, 256), 1, 511]:
+        path = tmp_path / "cut.tar"
+        path.write_bytes(data[:cut])
+        index = shards.index(str(path))
+        path.with_name("cut.tar.index.json").unlink()
+        if cut < end + 512:
+            assert index.bad.keys() == {len(index) - 1} if len(index) else index.problem, cut
+        else:
+            assert not index.bad
+        for i in range(len(index)):
+            key = f"s{i:04d}"
+            assert shards.name_of(str(path), *index.place(i)) == key
+            if i not in index.bad:
+                assert shards.read(str(path), *index.place(i)) == (key, samples[key])
+    path.write_bytes(data[: end - 510])
+    index = shards.index(str(path))
+    with pytest.raises(BadSample, match="does not read"):
+        shards.read(str(path), *index.place(len(index) - 1))
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (b"", "is not a tar"),
+        (b"some text\n" * 200, "is not a tar"),
+        (b"x", "is not a tar"),
+        (gzip.compress(b"x" * 5000), "is compressed"),
+        (bytes(10240), "holds no sample"),
+    ],
+)
+def test_files_that_are_no_tars(tmp_path, data, says):
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    index = shards.index(str(path))
+    assert len(index) == 0
+    assert says in index.problem
+    assert shards.index(str(path)).problem == index.problem  # also from the index file
+
+
+def test_a_tar_that_cannot_be_opened_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        shards.index(str(tmp_path / "none.tar"))
+
+
+def test_sparse_and_compressed_members_are_not_expanded(tmp_path):
+    """A few bytes of header could else make a worker allocate terabytes."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("sparse.bin")
+        info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,1"}
+        info.pax_headers |= {"GNU.sparse.size": str(1 << 50), "GNU.sparse.name": "sparse.bin"}
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+        add(tar, "BZh91AY&SY.txt", b"x")
+    index = shards.index(str(path))
+    assert len(index) == 2
+    assert "sparse" in index.bad[0]
+    with pytest.raises(BadSample, match="named like compressed data"):
+        shards.read(str(path), *index.place(1))
+
+
+def test_suffix_twice_and_too_large(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.txt", b"1")
+        add(tar, "a.TXT", b"2")
+    with pytest.raises(BadSample, match="duplicate"):
+        shards.read(str(path), *shards.index(str(path)).place(0))
+    with pytest.raises(BadSample, match="largest"):
+        shards.read(str(path), 0, shards.LARGEST_SAMPLE + 1)
+
+
+def test_damaged_bytes_raise_nothing_but_bad_samples(tmp_path):
+    data = write(tmp_path / "whole.tar", pairs(6, size=100)).read_bytes()
+    path = tmp_path / "damaged.tar"
+    rng = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 4, 40])):
+            damaged[rng.randrange(len(data))] = rng.choice([0, 0x80, 0xFF, ord("9"), rng.randrange(256)])
+        path.write_bytes(damaged)
+        index = shards.index(str(path))
+        path.with_name("damaged.tar.index.json").unlink()
+        for i in range(len(index)):
+            shards.name_of(str(path), *index.place(i))
+            try:
+                shards.read(str(path), *index.place(i))
+            except BadSample:
+                continue
+
+
+def test_many_files_do_not_stay_open(tmp_path):
+    paths = [write(tmp_path / f"{i:02d}.tar", pairs(1)) for i in range(40)]
+    before = len(os.listdir("/proc/self/fd"))
+    for path in paths * 2:
+        assert len(read_all(path)) == 1
+    assert len(os.listdir("/proc/self/fd")) <= before + 32
