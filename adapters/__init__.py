@@ -1,0 +1,76 @@
+"""The modalities: one file each, and one line each in `MODALITIES`. Between the stream and the model.
+
+`build_adapters` turns the part of a recipe under ``model.modalities`` into `anymal.modality.Adapter`s, each with its
+decoding (used by the stream's workers), its frozen encoder and its trained projector (both used by the model).
+
+The files import torch and the standard library only; decord, av, soundfile, torchaudio and transformers are imported
+by the functions that use them, so that listing a modality costs nothing to those who do not use it.
+"""
+
+import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
+import difflib
+from collections.abc import Mapping
+
+from adapters import audio, image, imu, video
+from adapters.projectors import PROJECTORS, build_projector
+from anymal.config import ModalityConfig, describe, options
+from anymal.errors import UserError
+from anymal.modality import Adapter, Modality
+
+__all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options"]
+
+MODALITIES: dict[str, Modality] = {
+    modality.name: modality
+    for modality in (
+        image.MODALITY,
+        video.MODALITY,
+        audio.MODALITY,
+        imu.MODALITY,
+    )
+}
+"""Every modality by name."""
+
+
+def build_adapters(
+    modalities: Mapping[str, ModalityConfig], llm_width: int, embedding_std: float = 1.0
+) -> dict[str, Adapter]:
+    """Load each encoder and put a fresh projector behind it.
+
+    Args:
+        modalities: ``model.modalities`` of a recipe.
+        llm_width: D, the width of the LLM's token embeddings.
+        embedding_std: Standard deviation of the elements of the LLM's token embedding table; projected embeddings
+            start at about this scale (see `adapters.projectors`).
+
+    Returns:
+        Adapters by modality, in the recipe's order; on the CPU, in fp32, encoders in eval mode without gradients.
+
+    Raises:
+        UserError: An unknown modality, option or projector, or an encoder that cannot be loaded.
+    """
+    adapters = {}
+    for name, config in modalities.items():
+        where = f"model.modalities.{name}"
+        modality = _find(name)
+        encoder = modality.load(config.encoder, options(modality.options, dict(config.options), f"{where}.options"))
+        projector = build_projector(config.projector, encoder.width, encoder.tokens, llm_width, scale=embedding_std)
+        adapters[name] = Adapter(modality, encoder, projector)
+    return adapters
+
+
+def describe_options() -> list[str]:
+    """Lines of ``--help``: the decoding options of each modality."""
+    lines = []
+    for name, modality in MODALITIES.items():
+        endings = ", ".join(f".{suffix}" for suffix in modality.suffixes)
+        lines += ["", f"Options of {name} (shard members ending in {endings}):"]
+        lines += describe(modality.options, f"model.modalities.{name}.options.")
+    return lines
+
+
+def _find(name: str) -> Modality:
+    if name in MODALITIES:
+        return MODALITIES[name]
+    near = difflib.get_close_matches(name, MODALITIES, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(MODALITIES)}"
+    raise UserError(f"model.modalities.{name}: there is no such modality; {hint}")

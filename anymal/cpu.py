@@ -1,4 +1,4 @@
-"""What a machine without a GPU needs before the heavy libraries can be imported.
+"""What a machine without a GPU needs before the heavy libraries are imported.
 
 torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
 ``import torchaudio`` fails, and with it ``import transformers``. Everything that we use of it (resampling, mel and
@@ -6,6 +6,7 @@ Kaldi filter banks) is pure torch, so the extension alone is replaced, in this p
 """
 
 import importlib.metadata
+import os
 import sys
 import types
 
@@ -31,3 +32,13 @@ def make_torchaudio_importable() -> bool:
     extension.fail_if_no_align = lambda function: function
     sys.modules.setdefault("torchaudio._extension", extension)
     return True
+
+
+def make_threads_yield() -> None:
+    """Let OpenMP's threads sleep while they wait for one another, unless the environment says otherwise.
+
+    By default they spin. As soon as anything else wants a core (loader workers do), each of a step's thousands of
+    barriers then waits out a scheduler's time slice: a training step on two cores, one of them busy, took 5 to 20 s
+    spinning and 0.9 s sleeping (docs/log.md). OpenMP reads this once, when torch is first imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -161,21 +161,21 @@ def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
     """Put back what `full_moments` returned after `step` optimizer steps, for whatever world size and ZeRO stage."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    sharded = engine.zero_optimization()
-    inner = engine.optimizer.optimizer if sharded else engine.optimizer
-    for group in inner.param_groups:
-        for parameter in group["params"]:  # under ZeRO: this rank's flat partition
-            state = inner.state[parameter]
-            for key in MOMENTS:
-                state.setdefault(key, torch.zeros_like(parameter))
-            state["step"] = torch.tensor(float(step))
-    if engine.zero_optimization_stage() in (1, 2):
+    stage = engine.zero_optimization_stage()
+    inner = engine.optimizer.optimizer if stage else engine.optimizer
+    if stage == 3:  # its groups are empty but for the moment of a step
+        pieces = engine.optimizer.fp32_partitioned_groups_flat
+    else:  # under stages 1 and 2 this rank's flat partition, under 0 the parameters themselves
+        pieces = [piece for group in inner.param_groups for piece in group["params"]]
+    for piece in pieces:
+        inner.state[piece] = {key: torch.zeros_like(piece) for key in MOMENTS} | {"step": torch.tensor(float(step))}
+    if stage in (1, 2):
         # Stages 1 and 2 find a parameter's piece of the flat state only once linked, which the first step would do.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in trainable(engine.module).items():
         for key in MOMENTS:
             value = moments[f"{name}.{key}"].to(engine.device)
-            if sharded:
+            if stage:
                 safe_set_full_optimizer_state(parameter, value, key)
             else:
                 inner.state[parameter][key].copy_(value)

@@ -1,0 +1,223 @@
+"""Audio: a sound file's bytes → what the encoder's feature extractor makes of it → features of a frozen encoder.
+
+CLAP's audio tower, AST, and Whisper's encoder through transformers, each with its own feature extractor. soundfile
+decodes wav, flac, ogg, opus and mp3; torchaudio resamples to the encoder's rate.
+
+    N clips   tokens features of a clip   width channels of a feature
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.pretrained import call, license_of, load_config, load_network
+from adapters.signals import crop_centre, resample
+from anymal.errors import BadSample, UserError
+from anymal.modality import Modality
+
+FAMILIES = {"clap": "audio_model", "audio-spectrogram-transformer": "", "whisper": "encoder"}
+"""transformers' model types that are understood, and the part of the model that encodes audio (the whole, if empty)."""
+FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+"""soundfile's names of what is decoded; of the many others that it knows, none is in use on the web."""
+MIN_SECONDS = 0.1
+"""A shorter sound is a bad sample: it has no more than a few frames of a spectrogram."""
+MAX_CHANNELS = 16
+RATES = (1000, 400_000)
+WHISPER_POSITIONS = 50
+"""Features of Whisper for one second: frames of 10 ms, halved by a convolution."""
+
+
+@dataclass(kw_only=True)
+class AudioOptions:
+    """How sounds are decoded and encoded."""
+
+    seconds: float = 0.0
+    """Length of a clip: a longer sound is cropped to its middle. 0 takes the encoder's own (Whisper 30, CLAP and AST
+    10 s), which is also the most. Shorter clips are filled up by the encoder's feature extractor, as it was trained
+    (Whisper and AST with silence, CLAP by repeating). Whisper's encoder is shortened to it, so it gives 50 features a
+    second; the others give as many for any length."""
+    max_seconds: float = 600.0
+    """A longer sound is a bad sample. Judged by its header, before it is decoded."""
+
+
+def read_sound(data: bytes, max_seconds: float) -> tuple[Tensor, int]:
+    """Decode a sound file.
+
+    Returns:
+        [samples] float32, the mean of its channels, and its rate in Hz.
+
+    Raises:
+        BadSample: Not a sound file, cut off (as far as its headers tell), empty, not finite, or beyond the bounds.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            frames, rate, channels = file.frames, file.samplerate, file.channels
+            if file.format not in FORMATS:
+                raise BadSample(f"a sound in the format {file.format}; wanted is wav, flac, ogg, opus or mp3")
+            if not RATES[0] <= rate <= RATES[1] or channels > MAX_CHANNELS:
+                raise BadSample(
+                    f"{channels} channels at {rate} Hz; wanted are 1 to {MAX_CHANNELS} at {RATES[0]} to {RATES[1]} Hz"
+                )
+            if frames > max_seconds * rate:
+                raise BadSample(f"a sound of {frames / rate:.0f} s; at most {max_seconds:g} s are wanted (max_seconds)")
+            samples = file.read(int(max_seconds * rate), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
+        raise BadSample(
+            f"{len(data)} bytes that begin with {data[:12]!r} do not decode as wav, flac, ogg, opus or mp3: "
+            f"{getattr(error, 'error_string', error)}"
+        ) from error
+    cut = _cut_off(data)
+    if cut or len(samples) < 0.95 * frames:  # an mp3's length may be an estimate
+        raise BadSample(f"the sound is cut off: {cut or f'{len(samples)} of {frames} samples are there'}")
+    if len(samples) < MIN_SECONDS * rate:
+        raise BadSample(f"a sound of {len(samples)} samples at {rate} Hz; wanted are at least {MIN_SECONDS} s")
+    sound = torch.from_numpy(samples).mean(1)
+    if not torch.isfinite(sound).all():
+        raise BadSample("the sound holds NaN or infinite samples")
+    return sound, rate
+
+
+def _cut_off(data: bytes) -> str:
+    """Why a wav or Ogg file is cut off, or an empty string. libsndfile reads what is left of these without an error."""
+    if data[:4] == b"RIFF":
+        promised = struct.unpack_from("<I", data, 4)[0] + 8
+        # a program that writes into a pipe cannot go back to put the size in, and leaves all ones or zero
+        if len(data) < promised < 0xFFFFFFFF:
+            return f"{len(data)} of {promised} bytes are there"
+    if data[:4] == b"OggS":
+        page = data.rfind(b"OggS")
+        lacing = data[page + 27 : page + 27 + data[page + 26]] if page + 27 <= len(data) else b""
+        if page + 27 > len(data) or len(lacing) < data[page + 26] or page + 27 + len(lacing) + sum(lacing) > len(data):
+            return "its last page is not whole"
+        if not data[page + 5] & 4:
+            return "its last page is not marked as the last"
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioDecoder:
+    """bytes → the feature extractor's spectrogram of one clip, float32."""
+
+    extractor: Any
+    """The encoder's feature extractor."""
+    field: str
+    """Which of its outputs the encoder takes."""
+    seconds: float
+    """Length of a clip."""
+    max_seconds: float
+    """As in `AudioOptions`."""
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Raises `BadSample`."""
+        sound, rate = read_sound(data, self.max_seconds)
+        # cropped here, since CLAP's extractor crops at random places, drawn from global state
+        clip = crop_centre(resample(sound, rate, self.extractor.sampling_rate), self.samples)
+        return self.prepare(clip)
+
+    @property
+    def samples(self) -> int:
+        """Samples of a clip at the encoder's rate."""
+        return int(self.seconds * self.extractor.sampling_rate)
+
+    def prepare(self, clip: Tensor) -> Tensor:
+        """[samples] float32 at the encoder's rate → its spectrogram."""
+        made = self.extractor(clip.numpy(), sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
+        return made[self.field][0].float()
+
+
+class AudioEncoder(nn.Module):
+    """A frozen audio network. Its features come in the order of time.
+
+    Args:
+        network: CLAP's or Whisper's audio encoder, or AST.
+        family: A key of `FAMILIES`.
+        decode: Its decoding.
+        license: The weights' licence.
+    """
+
+    def __init__(self, network: nn.Module, family: str, decode: AudioDecoder, license: str):
+        super().__init__()
+        self.network, self.family, self.decode, self.license = network, family, decode, license
+        self.eval()
+        with torch.no_grad():
+            _, self.tokens, self.width = self(decode.prepare(torch.zeros(decode.samples))[None]).shape
+
+    def forward(self, spectrograms: Tensor) -> Tensor:
+        """[N, ...] spectrograms → [N, tokens, width]."""
+        if self.family == "clap":
+            # "longer" asks for fusion with crops of a longer sound; decoding has cropped already
+            longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
+            features = self.network(spectrograms, is_longer=longer).last_hidden_state  # [N, width, frequency, time]
+            return features.permute(0, 3, 2, 1).flatten(1, 2)
+        features = self.network(spectrograms).last_hidden_state
+        if self.family == "whisper":
+            return features
+        # AST: two class tokens, then patches row by row of frequency; time first here, so that pooling averages in time
+        config = self.network.config
+        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        return features[:, 2:].unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:
+    """An audio encoder by hub name or local folder, frozen, in fp32 on the CPU, with its own preprocessing.
+
+    Raises:
+        UserError: It cannot be loaded, is of another family, or `options.seconds` is more than it takes.
+    """
+    family = load_config(name).model_type
+    if family not in FAMILIES:
+        raise UserError(f"{name!r} holds a {family}; audio encoders can be: {', '.join(FAMILIES)}")
+    network = load_network(name, tower=FAMILIES[family] or None)
+    from transformers import AutoFeatureExtractor
+
+    extractor = call("feature extractor", name, AutoFeatureExtractor.from_pretrained)
+    own = _own_seconds(extractor, family)
+    seconds = options.seconds or own
+    if not MIN_SECONDS <= seconds <= own:
+        raise UserError(f"seconds is {seconds:g}; {name!r} takes clips of {MIN_SECONDS} to {own:g} s")
+    if family == "whisper":
+        _shorten_whisper(network, extractor, name, seconds)
+    decode = AudioDecoder(
+        extractor=extractor,
+        field=extractor.model_input_names[0],
+        seconds=seconds,
+        max_seconds=options.max_seconds,
+    )
+    return AudioEncoder(network, family, decode, license_of(name))
+
+
+def _own_seconds(extractor: Any, family: str) -> float:
+    if family == "clap":
+        return extractor.max_length_s
+    if family == "whisper":
+        return extractor.chunk_length
+    return extractor.max_length / 100  # AST: frames of 10 ms
+
+
+def _shorten_whisper(network: nn.Module, extractor: Any, name: str, seconds: float) -> None:
+    """Let Whisper take clips of `seconds`: the start of its table of positions is kept."""
+    own, positions = network.config.max_source_positions, round(seconds * WHISPER_POSITIONS)
+    if own != extractor.chunk_length * WHISPER_POSITIONS:
+        raise UserError(
+            f"{name!r}: max_source_positions is {own} in config.json, but chunk_length is {extractor.chunk_length} s "
+            f"in preprocessor_config.json; {WHISPER_POSITIONS} positions a second are wanted"
+        )
+    if positions == own:
+        return
+    weight = network.embed_positions.weight[:positions]
+    network.embed_positions = nn.Embedding.from_pretrained(weight.clone(), freeze=True)
+    network.config.max_source_positions = network.max_source_positions = positions
+    extractor.chunk_length = seconds
+    extractor.n_samples = positions * extractor.sampling_rate // WHISPER_POSITIONS
+    extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
+
+
+MODALITY = Modality(
+    name="audio", suffixes=("flac", "opus", "wav", "mp3", "ogg"), options=AudioOptions, load=load_audio_encoder
+)

@@ -1,0 +1,207 @@
+"""Images: a picture's bytes → pixels (in a loader worker) → patch features of a frozen vision encoder.
+
+Any vision encoder of transformers: CLIP, SigLIP, SigLIP 2, DINOv2, …, by hub name or local folder. From a
+two-tower model only the vision tower is kept. The encoder's own image processor prepares the pixels (its PIL variant,
+so that results do not depend on whether torchvision is installed).
+
+    N images   H, W pixels after preprocessing   tokens features of an image   width channels of a feature
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.pretrained import call, license_of, load_network
+from anymal.errors import BadSample, UserError
+from anymal.modality import Modality
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What is decoded. Pillow knows more; some of those start other programs, and none holds photos on the web."""
+MAX_ASPECT = 50
+"""Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """How images are decoded and encoded."""
+
+    layer: int = 0
+    """Whose output is used, counted from the end: -1 the last layer's, -2 the one before. 0 takes -2 for CLIP, whose
+    last layer only serves its class token (as LLaVA does), and -1 for others."""
+    max_pixels: int = 64_000_000
+    """A picture with more pixels than this (or 179 million) is a bad sample. Judged by its header, not decoded."""
+
+    def __post_init__(self):
+        if self.layer > 0:
+            raise UserError(f"layer is {self.layer}; it counts from the end, so it is negative (or 0 for the default)")
+
+
+def read_image(data: bytes, max_pixels: int) -> Any:
+    """Decode a picture, its orientation applied and its transparency put on white.
+
+    Returns:
+        A PIL image in mode RGB.
+
+    Raises:
+        BadSample: Not a picture of a known format, cut off, or larger than the bounds.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about large headers; we refuse them
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise BadSample(
+                    f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
+                )
+            check_aspect(width, height)
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
+                picture = picture.point(lambda value: value / 256).convert("L")
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, twice its MAX_IMAGE_PIXELS
+        raise BadSample(f"a picture with too many pixels: {error}") from error
+    except Exception as error:  # Pillow's decoders raise whatever their parsing stumbles over
+        cause = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise BadSample(
+            f"{len(data)} bytes that begin with {data[:12]!r} are no whole picture ({', '.join(FORMATS)}){cause}"
+        ) from error
+
+
+def check_aspect(width: int, height: int) -> None:
+    """Refuse a picture that is so long and thin that scaling its short side up would fill the memory.
+
+    Raises:
+        BadSample: It is, or it is empty.
+    """
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(f"a picture of {width} x {height} pixels; its sides may differ by a factor of {MAX_ASPECT}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDecoder:
+    """bytes → [3, H, W] float32 (or what else the encoder's processor makes of one picture)."""
+
+    processor: Any
+    """The encoder's image processor."""
+    max_pixels: int
+    """As in `ImageOptions`."""
+    square: bool = False
+    """Squash pictures to squares first: for processors whose output would otherwise vary in shape."""
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Raises `BadSample`."""
+        return self.prepare([read_image(data, self.max_pixels)])["pixel_values"][0]
+
+    def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        """PIL images of mode RGB → the processor's tensors, stacked over the pictures, ``pixel_values`` first."""
+        if self.square:
+            side = max(max(picture.size) for picture in pictures)
+            pictures = [picture.resize((side, side)) for picture in pictures]
+        made = self.processor(images=list(pictures), return_tensors="pt")
+        tensors = {key: torch.as_tensor(value) for key, value in made.items()}
+        return tensors | {"pixel_values": tensors["pixel_values"].float()}
+
+
+class ImageEncoder(nn.Module):
+    """A frozen vision network that gives patch features: class and register tokens are dropped.
+
+    Args:
+        network: [N, 3, H, W] → an output with ``last_hidden_state`` [N, patches (+ others), width], or a feature map
+            [N, width, h, w], which becomes h·w tokens in reading order.
+        decode: Its decoding.
+        layer: As in `ImageOptions`.
+        license: The weights' licence.
+    """
+
+    def __init__(self, network: nn.Module, decode: ImageDecoder, layer: int, license: str):
+        super().__init__()
+        self.network, self.decode, self.license = network, decode, license
+        self.layer = layer or (-2 if network.config.model_type.startswith("clip") else -1)
+        self.constants: list[str] = []
+        sample = decode.prepare([_blank()])
+        for key, value in sample.items():  # NaFlex encoders also take a mask and a shape, the same for every square
+            if key != "pixel_values":
+                self.register_buffer(f"constant_{key}", value, persistent=False)
+                self.constants.append(key)
+        self.prefix, self.grid = 0, None
+        with torch.no_grad():
+            first = self._network(sample["pixel_values"])
+        if first.ndim == 4:
+            self.grid = tuple(first.shape[2:])
+        else:
+            patches = self._patches(sample["pixel_values"])
+            self.prefix = max(first.shape[1] - patches, 0) if patches else 0
+            side = math.isqrt(first.shape[1] - self.prefix)
+            self.grid = (side, side) if side * side == first.shape[1] - self.prefix else None
+        _, self.tokens, self.width = self._tokens(first).shape
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] → [N, tokens, width]."""
+        return self._tokens(self._network(pixels))
+
+    def _network(self, pixels: Tensor) -> Tensor:
+        constants = {}
+        for key in self.constants:
+            value = getattr(self, f"constant_{key}")
+            constants[key] = value.expand(len(pixels), *value.shape[1:])
+        if self.layer == -1:
+            return self.network(pixel_values=pixels, **constants).last_hidden_state
+        states = self.network(pixel_values=pixels, output_hidden_states=True, **constants).hidden_states
+        if len(states) < -self.layer:
+            raise UserError(f"layer is {self.layer}, but the encoder has only {len(states) - 1} layers")
+        return states[self.layer]
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features[:, self.prefix :]
+
+    def _patches(self, pixels: Tensor) -> int:
+        patch = getattr(self.network.config, "patch_size", None)
+        if pixels.ndim == 3:  # patches were cut by the processor
+            return pixels.shape[1]
+        if not isinstance(patch, int):
+            return 0
+        return (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+
+def _blank() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (256, 256))
+
+
+def load_image_encoder(name: str, options: ImageOptions) -> ImageEncoder:
+    """A vision encoder by hub name or local folder, frozen, in fp32 on the CPU, with its own preprocessing.
+
+    Raises:
+        UserError: It cannot be loaded, has no image processor, or not as many layers as `options.layer` asks for.
+    """
+    network = load_network(name, tower="vision_model")
+    from transformers import AutoImageProcessor
+
+    processor = call("image processor", name, AutoImageProcessor.from_pretrained, backend="pil")
+    flexible = network.config.model_type.startswith("siglip2")
+    decode = ImageDecoder(processor=processor, max_pixels=options.max_pixels, square=flexible)
+    return ImageEncoder(network, decode, options.layer, license_of(name))
+
+
+MODALITY = Modality(
+    name="image",
+    suffixes=("jpeg", "webp", "jpg", "png", "gif", "bmp"),
+    options=ImageOptions,
+    load=load_image_encoder,
+)

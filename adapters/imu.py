@@ -1,0 +1,151 @@
+"""IMU: a window of accelerometer and gyroscope (``.imu.npy``) → standardised channels → features of our own encoder.
+
+A member holds a float array [samples, 6]: accelerometer x, y, z in m/s² (gravity included), then gyroscope x, y, z in
+rad/s. The encoder's config states the rate and the length that it takes (see `adapters.imu_encoder`).
+
+    S samples of a window   tokens features of a window   width channels of a feature
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.pretrained import license_of, load_config, load_network
+from adapters.signals import hold_last, resample
+from anymal.errors import BadSample, UserError
+from anymal.modality import Modality
+
+WANTED = "wanted is a float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s"
+MAX_ACCELERATION = 1000.0
+"""m/s²: a hundred times gravity. Sensors reach 16 or 32."""
+MAX_ROTATION = 100.0
+"""rad/s: sensors reach 35. More than this is degrees per second taken for radians."""
+
+
+@dataclass(kw_only=True)
+class IMUOptions:
+    """How IMU recordings are decoded."""
+
+    rate: float = 0.0
+    """Samples per second (Hz) of the recordings. Must be given: a .npy file does not hold it. Recordings are resampled
+    to the encoder's rate."""
+    max_seconds: float = 600.0
+    """A longer recording is a bad sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMUDecoder:
+    """bytes → [6, S] float32, standardised per channel.
+
+    A recording longer than the encoder's window is cropped to its middle; of one that is shorter, but at least half as
+    long, the last value is held; a shorter one is a bad sample.
+    """
+
+    rate: float
+    """Of the recordings, in Hz."""
+    encoder_rate: float
+    """Of the window, in Hz."""
+    samples: int
+    """S, at `encoder_rate`."""
+    max_seconds: float
+    """As in `IMUOptions`."""
+    mean: tuple[float, ...]
+    """Of each channel."""
+    std: tuple[float, ...]
+    """Of each channel."""
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Raises `BadSample`."""
+        recording = torch.from_numpy(read_recording(data, max_samples=round(self.max_seconds * self.rate)))
+        window = self.samples / self.encoder_rate
+        seconds = len(recording) / self.rate
+        if seconds < window / 2:
+            raise BadSample(
+                f"{len(recording)} samples, {seconds:.3g} s at {self.rate:g} Hz; wanted is a window of {window:g} s, "
+                "or at least half of it"
+            )
+        channels = hold_last(resample(recording.T.contiguous(), self.rate, self.encoder_rate), self.samples)
+        return (channels - torch.tensor(self.mean)[:, None]) / torch.tensor(self.std)[:, None]
+
+
+def read_recording(data: bytes, max_samples: int) -> np.ndarray:
+    """Read the bytes of a ``.npy``: a finite float array [samples, 6] of plausible size, as float32.
+
+    The header is judged before the array is made: one that promises more than the bytes hold would fill the memory.
+    A pickled array is refused, not opened.
+
+    Raises:
+        BadSample: Anything else; the message says what was found and what is wanted.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(stream)
+    except Exception as error:  # ValueError, SyntaxError, UnicodeDecodeError, …: NumPy's parser has no error of its own
+        raise BadSample(f"{len(data)} bytes that begin with {data[:12]!r} are not a .npy; {WANTED}: {error}") from error
+    if dtype.kind != "f" or len(shape) != 2 or shape[1] != 6:
+        hint = "; transpose it" if len(shape) == 2 and shape[0] == 6 else ""
+        raise BadSample(f"an array {list(shape)} of {dtype}; {WANTED}{hint}")
+    if not 0 < shape[0] <= max_samples:
+        raise BadSample(f"an array of {shape[0]} samples; wanted are 1 to {max_samples} (max_seconds at that rate)")
+    if shape[0] * 6 * dtype.itemsize != len(data) - stream.tell():
+        raise BadSample(f"an array {list(shape)} of {dtype} cannot be {len(data) - stream.tell()} bytes: it is cut off")
+    recording = np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+    if not np.isfinite(recording).all():
+        raise BadSample(f"{int((~np.isfinite(recording)).sum())} of {recording.size} values are NaN or infinite")
+    acceleration, rotation = np.abs(recording[:, :3]).max(), np.abs(recording[:, 3:]).max()
+    if acceleration > MAX_ACCELERATION or rotation > MAX_ROTATION:
+        raise BadSample(
+            f"the accelerometer reaches {acceleration:.4g} m/s² and the gyroscope {rotation:.4g} rad/s; at most "
+            f"{MAX_ACCELERATION:g} and {MAX_ROTATION:g} can be: are the units others, such as degrees per second?"
+        )
+    return recording
+
+
+class IMUEncoder(nn.Module):
+    """The frozen IMU network with its decoding."""
+
+    def __init__(self, network: nn.Module, decode: IMUDecoder, license: str):
+        super().__init__()
+        self.network, self.decode, self.license = network, decode, license
+        self.eval()
+        with torch.no_grad():
+            _, self.tokens, self.width = self(torch.zeros(1, 6, decode.samples)).shape
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """[N, 6, S] → [N, tokens, width]."""
+        return self.network(windows).last_hidden_state
+
+
+def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:
+    """Our IMU encoder from a local folder or hub name, frozen, in fp32 on the CPU.
+
+    Raises:
+        UserError: It cannot be loaded, is another kind of network, or the recordings' rate is not given.
+    """
+    config = load_config(name)
+    if config.model_type != "anymal_imu":
+        raise UserError(
+            f"{name!r} holds a {config.model_type}, not an IMU encoder; launch/pretrain_imu_encoder.py makes one"
+        )
+    if options.rate <= 0:
+        raise UserError(
+            "model.modalities.imu.options.rate must state the recordings' samples per second: .npy files do not hold it"
+            f" (this encoder takes {config.rate:g} Hz; others are resampled)"
+        )
+    decode = IMUDecoder(
+        rate=options.rate,
+        encoder_rate=config.rate,
+        samples=config.samples,
+        max_seconds=options.max_seconds,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+    )
+    return IMUEncoder(load_network(name), decode, license_of(name))
+
+
+MODALITY = Modality(name="imu", suffixes=("imu.npy",), options=IMUOptions, load=load_imu_encoder)

@@ -1,0 +1,99 @@
+"""Loading pretrained encoders through transformers: what image, video, audio and imu have in common.
+
+Everything here runs once, when a model is built. transformers is imported by the functions, after
+`anymal.cpu.make_torchaudio_importable`, because a CUDA build of torchaudio beside a CPU torch breaks its import.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anymal.cpu import make_torchaudio_importable
+from anymal.errors import UserError
+
+UNUSED = ("pooler", "head.", "_fc.")
+"""Parts of names of weights that no encoder here uses, so a folder may lack them."""
+
+
+def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(name, *args, **kwargs)``, its errors turned into one that tells the user what could not be loaded.
+
+    Raises:
+        UserError: It failed; the message holds the first line of the cause.
+    """
+    try:
+        return function(name, *args, **kwargs)
+    except Exception as error:  # hub, network, JSON, safetensors and transformers each have errors of their own
+        kind = "folder" if Path(name).exists() else "hub name (there is no such folder)"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"cannot load the {what} of {kind} {name!r}: {lines[0] if lines else repr(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars, and without its report of unused weights: it looks like an error."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def load_config(name: str) -> Any:
+    """The encoder's transformers config; registers the architectures that this package adds."""
+    make_torchaudio_importable()
+    from transformers import AutoConfig
+
+    import adapters.efficientnet_lite
+    import adapters.imu_encoder  # noqa: F401
+
+    return call("config", name, AutoConfig.from_pretrained)
+
+
+def load_network(name: str, *, tower: str | None = None) -> nn.Module:
+    """A pretrained network in fp32 on the CPU, in eval mode, without gradients.
+
+    Args:
+        name: Hub name or local folder.
+        tower: The attribute to keep where the model has it: ``"vision_model"`` of a CLIP.
+
+    Raises:
+        UserError: It cannot be loaded, or weights that the encoder needs are missing (transformers would make them up).
+    """
+    load_config(name)
+    from transformers import AutoModel
+
+    with quiet():
+        load = AutoModel.from_pretrained
+        model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True)
+    keep = tower is not None and hasattr(model, tower)
+    missing = [key for key in report["missing_keys"] if not any(part in key for part in UNUSED)]
+    missing = [key for key in missing if not keep or key.split(".")[0] == tower]
+    if missing:
+        raise UserError(f"{name!r} lacks {len(missing)} weights of its encoder, such as {sorted(missing)[0]}")
+    network = getattr(model, tower) if keep else model
+    return network.eval().requires_grad_(False)
+
+
+def license_of(name: str) -> str:
+    """The licence that the model card (README.md) of a hub name or local folder states, or ``"unknown"``."""
+    from huggingface_hub import ModelCard
+
+    path = Path(name)
+    if path.is_dir() and not (path / "README.md").is_file():
+        return "unknown"
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else name)
+    except Exception:  # no network, no card, or YAML that does not parse: the licence is not known then
+        return "unknown"
+    return str(card.data.license or "unknown")

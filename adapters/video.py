@@ -1,0 +1,150 @@
+"""Video: a clip's bytes → F frames spread evenly over it → features of a frozen encoder, frame after frame.
+
+The encoder is either an image encoder, applied to each frame (AnyMAL-Image takes 4), or a video network (VideoMAE).
+Without order a projector could not tell motion: features come frame by frame, and the resampler adds positions. How the
+frames are decoded is in `adapters.video_frames`.
+
+    N clips   F frames of a clip   tokens features of a clip   width channels of a feature
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.image import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
+from adapters.pretrained import call, license_of, load_config, load_network
+from adapters.video_frames import read_frames
+from anymal.errors import UserError
+from anymal.modality import Modality
+
+IMAGE_ENCODER_FRAMES = 4
+
+
+@dataclass(kw_only=True)
+class VideoOptions:
+    """How clips are decoded and encoded."""
+
+    frames: int = 0
+    """F, frames of a clip, spread evenly over it. 0 takes the video network's own number, and 4 for an image encoder
+    (AnyMAL: 4 frames through an image encoder, 8 through a video network)."""
+    pool: int = 0
+    """Features kept of each frame (of each pair of frames in VideoMAE): the frame's grid is averaged to a square grid
+    of so many cells, so it is a square number. 0 keeps all."""
+    layer: int = 0
+    """Whose output is used of an image encoder, as for images."""
+    max_seconds: float = 600.0
+    """A longer clip is a bad sample."""
+    max_pixels: int = 16_000_000
+    """A clip whose frames have more pixels than this is a bad sample."""
+
+    def __post_init__(self):
+        if self.frames < 0 or self.pool < 0 or math.isqrt(self.pool) ** 2 != self.pool:
+            raise UserError(f"frames is {self.frames} and pool is {self.pool}; frames ≥ 0, and pool a square number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDecoder:
+    """bytes → [F, 3, H, W] float32."""
+
+    images: ImageDecoder
+    """Prepares frames as the encoder wants them."""
+    frames: int
+    """F."""
+    max_seconds: float
+    """As in `VideoOptions`."""
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Raises `BadSample`."""
+        from PIL import Image
+
+        frames = read_frames(data, self.frames, self.max_seconds, self.images.max_pixels)
+        return self.prepare([Image.fromarray(frame) for frame in frames])
+
+    def prepare(self, pictures: list[Any]) -> Tensor:
+        """PIL images → [F, 3, H, W]."""
+        pixels = self.images.prepare(pictures)["pixel_values"]
+        return pixels[0] if pixels.ndim == 5 else pixels  # a video network's processor takes the frames as one clip
+
+
+class FramesEncoder(nn.Module):
+    """A frozen image encoder applied to each frame; tokens are the frames' features, one frame after the other."""
+
+    def __init__(self, encoder: ImageEncoder, decode: VideoDecoder, pool: int):
+        super().__init__()
+        self.encoder, self.decode, self.license, self.pool = encoder, decode, encoder.license, pool
+        if pool:
+            _check_pool(pool, encoder.grid)
+        self.tokens, self.width = decode.frames * (pool or encoder.tokens), encoder.width
+        self.eval()
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """[N, F, 3, H, W] → [N, F · tokens of a frame, width]."""
+        features = self.encoder(clips.flatten(0, 1))
+        features = _pool(features, self.encoder.grid, self.pool)
+        return features.unflatten(0, clips.shape[:2]).flatten(1, 2)
+
+
+class ClipEncoder(nn.Module):
+    """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
+
+    def __init__(self, network: nn.Module, decode: VideoDecoder, pool: int, license: str):
+        super().__init__()
+        self.network, self.decode, self.license, self.pool = network, decode, license, pool
+        config = network.config
+        self.times, side = config.num_frames // config.tubelet_size, config.image_size // config.patch_size
+        self.grid = (side, side)
+        if pool:
+            _check_pool(pool, self.grid)
+        self.tokens, self.width = self.times * (pool or side * side), config.hidden_size
+        self.eval()
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """[N, F, 3, H, W] → [N, tokens, width]."""
+        features = self.network(pixel_values=clips).last_hidden_state
+        features = _pool(features.unflatten(1, (self.times, -1)).flatten(0, 1), self.grid, self.pool)
+        return features.unflatten(0, (len(clips), self.times)).flatten(1, 2)
+
+
+def _check_pool(pool: int, grid: tuple[int, int] | None) -> None:
+    if grid is None or math.isqrt(pool) > min(grid):
+        raise UserError(f"pool is {pool}, but the encoder's features of a frame form a grid of {grid or 'no shape'}")
+
+
+def _pool(features: Tensor, grid: tuple[int, int] | None, pool: int) -> Tensor:
+    """[M, rows · columns, width] → [M, pool, width], averaged over a square grid."""
+    if not pool:
+        return features
+    maps = features.transpose(1, 2).unflatten(2, grid)
+    return F.adaptive_avg_pool2d(maps, math.isqrt(pool)).flatten(2).transpose(1, 2)
+
+
+def load_video_encoder(name: str, options: VideoOptions) -> nn.Module:
+    """A video network, or an image encoder for each frame, by hub name or local folder; frozen, in fp32 on the CPU.
+
+    Raises:
+        UserError: It cannot be loaded, or takes another number of frames than `options.frames`.
+    """
+    config = load_config(name)
+    if not hasattr(config, "tubelet_size"):
+        image_options = ImageOptions(layer=options.layer, max_pixels=options.max_pixels)
+        encoder = load_image_encoder(name, image_options)
+        frames = options.frames or IMAGE_ENCODER_FRAMES
+        decode = VideoDecoder(images=encoder.decode, frames=frames, max_seconds=options.max_seconds)
+        return FramesEncoder(encoder, decode, options.pool)
+    if options.frames not in (0, config.num_frames):
+        raise UserError(f"frames is {options.frames}, but {name!r} takes {config.num_frames}")
+    network = load_network(name)
+    from transformers import AutoImageProcessor
+
+    processor = call("image processor", name, AutoImageProcessor.from_pretrained, backend="pil")
+    images = ImageDecoder(processor=processor, max_pixels=options.max_pixels)
+    decode = VideoDecoder(images=images, frames=config.num_frames, max_seconds=options.max_seconds)
+    return ClipEncoder(network, decode, options.pool, license_of(name))
+
+
+MODALITY = Modality(
+    name="video", suffixes=("webm", "mp4", "mkv", "avi", "mov"), options=VideoOptions, load=load_video_encoder
+)

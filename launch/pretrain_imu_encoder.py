@@ -1,0 +1,251 @@
+"""Train the IMU encoder on labelled windows, once, so that stage 1 has a frozen one: none is published.
+
+    python launch/pretrain_imu_encoder.py shards=data/demo/imu/train eval_shards=data/demo/imu/test out=models/imu
+    python launch/pretrain_imu_encoder.py shards=imu/{000..015}.tar rate=200 out=models/imu-200hz steps=2000 width=256
+
+Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s) and ``json`` with a
+``label``. The encoder (`adapters.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of
+its features; that layer is dropped. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has
+seen these labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
+
+Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included. Set
+OMP_NUM_THREADS=1 where other programs are busy: two threads that wait for one another took several times as long.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import MISSING
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adapters.imu import IMUDecoder
+from adapters.pretrained import quiet
+from anymal import shards
+from anymal.config import parse_args
+from anymal.errors import BadSample, Quarantine, UserError
+from data_prep.steps import is_done, whole_folder
+from launch.build import device, run_program
+
+
+@dataclass(kw_only=True)
+class IMUTraining:
+    """How the IMU encoder is trained."""
+
+    shards: Any = MISSING
+    """Training tars: a path, a brace pattern, a folder, or a list of these."""
+    out: str = MISSING
+    """Folder for the encoder: config.json, model.safetensors, README.md."""
+    eval_shards: Any = None
+    """Held-out tars, best of other people than the training tars; the accuracy on them is printed."""
+    rate: float = 50.0
+    """Samples per second (Hz) of the recordings, and of the encoder."""
+    seconds: float = 5.0
+    """Length of a window (IMU2CLIP: 5 s). Longer recordings are cropped to their middle."""
+    width: int = 128
+    """Width of the features."""
+    blocks: int = 2
+    """Residual blocks after the three strided convolutions."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Windows of a step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW; falls to zero along a cosine."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    seed: int = 0
+    """Of weights, batches and augmentation."""
+    license: str = "unknown"
+    """Licence of the recordings, for the encoder's model card."""
+
+    def __post_init__(self):
+        if min(self.steps, self.batch_size, self.rate, self.seconds) <= 0 or self.width % 16:
+            raise UserError("steps, batch_size, rate and seconds must be positive, and width a multiple of 16")
+
+
+def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, list[str]]:
+    """Every labelled window of some tars, decoded as the adapter does it. Bad samples are skipped and counted.
+
+    Returns:
+        [n, 6, S] float32 windows, and their labels.
+
+    Raises:
+        UserError: No shard, no sample, or too many bad ones.
+    """
+    quarantine = Quarantine(None, max_in_a_row=20, max_share=0.1)
+    windows, labels = [], []
+    places = [(path, *index.place(i)) for path, index in _indexes(source) for i in range(len(index))]
+    for path, offset, size in tqdm(places, desc=f"read {what}", unit=" windows", leave=False):
+        key = shards.name_of(path, offset, size)
+        try:
+            key, members = shards.read(path, offset, size)
+            label = _label(members)
+            windows.append(decode(members["imu.npy"]))
+            labels.append(label)
+            quarantine.accept()
+        except BadSample as error:
+            quarantine.reject(path, key, str(error))
+    if not windows:
+        raise UserError(f"{source} holds no windows: wanted are samples of imu.npy and json")
+    if quarantine.bad:
+        print(f"skipped {quarantine.bad} bad samples of {quarantine.bad + quarantine.good} in {what}")
+    return torch.stack(windows), labels
+
+
+def _indexes(source: Any) -> Iterable[tuple[str, shards.Index]]:
+    for path in shards.expand(source):
+        index = shards.index(path)
+        if index.problem:
+            raise UserError(f"{path} {index.problem}")
+        yield path, index
+
+
+def _label(members: dict[str, bytes]) -> str:
+    if not {"imu.npy", "json"} <= members.keys():
+        raise BadSample(f"holds {', '.join(sorted(members)) or 'nothing'}; wanted are imu.npy and json")
+    try:
+        label = json.loads(members["json"])["label"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSample('its json is not an object with a "label"') from error
+    if not isinstance(label, str) or not label:
+        raise BadSample(f"its label is {label!r}; wanted is a text")
+    return label
+
+
+def augment(windows: Tensor, generator: torch.Generator) -> Tensor:
+    """[n, 6, S] standardised windows, each shifted in time (around the end), scaled by up to a tenth, with noise."""
+    n, _, samples = windows.shape
+    shift = torch.randint(samples, (n, 1), generator=generator)
+    positions = (torch.arange(samples) + shift) % samples
+    shifted = windows.gather(2, positions[:, None].expand_as(windows))
+    scale = 0.9 + 0.2 * torch.rand(n, 6, 1, generator=generator)
+    return shifted * scale + 0.05 * torch.randn(windows.shape, generator=generator)
+
+
+def train(settings: IMUTraining, network: nn.Module, windows: Tensor, targets: Tensor, classes: int) -> nn.Module:
+    """Train the encoder, and the linear layer that is returned, on standardised windows [n, 6, S] and targets [n]."""
+    place = device()
+    generator = torch.Generator().manual_seed(settings.seed)
+    network.to(place).train()
+    head = nn.Sequential(nn.Dropout(0.2), nn.Linear(settings.width, classes)).to(place)
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    warmup = max(1, settings.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)),
+    )
+    order, mean_loss = torch.empty(0, dtype=torch.int64), 0.0
+    bar = tqdm(range(settings.steps), desc="train IMU encoder", unit="step", dynamic_ncols=True)
+    for step in bar:
+        if len(order) < settings.batch_size:
+            order = torch.cat((order, torch.randperm(len(windows), generator=generator)))
+        chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+        features = network(augment(windows[chosen], generator).to(place)).last_hidden_state
+        loss = F.cross_entropy(head(features.mean(1)), targets[chosen].to(place), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        mean_loss += (loss.item() - mean_loss) / min(step + 1, 20)
+        bar.set_postfix_str(f"loss {mean_loss:.3f}")
+    network.cpu().eval()
+    return head.cpu().eval()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, head: nn.Module, windows: Tensor, targets: Tensor) -> float:
+    """Share of windows [n, 6, S] whose likeliest class is the target's."""
+    right = 0
+    for start in range(0, len(windows), 256):
+        some = slice(start, start + 256)
+        logits = head(network(windows[some]).last_hidden_state.mean(1))
+        right += int((logits.argmax(1) == targets[some]).sum())
+    return right / len(windows)
+
+
+def save(network: nn.Module, settings: IMUTraining, count: int, figures: list[str]) -> None:
+    """Write the encoder's folder, whole or not at all, with a README that says what it has seen."""
+    labels = network.config.labels
+    readme = [
+        "---",
+        f"license: {settings.license}",
+        "---",
+        f"An IMU encoder: windows of {settings.seconds:g} s at {settings.rate:g} Hz, accelerometer in m/s² and "
+        f"gyroscope in rad/s, to features {settings.width} wide.",
+        "",
+        f"Trained with `launch/pretrain_imu_encoder.py` on {count} windows **with their labels** "
+        f"({', '.join(labels)}), for {settings.steps} steps. Whatever is trained on top of it to name these labels "
+        "finds them already told apart.",
+        "",
+        *figures,
+        "",
+    ]
+    with whole_folder(Path(settings.out)) as folder, quiet():
+        network.save_pretrained(folder)
+        (folder / "README.md").write_text("\n".join(readme))
+
+
+def run(settings: IMUTraining) -> float | None:
+    """Read, train, score, save. Returns the held-out accuracy if there is a held-out set."""
+    from adapters.imu_encoder import IMUEncoderConfig, IMUEncoderModel
+
+    torch.manual_seed(settings.seed)
+    size = {"rate": settings.rate, "seconds": settings.seconds}
+    raw = IMUDecoder(
+        rate=settings.rate,
+        encoder_rate=settings.rate,
+        samples=round(settings.rate * settings.seconds),
+        max_seconds=600.0,
+        mean=(0.0,) * 6,
+        std=(1.0,) * 6,
+    )
+    windows, names = read_windows(settings.shards, raw, "training windows")
+    labels = sorted(set(names))
+    if len(labels) < 2:
+        raise UserError(f"all {len(names)} windows are labelled {labels[0]!r}; there is nothing to tell apart")
+    mean, std = windows.mean((0, 2)), windows.std((0, 2)).clamp_min(1e-3)
+    config = IMUEncoderConfig(
+        **size, hidden_size=settings.width, blocks=settings.blocks, mean=mean.tolist(), std=std.tolist(), labels=labels
+    )
+    network = IMUEncoderModel(config)
+
+    def prepared(some: Tensor, of: list[str]) -> tuple[Tensor, Tensor]:
+        return (some - mean[:, None]) / std[:, None], torch.tensor([labels.index(name) for name in of])
+
+    head = train(settings, network, *prepared(windows, names), len(labels))
+    figures, held_out = (
+        [f"Accuracy on its own windows: {accuracy(network, head, *prepared(windows, names)):.1%}."],
+        None,
+    )
+    if settings.eval_shards is not None:
+        others, other_names = read_windows(settings.eval_shards, raw, "held-out windows")
+        unknown = sorted(set(other_names) - set(labels))
+        if unknown:
+            raise UserError(f"the held-out windows have labels that training has not: {', '.join(unknown)}")
+        held_out = accuracy(network, head, *prepared(others, other_names))
+        most = Counter(other_names).most_common(1)[0][1] / len(others)
+        figures.append(f"Accuracy on {len(others)} held-out windows: {held_out:.1%} (most frequent label: {most:.1%}).")
+    save(network, settings, len(windows), figures)
+    print("\n".join([*figures, f"Written: {settings.out}"]))
+    return held_out
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    settings = parse_args(IMUTraining, __doc__, argv)
+    if not is_done(Path(settings.out)):
+        run(settings)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,271 @@
+"""Whole runs: ranks, accumulation, resuming, what changes and what must not. Real DeepSpeed throughout."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, deepspeed, environment, losses, make_encoders, metrics, python, settings, write_pairs
+
+from anymal import checkpoint
+from anymal.config import Config, load
+from anymal.engine import deepspeed_config, learning_rate
+from anymal.errors import UserError
+from anymal.model import fingerprint, select_trainable, trainable
+from launch.build import build
+from launch.stage import run_stage
+
+KINDS = ["image", "imu"]
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory) -> Path:
+    return make_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("pairs"), KINDS)
+
+
+@pytest.fixture
+def stage(tiny_llm, encoders, shards, tmp_path):
+    """Run a stage in this process; returns the run's folder."""
+
+    def run(name: str = "run", start: str = "pretrain", **more) -> Path:
+        defaults = ["train=[projectors]"] if start == "pretrain" else ["train=[projectors,lora]"]
+        arguments = settings(tiny_llm, encoders, tmp_path / name, shards, KINDS, **more)
+        run_stage(load(Config, None, arguments, defaults))
+        return tmp_path / name
+
+    return run
+
+
+def test_a_run_learns_and_leaves_everything_behind(stage):
+    run = stage(optim__steps=12, run__save_every=5, run__keep=2, run__samples=2)
+    curve = losses(run)
+    assert sorted(curve) == list(range(1, 13))
+    assert curve[12] < curve[1]
+    line = metrics(run)[-1]
+    assert {"loss/image", "loss/imu", "answer_tokens_per_s", "padding_share", "wait_share", "grad_norm"} <= set(line)
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000010", "step-00000012"]
+    latest = checkpoint.existing(run)
+    assert latest.name == "step-00000012"
+    card = (latest / "README.md").read_text()
+    assert "apache-2.0" in card and "trained for 12 steps" in card
+    shown = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
+    assert shown["step"] == 12 and len(shown["rows"]) == 2
+    assert load(Config, run / "recipe.yaml") == load(Config, latest / "recipe.yaml")
+    assert not list(latest.rglob("*.pt")) and not list(latest.rglob("*.bin"))
+
+
+def test_both_stages_change_what_they_train_and_nothing_else(stage, tiny_llm):
+    first = stage("first", optim__steps=3)
+    second = stage("second", start="finetune", optim__steps=3, model__checkpoint=first, model__lora__rank=4)
+    device = torch.device("cpu")
+    fresh = build(checkpoint.recipe(checkpoint.existing(first)), device)
+    before = build(checkpoint.recipe(checkpoint.existing(first)), device, start=checkpoint.existing(first))
+    after = build(checkpoint.recipe(checkpoint.existing(second)), device, start=checkpoint.existing(second))
+    assert fingerprint(before.model.llm) == fingerprint(fresh.model.llm)
+    assert fingerprint(before.model.projectors) != fingerprint(fresh.model.projectors)
+    assert fingerprint(after.model.projectors) != fingerprint(before.model.projectors)
+    lora = [p for name, p in after.model.llm.named_parameters() if "lora_B" in name]
+    assert lora and all(p.abs().sum() > 0 for p in lora)
+    for kind in KINDS:
+        assert fingerprint(after.model.encoders[kind]) == fingerprint(before.model.encoders[kind])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders, shards, tmp_path, bits):
+    from anymal.engine import make_engine, start_processes
+    from anymal.errors import Quarantine
+    from anymal.packing import pack
+    from anymal.stream import Stream
+    from anymal.tracking import Tracker
+    from anymal.train import train
+    from launch.build import suffixes
+
+    arguments = settings(tiny_llm, encoders, tmp_path, shards, KINDS, optim__steps=3, model__llm__bits=bits)
+    config = load(Config, None, arguments, ["train=[projectors]"])
+    _, _, device = start_processes()
+    built = build(config, device)
+    select_trainable(built.model, config.train)
+    frozen = {"llm": built.model.llm, **built.model.encoders}
+    before = {name: fingerprint(module) for name, module in frozen.items()}
+    learnt = {name: p.detach().clone() for name, p in trainable(built.model).items()}
+    engine = make_engine(built.model, config)
+    quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
+    parts = {"suffixes": suffixes(), "prepare": built.prepare, "collate": pack, "quarantine": quarantine}
+    stream = Stream(config.data, **parts, seed=0)
+    with Tracker(config.run, {}, rank=0, steps=3) as tracker:
+        train(engine, iter(stream), config=config, start=0, rank=0, tracker=tracker, save=lambda *_: None)
+    assert {name: fingerprint(module) for name, module in frozen.items()} == before
+    assert all(not torch.equal(p, learnt[name]) for name, p in trainable(built.model).items())
+
+
+def test_resuming_continues_the_curve_bit_for_bit(stage):
+    whole = losses(stage("whole", optim__steps=8, run__save_every=3, data__workers=2))
+    stage("cut", optim__steps=8, run__save_every=3, data__workers=2)
+    run = stage("other", optim__steps=6, run__save_every=3, data__workers=2)
+    assert sorted(losses(run)) == list(range(1, 7))
+    # Same recipe as `whole`, cut off after the checkpoint of step 3 as kill -9 would.
+    cut = run.with_name("cut")
+    for folder in ("step-00000006", "step-00000008"):
+        _remove(cut / "checkpoints" / folder)
+    link = cut / "checkpoints" / "latest"
+    link.unlink()
+    link.symlink_to("step-00000003")
+    resumed = losses(stage("cut", optim__steps=8, run__save_every=3, data__workers=0))
+    assert resumed == whole
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_every_zero_stage_resumes_exactly(stage, zero):
+    whole = losses(stage("whole", optim__steps=6, run__save_every=3, engine__zero=zero))
+    run = stage("half", optim__steps=6, run__save_every=3, engine__zero=zero)
+    _remove(run / "checkpoints" / "step-00000006")
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step-00000003")
+    again = losses(stage("half", optim__steps=6, run__save_every=3, engine__zero=zero))
+    assert again == whole
+    one = losses(stage("one", optim__steps=6, engine__zero=1))
+    assert whole == pytest.approx(one, rel=1e-5)
+
+
+def test_lora_dropout_resumes_exactly(stage):
+    more = {"start": "finetune", "model__lora__rank": 4, "model__lora__dropout": 0.3, "run__save_every": 2}
+    whole = losses(stage("whole", optim__steps=4, **more))
+    run = stage("cut", optim__steps=4, **more)
+    _remove(run / "checkpoints" / "step-00000004")
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step-00000002")
+    assert losses(stage("cut", optim__steps=4, **more)) == whole
+
+
+def test_a_resume_with_other_parameters_trainable_is_refused(stage):
+    stage(optim__steps=2)
+    with pytest.raises(UserError, match=r"made with other parameters trainable: .* is gone.*model\.checkpoint="):
+        stage(optim__steps=4, train="[projectors.image]")
+
+
+def test_never_resume_refuses_a_folder_in_use(stage):
+    stage(optim__steps=1)
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        stage(optim__steps=1, run__resume="never")
+
+
+def test_a_projector_that_does_not_fit_is_named(stage):
+    first = stage("first", optim__steps=1)
+    with pytest.raises(UserError, match=r"does not fit model\.modalities\.image\.projector: .* is \(.*\) there and"):
+        more = {"model__checkpoint": first, "model__modalities__image__projector__width": 24}
+        stage("second", optim__steps=1, **more)
+
+
+def test_accumulation_divides_by_all_answers(stage):
+    one = losses(stage("one", data__batch_size=8, optim__steps=5))
+    four = losses(stage("four", data__batch_size=2, optim__accumulate=4, optim__steps=5))
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    config = load(Config, None, ["model.llm.name=x", "optim.lr=1", "optim.steps=100", "optim.warmup=0.1"])
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.001
+
+
+def test_deepspeed_settings_that_contradict_the_recipe_are_refused(tmp_path):
+    extra = tmp_path / "extra.json"
+    arguments = ["model.llm.name=x", f"engine.deepspeed={extra}", "engine.zero=2"]
+    extra.write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(UserError, match=r"stage is 3, but the recipe says 2"):
+        deepspeed_config(load(Config, None, arguments))
+    extra.write_text('{"zero_optimization": {"overlap_comm": true}, "wall_clock_breakdown": true}')
+    merged = deepspeed_config(load(Config, None, arguments))
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": True} and merged["wall_clock_breakdown"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_two_ranks_are_one_rank_with_two_micro_batches(tiny_llm, encoders, shards, tmp_path, zero):
+    more = {"optim__steps": 6, "engine__zero": zero, "run__save_every": 3}
+    two = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, **more)
+    deepspeed(2, "launch/pretrain.py", *two)
+    one = settings(tiny_llm, encoders, tmp_path / "one", shards, KINDS, optim__accumulate=2, **more)
+    python("launch/pretrain.py", *one)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # One rank goes on where two stopped: nothing that is saved depends on their number.
+    link = tmp_path / "two" / "checkpoints" / "latest"
+    link.unlink()
+    link.symlink_to("step-00000003")
+    alone = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, optim__accumulate=2, **more)
+    python("launch/pretrain.py", *alone)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_ranks_that_see_different_modalities_do_not_wait_forever(tiny_llm, encoders, tmp_path, zero):
+    """Shards in which images and sounds alternate, unshuffled: rank 0 gets only images, rank 1 only sounds."""
+    kinds = ["image", "audio"]
+    mixed = write_pairs(tmp_path / "mixed", kinds, shards=1, per_shard=40)
+    more = {"optim__steps": 100, "engine__zero": zero, "data__shuffle": 0, "data__batch_size": 2}
+    run = settings(tiny_llm, encoders, tmp_path / "run", mixed, kinds, **more)
+    deepspeed(2, "launch/pretrain.py", *run)
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 100
+    assert all("loss/image" in line and "loss/audio" in line for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_then_the_same_command_goes_on_bit_for_bit(tiny_llm, encoders, shards, tmp_path):
+    more = {"optim__steps": 30, "run__save_every": 4, "data__workers": 2, "run__wandb": "offline"}
+    python("launch/pretrain.py", *settings(tiny_llm, encoders, tmp_path / "whole", shards, KINDS, **more))
+    command = [sys.executable, str(ROOT / "launch/pretrain.py")]
+    command += settings(tiny_llm, encoders, tmp_path / "killed", shards, KINDS, **more)
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 14):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(log.read_text().splitlines()) < 30
+    python(*["launch/pretrain.py", *command[2:]])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    pieces = list((tmp_path / "killed" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(pieces) == 2 and len({piece.name for piece in pieces}) == 1
+
+
+@pytest.mark.slow
+def test_a_stop_signal_saves_before_the_run_ends(tiny_llm, encoders, shards, tmp_path):
+    more = {"optim__steps": 5000, "run__save_every": 5000}
+    command = [sys.executable, str(ROOT / "launch/pretrain.py")]
+    command += settings(tiny_llm, encoders, tmp_path / "run", shards, KINDS, **more)
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    saved = checkpoint.load_training_state(checkpoint.existing(tmp_path / "run"))
+    assert saved.step == max(losses(tmp_path / "run"))
