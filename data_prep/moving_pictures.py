@@ -1,0 +1,146 @@
+"""OpenMoji's pictures, moved → video shards: two-second clips with the motion that they show, and held-out pictures.
+
+    python data_prep/moving_pictures.py folder=data/demo/video
+
+The pictures are real (see `data_prep.openmoji`), the motion is generated: a picture crosses a plain background to the
+left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video could be had from
+the package registry, so this is what the demo has, and what its report must say. Held-out clips move pictures that no
+training shard holds, of images or of clips.
+"""
+
+import io
+import random
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from omegaconf import MISSING
+from PIL import Image
+
+from anymal.config import parse_args
+from data_prep.demo_assets import cache_folder
+from data_prep.openmoji import Picture, draw, light_colour, pictures, split
+from data_prep.shards import labelled_sample, write_shards
+from data_prep.steps import is_done, mapped, run, worker_pool
+
+MOTIONS = {
+    "moving left": (-1, 0, 0),
+    "moving right": (1, 0, 0),
+    "moving up": (0, -1, 0),
+    "moving down": (0, 1, 0),
+    "coming closer": (0, 0, 1),
+    "going away": (0, 0, -1),
+}
+"""What is said of a motion → its direction to the right, down, and towards the viewer."""
+_SIZE, _FRAMES, _RATE = 160, 16, 8
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Settings of this step."""
+
+    folder: str = MISSING
+    """The folder to write train and test into."""
+    cache: str = ""
+    """Folder of the downloads, as in demo_assets.py."""
+    per_motion: int = 48
+    """Training clips of each motion."""
+    test_per_motion: int = 8
+    """Held-out clips of each motion."""
+    test_per_kind: int = 8
+    """Held-out pictures of each kind, as in openmoji.py."""
+    seed: int = 0
+    """What is held out (as in openmoji.py), and how pictures move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    picture: Picture
+    motion: str
+    name: str
+    cache: Path
+    seed: int
+    test: bool
+
+
+def move(picture: Image.Image, motion: str, rng: random.Random) -> list[Image.Image]:
+    """16 frames of 160 x 160 pixels: `picture` (RGBA) moving at constant speed over a plain background."""
+    right, down, closer = MOTIONS[motion]
+    background = light_colour(rng)
+    travel, growth, size = rng.uniform(85, 105), rng.uniform(80, 110), rng.uniform(65, 75)
+    x = _SIZE / 2 + (0 if right else rng.uniform(-20, 20))
+    y = _SIZE / 2 + (0 if down else rng.uniform(-20, 20))
+    frames = []
+    for number in range(_FRAMES):
+        part = number / (_FRAMES - 1) - 0.5  # -0.5 at the beginning, 0.5 at the end
+        side = round(size + closer * part * growth)
+        scaled = picture.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2)
+        frame = Image.new("RGB", (_SIZE, _SIZE), background)
+        corner = (round(x + right * part * travel - side / 2), round(y + down * part * travel - side / 2))
+        frame.paste(scaled, corner, scaled)
+        frames.append(frame)
+    return frames
+
+
+def encode(frames: list[Image.Image], rate: int) -> bytes:
+    """An mp4 file (h264) of RGB frames of one size, `rate` a second. The same frames give the same bytes."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate))
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        # Without B-frames the file needs no edit list, which some decoders get wrong.
+        stream.options = {"preset": "ultrafast", "crf": "26", "bf": "0"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _make(task: _Task) -> dict:
+    """Move one picture; runs in a worker process. All its randomness comes from the seed and the sample's name."""
+    frames = move(draw(task.picture.key, 130, task.cache), task.motion, random.Random(f"{task.seed}/{task.name}"))
+    about = {"name": task.picture.name, "picture": task.picture.key}
+    options = MOTIONS if task.test else ()
+    return labelled_sample(task.name, "video", "mp4", encode(frames, _RATE), task.motion, options=options, **about)
+
+
+def _tasks(settings: Settings, cache: Path) -> tuple[list[_Task], list[_Task]]:
+    both = []
+    train, held_out = split(pictures(cache), settings.test_per_kind, settings.seed)
+    for found, per_motion in ((train, settings.per_motion), (held_out, settings.test_per_motion)):
+        random.Random(f"{settings.seed}/video").shuffle(found)
+        todo = []
+        for number in range(per_motion * len(MOTIONS)):
+            picture, motion = found[number % len(found)], list(MOTIONS)[number % len(MOTIONS)]
+            name = f"video-{picture.key}-{motion.replace(' ', '-')}-{number // len(found)}"
+            test = found is held_out
+            todo.append(_Task(picture=picture, motion=motion, name=name, cache=cache, seed=settings.seed, test=test))
+        random.Random(settings.seed).shuffle(todo)
+        both.append(todo)
+    return both[0], both[1]
+
+
+def make(settings: Settings, pool: Executor) -> None:
+    """Write ``train`` and ``test`` shards into the settings' folder, whichever is not there yet."""
+    cache, folder = cache_folder(settings.cache), Path(settings.folder)
+    for name, tasks in zip(("train", "test"), _tasks(settings, cache), strict=True):
+        if not is_done(folder / name):
+            samples: Iterator[dict] = mapped(pool, _make, tasks, f"moving pictures, {name}")
+            write_shards(folder / name, samples, per_shard=48)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    settings = parse_args(Settings, __doc__, argv)
+    with worker_pool() as pool:
+        make(settings, pool)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""Recordings of a smartwatch → IMU shards: five-second windows with the exercise that was done, split by person.
+
+    python data_prep/smartwatch.py folder=data/demo/imu
+
+The package seglearn (BSD) ships what a watch measured while ten people did seven shoulder exercises (Burns et al.,
+arXiv 1802.01489): 140 recordings, 81 minutes, at 50 Hz. The accelerometer is in g and becomes m/s² here; the gyroscope
+is in rad/s. Held out are all recordings of two people. The training shards serve two programs:
+``launch/pretrain_imu_encoder.py`` reads ``imu.npy`` and the label in ``json``, stage 1 reads ``imu.npy`` and ``txt``.
+
+The recordings come as a pickle, which could run code when read. It is pinned by hash, and read by an unpickler that
+knows numpy's arrays and nothing else; shards hold plain arrays.
+"""
+
+import io
+import pickle
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+from tqdm import tqdm
+
+from anymal.config import parse_args
+from anymal.errors import UserError
+from data_prep.demo_assets import cache_folder, read
+from data_prep.shards import labelled_sample, write_shards
+from data_prep.steps import is_done, run
+
+EXERCISES = {
+    "PEN": "pendulum swing",
+    "ABD": "arm abduction",
+    "FEL": "forward elevation",
+    "IR": "internal rotation",
+    "ER": "external rotation",
+    "TRAP": "trapezius extension",
+    "ROW": "upright row",
+}
+"""The recordings' labels → what is said of them."""
+HELD_OUT = (9, 10)
+"""The people whose recordings are in the test split only."""
+RATE, SECONDS = 50, 5
+_GRAVITY = 9.80665
+_PICKLED = {
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),  # how older pickles write bytes
+}
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Settings of this step."""
+
+    folder: str = MISSING
+    """The folder to write train and test into."""
+    cache: str = ""
+    """Folder of the downloads, as in demo_assets.py."""
+    per_exercise: int = 140
+    """Training windows of each exercise; they may overlap by half."""
+    test_per_exercise: int = 8
+    """Held-out windows of each exercise; they do not overlap."""
+    seed: int = 0
+    """Which windows are taken, and their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One person doing one exercise with one arm."""
+
+    number: int
+    """Its place in the file."""
+    person: int
+    """1 to 10."""
+    side: str
+    """left or right: the arm with the watch."""
+    exercise: str
+    """A value of `EXERCISES`."""
+    motion: np.ndarray
+    """[samples, 6] float32 at 50 Hz: accelerometer x, y, z in m/s² (gravity included), gyroscope x, y, z in rad/s."""
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")  # its name before numpy 2
+        if (module, name) not in _PICKLED:
+            raise UserError(f"the pickle asks for {module}.{name}; only numpy's arrays are allowed")
+        return super().find_class(module, name)
+
+
+def unpickle_arrays(data: bytes) -> Any:
+    """The Python object in a ``.npy`` file of objects, if it is made of plain values and numpy arrays.
+
+    Raises:
+        UserError: The file asks for anything else.
+    """
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    return _ArraysOnly(file, encoding="latin1").load()
+
+
+def recordings(cache: Path) -> list[Recording]:
+    """The 140 recordings."""
+    found = unpickle_arrays(read("seglearn", "seglearn/data/watch_dataset.npy", cache)).item()
+    labels = [EXERCISES[found["y_labels"][label]] for label in found["y"]]
+    rows = zip(found["subject"], found["side"], labels, found["X"], strict=True)
+    units = np.array([_GRAVITY] * 3 + [1] * 3)
+    return [
+        Recording(
+            number=number,
+            person=int(person),
+            side="right" if side else "left",
+            exercise=exercise,
+            motion=(motion * units).astype(np.float32),
+        )
+        for number, (person, side, exercise, motion) in enumerate(rows)
+    ]
+
+
+def windows(found: list[Recording], per_exercise: int, stride: int, seed: int) -> list[tuple[Recording, int]]:
+    """(recording, first sample) of `per_exercise` windows for each exercise, `stride` samples apart, shuffled.
+
+    Raises:
+        UserError: There are fewer windows than that.
+    """
+    rng, taken = random.Random(seed), []
+    for exercise in EXERCISES.values():
+        all_windows = [
+            (recording, start)
+            for recording in found
+            if recording.exercise == exercise
+            for start in range(0, len(recording.motion) - RATE * SECONDS + 1, stride)
+        ]
+        if len(all_windows) < per_exercise:
+            raise UserError(f"there are {len(all_windows)} windows of {exercise}; wanted are {per_exercise}")
+        taken += rng.sample(all_windows, per_exercise)
+    rng.shuffle(taken)
+    return taken
+
+
+def _samples(taken: list[tuple[Recording, int]], test: bool) -> Iterator[dict]:
+    for recording, start in taken:
+        key, window = f"imu-{recording.number:03d}-{start:05d}", recording.motion[start : start + RATE * SECONDS]
+        about = {"person": recording.person, "side": recording.side}
+        options = EXERCISES.values() if test else ()
+        yield labelled_sample(key, "imu", "imu.npy", window, recording.exercise, options=options, **about)
+
+
+def make(settings: Settings) -> None:
+    """Write ``train`` and ``test`` shards into the settings' folder, whichever is not there yet."""
+    found = recordings(cache_folder(settings.cache))
+    window = RATE * SECONDS
+    splits = {
+        "train": ([r for r in found if r.person not in HELD_OUT], settings.per_exercise, window // 2),
+        "test": ([r for r in found if r.person in HELD_OUT], settings.test_per_exercise, window),
+    }
+    for name, (of_split, count, stride) in splits.items():
+        folder = Path(settings.folder, name)
+        if not is_done(folder):
+            taken = windows(of_split, count, stride, settings.seed)
+            progress = tqdm(_samples(taken, name == "test"), total=len(taken), desc=f"motion, {name}", leave=False)
+            write_shards(folder, progress, per_shard=128)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program."""
+    make(parse_args(Settings, __doc__, argv))
+
+
+if __name__ == "__main__":
+    run(main)

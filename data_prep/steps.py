@@ -1,0 +1,79 @@
+"""What every step of data preparation shares: a whole output or none, worker processes, errors without a traceback.
+
+A step is a program of this folder. It reads a source and leaves one folder behind; started again with that folder in
+place, it says so and does nothing.
+"""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from anymal.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; it takes that name when the block ends, and vanishes if the block fails.
+
+    So a folder that exists is complete, whatever happened to the process that was writing it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp's folders are private, and so are safetensors' files
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a step's output is there already; says so if it is."""
+    done = folder.is_dir() and any(folder.iterdir())
+    if done:
+        print(f"{folder} is there already; remove it to make it again")
+    return done
+
+
+@contextlib.contextmanager
+def worker_pool(processes: int = 0) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """A pool of processes, one for each core that this process may use unless told otherwise.
+
+    They are spawned, not forked: libraries with threads (PyAV's, torch's) do not survive a fork.
+    """
+    count = processes or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def mapped(pool: concurrent.futures.Executor, function: Callable, items: Iterable[Any], label: str) -> Iterator[Any]:
+    """Results of `function` over `items`, computed in `pool`, in the order of the items, with a progress bar."""
+    items = list(items)
+    return tqdm(pool.map(function, items, chunksize=4), total=len(items), desc=label, unit=" samples", leave=False)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program; what the user must change is shown without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
