@@ -66,14 +66,15 @@ def evaluate(
     closed = [i for i, sample in enumerate(samples) if sample.options]
     result: dict[str, Any] = {"n": len(samples), **dict.fromkeys([*conditions, "chance", "interval"])}
     choices: list[str | None] = [None] * len(samples)
+    options = {i: prepare.prompt.answers(decoded[i], samples[i].options) for i in closed}
     for name, features in conditions.items():
         picked = []
-        for i in closed:
-            options = samples[i].options
-            ids = prepare.prompt.answers(decoded[i], options)
-            likelihoods = log_likelihoods(model, embed_prompt(model, questions[i], features[i]), ids)
-            picked.append(options[int(likelihoods.argmax())])
-            progress(1)
+        for start in range(0, len(closed), batch_size):
+            chosen = closed[start : start + batch_size]
+            prompts = [embed_prompt(model, questions[i], features[i]) for i in chosen]
+            likelihoods = log_likelihoods(model, prompts, [options[i] for i in chosen])
+            picked += [samples[i].options[int(found.argmax())] for i, found in zip(chosen, likelihoods, strict=True)]
+            progress(len(chosen))
         if closed:
             result[name] = accuracy(picked, [answers[i] for i in closed])
         if name == "accuracy":

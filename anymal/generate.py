@@ -28,6 +28,17 @@ def embed_prompt(model: AnyMAL, question: Tokens, features: dict[str, Tensor] | 
         return model.embed(batch, model.encode(batch.media) if features is None else features)[0]
 
 
+def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """[1, T, D] each → [B, longest, D] and their mask [B, longest]; on the left, so that all answers begin together."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    rows = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[2])
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=rows.device)
+    for i, prompt in enumerate(prompts):
+        rows[i, longest - prompt.shape[1] :] = prompt[0]
+        mask[i, longest - prompt.shape[1] :] = 1
+    return rows, mask
+
+
 @torch.no_grad()
 def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_new_tokens: int, **sampling) -> list[str]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
@@ -43,13 +54,7 @@ def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_ne
         The answers as text, without special tokens.
     """
     model.eval()
-    longest = max(prompt.shape[1] for prompt in prompts)
-    width = prompts[0].shape[2]
-    rows = prompts[0].new_zeros(len(prompts), longest, width)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=rows.device)
-    for i, prompt in enumerate(prompts):  # on the left, so that every answer begins at the same place
-        rows[i, longest - prompt.shape[1] :] = prompt[0]
-        mask[i, longest - prompt.shape[1] :] = 1
+    rows, mask = _left_padded(prompts)
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.device.type != "cpu"):
         ids = model.llm.generate(
             inputs_embeds=rows,
@@ -62,34 +67,55 @@ def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_ne
 
 
 @torch.no_grad()
-def log_likelihoods(model: AnyMAL, prompt: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
-    """How likely each of several answers is after one prompt. The prompt is read once; the answers share its cache.
+def log_likelihoods(
+    model: AnyMAL, prompts: Sequence[Tensor], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[Tensor]:
+    """How likely each of several answers is after each of several prompts.
+
+    Every prompt is read once; its answers go on from copies of its cache.
 
     Args:
         model: The model.
-        prompt: [1, T, D] from `embed_prompt`.
-        answers: Token ids of each answer, end token included.
+        prompts: [1, T, D] each, from `embed_prompt`; they may differ in T.
+        answers: For each prompt, the token ids of its answers, end token included.
 
     Returns:
-        [answers] float32, natural logarithm of each whole answer's probability.
+        For each prompt, [answers] float32: the natural logarithm of each whole answer's probability.
     """
     from transformers import DynamicCache
 
     model.eval()
-    device, count, longest = prompt.device, len(answers), max(map(len, answers))
-    ids = torch.zeros(count, longest, dtype=torch.int64, device=device)
-    real = torch.zeros(count, longest, dtype=torch.int64, device=device)
-    for i, answer in enumerate(answers):
+    rows, mask = _left_padded(prompts)
+    device, counts = rows.device, [len(several) for several in answers]
+    every = [answer for several in answers for answer in several]
+    owner = torch.repeat_interleave(torch.tensor(counts, device=device))  # the prompt of each answer
+    ids = torch.zeros(len(every), max(map(len, every)), dtype=torch.int64, device=device)
+    real = torch.zeros_like(ids)
+    for i, answer in enumerate(every):
         ids[i, : len(answer)] = torch.tensor(answer, device=device)
         real[i, : len(answer)] = 1
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    following = places[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-        read = model.llm(inputs_embeds=prompt, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
-        logits = read.logits.expand(count, 1, -1)
-        if longest > 1:
+        read = model.llm(
+            inputs_embeds=rows,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = read.logits[owner]
+        if ids.shape[1] > 1:
             cache = read.past_key_values
-            cache.batch_repeat_interleave(count)
-            mask = torch.cat([real.new_ones(count, prompt.shape[1]), real[:, :-1]], dim=1)
-            following = model.llm(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True)
-            logits = torch.cat([logits, following.logits], dim=1)
+            cache.batch_select_indices(owner)
+            more = model.llm(
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([mask[owner], real[:, :-1]], dim=1),
+                position_ids=following,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = torch.cat([logits, more.logits], dim=1)
     found = logits.float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
-    return (found * real).sum(dim=1)
+    return list((found * real).sum(dim=1).split(counts))

@@ -8,6 +8,7 @@ Writes evaluation.json, and the media that the predictions are about, to `out`; 
 
 import json
 import os
+import statistics
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -110,6 +111,7 @@ def main() -> None:
         "checkpoint": str(folder),
         "bits": recipe.model.llm.bits,
         "trained_parameters": trained_parameters(folder),
+        "tokens_per_s": training_speed(folder),
         "notes": config.notes,
     }
     temporary = out / f".evaluation.json.{os.getpid()}"
@@ -117,6 +119,14 @@ def main() -> None:
     temporary.replace(out / "evaluation.json")
     print(print_table(evaluation))
     print(f"written: {out / 'evaluation.json'}")
+
+
+def training_speed(folder: Path) -> float | None:
+    """The median tokens/s of the run that a checkpoint belongs to, if its metrics are still there."""
+    log = folder.parent.parent / "metrics.jsonl"
+    if not log.is_file():
+        return None
+    return statistics.median(json.loads(line)["tokens_per_s"] for line in log.read_text().splitlines())
 
 
 def trained_parameters(folder: Path) -> int:

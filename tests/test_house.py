@@ -1,0 +1,123 @@
+"""The floor plan: imports point one way, every recipe loads, help lists every setting, every README command exists."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from anymal.config import Config, describe, field_docs, load
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"anymal": {"anymal"}, "adapters": {"anymal", "adapters"}, "data_prep": {"anymal", "data_prep"}}
+OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
+# Inside anymal: a module may import only from floors below its own.
+FLOORS = [
+    ["cpu"],
+    ["errors", "sample"],
+    ["modality", "config", "metrics"],
+    ["prompt", "packing", "llm", "loss", "parse", "order", "shards"],
+    ["stream", "model"],
+    ["engine", "checkpoint", "tracking", "generate"],
+    ["train", "evaluate"],
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_packages_import_one_way(package):
+    for path in (ROOT / package).rglob("*.py"):
+        ours = {name.split(".")[0] for name in imports(path)} & OURS
+        assert ours <= ALLOWED[package], f"{path.name} imports {ours - ALLOWED[package]}"
+
+
+def test_the_core_imports_downwards_only():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for path in (ROOT / "anymal").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name in imports(path):
+            part = name.split(".")
+            if part[0] == "anymal" and len(part) > 1 and part[1] in floor:
+                below = floor[part[1]] < floor[path.stem]
+                beside = floor[part[1]] == floor[path.stem] and part[1] != path.stem
+                assert below or beside, f"{path.stem} imports {part[1]}"
+
+
+def test_every_file_of_the_core_has_its_floor():
+    assert {p.stem for p in (ROOT / "anymal").glob("*.py")} - {"__init__"} == {n for names in FLOORS for n in names}
+
+
+def test_the_core_names_no_modality():
+    from adapters import MODALITIES
+
+    words = re.compile(rf"""["']({"|".join(MODALITIES)})["']""")
+    for path in (ROOT / "anymal").glob("*.py"):
+        code = re.sub(r'"""[\s\S]*?"""', "", path.read_text())
+        assert not words.search(code), f"{path.name}: {words.search(code)}"
+
+
+def test_heavy_libraries_are_imported_where_they_are_used():
+    program = "import sys, launch; print(*[m for m in ('decord', 'av', 'torchaudio', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads(recipe):
+    config = load(Config, recipe, ["data.shards=x"] if "data.shards=" in recipe.read_text() else [])
+    assert config.model.llm.name and config.model.modalities
+    assert recipe.read_text().startswith("#"), "a recipe says in its head what it is"
+
+
+def settings(cls: type, prefix: str = "") -> list[str]:
+    names = []
+    for f in fields(cls):
+        hint = get_type_hints(cls)[f.name]
+        inner = next((a for a in getattr(hint, "__args__", ()) if is_dataclass(a)), None)
+        if is_dataclass(hint):
+            names += settings(hint, f"{prefix}{f.name}.")
+        elif inner:
+            names += settings(inner, f"{prefix}{f.name}.NAME.")
+        else:
+            names.append(prefix + f.name)
+            assert field_docs(cls).get(f.name), f"{cls.__name__}.{f.name} has no docstring"
+    return names
+
+
+def test_help_lists_every_setting_with_its_meaning():
+    text = "\n".join(describe(Config))
+    for name in settings(Config):
+        assert f"  {name}  (" in text
+
+
+def test_every_command_of_the_readme_names_a_program_and_settings_that_exist():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\s*(?:DS_ACCELERATOR=\w+ )?(?:python|deepspeed) .*$", readme, flags=re.MULTILINE)
+    assert len(commands) >= 5
+    known = set(settings(Config))
+    for command in commands:
+        words = [word for word in shlex.split(command, comments=True) if not word.startswith("-")]
+        program = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / program).is_file(), command
+        if program in ("launch/pretrain.py", "launch/finetune.py"):
+            after = words[words.index(program) + 1 :]
+            assert all((ROOT / word).is_file() for word in after if word.endswith(".yaml")), command
+            names = {word.split("=")[0] for word in after if "=" in word}
+            names = {re.sub(r"(modalities|datasets)\.\w+", r"\1.NAME", name) for name in names}
+            assert names <= known, names - known

@@ -1,0 +1,197 @@
+"""What people run, as they run it: chat, evaluate, a new modality, hostile shards."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_encoders
+import webdataset as wds
+from runs import ROOT, environment, losses, make_encoders, python, settings, write_pairs
+
+KINDS = ["image", "imu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llm, tmp_path_factory) -> Path:
+    """A run of a few steps on pictures and motion."""
+    folder = tmp_path_factory.mktemp("trained")
+    shards = write_pairs(folder / "pairs", KINDS)
+    encoders = make_encoders(folder / "encoders")
+    python("launch/pretrain.py", *settings(tiny_llm, encoders, folder / "run", shards, KINDS, optim__steps=3))
+    return folder / "run"
+
+
+def test_chat_answers_interleaved_prompts(trained, tmp_path):
+    (tmp_path / "a.png").write_bytes(tiny_encoders.picture())
+    (tmp_path / "b.npy").write_bytes(tiny_encoders.npy(tiny_encoders.motion()))
+    media = ["--image", str(tmp_path / "a.png"), "and", "--imu", str(tmp_path / "b.npy"), "what is this?"]
+    answers = [
+        python("launch/chat.py", f"checkpoint={trained}", f"bits={bits}", "max_new_tokens=5", *media).stdout
+        for bits in (0, 32)
+    ]
+    assert all(answer.endswith("\n") for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--smell", "x"], "there is no such modality; known are: image, video, audio, imu"),
+        (["--image", "nowhere.png"], "'nowhere.png' is none"),
+        ([], "nothing was asked"),
+        (["hello", "bitz=4", "checkpoint=nowhere"], "nowhere holds no checkpoint"),
+    ],
+)
+def test_chat_says_what_is_wrong(trained, arguments, said):
+    given = arguments if any("checkpoint" in a for a in arguments) else [f"checkpoint={trained}", *arguments]
+    done = python("launch/chat.py", *given, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_evaluate_writes_figures_and_media(trained, tmp_path):
+    colours = ["red", "green", "blue"]
+    with wds.TarWriter(str(tmp_path / "test.tar")) as tar:
+        for i in range(6):
+            question = [{"type": "image", "member": "png"}, {"type": "text", "text": "what is this?"}]
+            turns = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": [{"type": "text", "text": colours[i % 3]}]},
+            ]
+            described = {"messages": turns, "options": colours}
+            tar.write({"__key__": f"t{i}", "png": tiny_encoders.picture(size=(40 + i, 40)), "json": described})
+    done = python(
+        "launch/evaluate.py", f"checkpoint={trained}", f"sets.image={tmp_path / 'test.tar'}", f"out={tmp_path / 'out'}"
+    )
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    result = evaluation["modalities"]["image"]
+    assert result["n"] == 6 and result["chance"] == pytest.approx(1 / 3)
+    assert all(0 <= result[name] <= 1 for name in ("accuracy", "blank", "shuffled", "exact"))
+    right = [p["choice"] == p["answer"] for p in result["predictions"]]
+    assert result["accuracy"] == pytest.approx(sum(right) / 6)
+    media = [tmp_path / "out" / name for p in result["predictions"] for name in p["media"]]
+    assert len(media) == 6 and media[0].read_bytes() == tiny_encoders.picture(size=(40, 40))
+    assert "image" in done.stdout and evaluation["trained_parameters"] > 0
+
+
+SMELL = '''"""A made-up modality: three receptors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from anymal.errors import BadSample
+from anymal.modality import Modality
+
+
+@dataclass(kw_only=True)
+class SmellOptions:
+    """Settings."""
+
+    strength: float = 1.0
+    """What a reading is multiplied by."""
+
+
+class Receptors(nn.Module):
+    width, tokens, license = 3, 1, "none"
+
+    def __init__(self, strength):
+        super().__init__()
+        self.strength = strength
+
+    @staticmethod
+    def decode(data):
+        if len(data) != 12:
+            raise BadSample(f"holds {len(data)} bytes, a smell has 12")
+        return torch.from_numpy(np.frombuffer(data, dtype=np.float32).copy())
+
+    def forward(self, media):
+        return media[:, None] * self.strength
+
+
+MODALITY = Modality(
+    name="smell", suffixes=("smell",), options=SmellOptions, load=lambda name, options: Receptors(options.strength)
+)
+'''
+
+
+def test_a_new_modality_is_one_file_and_one_line(tiny_llm, tmp_path):
+    """Copied packages, one file added, one line added: train, and see a hostile medium refused."""
+    for package in ("anymal", "adapters", "launch", "data_prep"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "adapters" / "smell.py").write_text(SMELL)
+    registry = tmp_path / "adapters" / "__init__.py"
+    registry.write_text(registry.read_text().replace('    "imu",\n', '    "imu",\n    "smell",\n'))
+    rng = np.random.default_rng(0)
+    with wds.TarWriter(str(tmp_path / "smells.tar")) as tar:
+        for i in range(40):
+            reading = rng.normal(size=3).astype(np.float32).tobytes() if i != 7 else b"short"
+            tar.write({"__key__": f"s{i}", "smell": reading, "txt": "a rose"})
+    arguments = settings(tiny_llm, tmp_path, tmp_path / "run", str(tmp_path / "smells.tar"), [], optim__steps=12)
+    arguments += ["model.modalities.smell.encoder=none", "model.modalities.smell.options.strength=2"]
+    program = [sys.executable, str(tmp_path / "launch" / "pretrain.py"), *arguments]
+    env = environment() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(program, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    curve = losses(tmp_path / "run")
+    assert curve[12] < curve[1]
+    refused = json.loads((tmp_path / "run" / "quarantine.jsonl").read_text())
+    assert refused["key"] == "s7" and "holds 5 bytes, a smell has 12" in refused["reason"]
+
+
+def test_hostile_shards_are_named_and_trained_through(tiny_llm, tmp_path):
+    folder = tmp_path / "shards"
+    write_pairs(folder, KINDS, shards=2, per_shard=40)
+    good_png, good_imu = tiny_encoders.picture(), tiny_encoders.npy(tiny_encoders.motion())
+    with_nan = tiny_encoders.motion()
+    with_nan[3, 2] = np.nan
+    two_for_one = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
+    pickled = tiny_encoders.npy(np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    hostile = {
+        "renamed": {"jpg": b"this is a text, not a picture", "txt": "a"},
+        "huge": {"png": tiny_encoders.png_header(60000, 60000), "txt": "a"},
+        "nan": {"imu.npy": tiny_encoders.npy(with_nan), "txt": "a"},
+        "counts": {"png": good_png, "json": two_for_one},
+        "pickled": {"png": good_png, "txt": "a", "pth": b"\x80\x04."},
+        "object": {"imu.npy": pickled, "txt": "a"},
+        "wordless": {"imu.npy": good_imu},
+    }
+    with wds.TarWriter(str(folder / "hostile.tar")) as tar:
+        for key, members in hostile.items():
+            tar.write({"__key__": key, **members})
+    whole = (folder / "000.tar").read_bytes()
+    (folder / "truncated.tar").write_bytes(whole[: len(whole) // 3])
+    (folder / "empty.tar").write_bytes(b"")
+    encoders = make_encoders(tmp_path / "encoders")
+    more = {"optim__steps": 40, "data__workers": 2, "data__max_bad_share": 0.3, "data__shuffle": 0}
+    python("launch/pretrain.py", *settings(tiny_llm, encoders, tmp_path / "run", str(folder), KINDS, **more))
+    assert len(losses(tmp_path / "run")) == 40
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    named = {line["key"] for line in lines if line["shard"].endswith("hostile.tar")}
+    assert named == set(hostile)
+    shards = {Path(line["shard"]).name for line in lines}
+    assert shards == {"hostile.tar", "truncated.tar", "empty.tar"}
+    assert all(line["reason"] for line in lines)
+
+
+def test_a_budget_of_zero_stops_at_the_first_bad_sample(tiny_llm, tmp_path):
+    folder = tmp_path / "shards"
+    write_pairs(folder, KINDS, shards=1, per_shard=8)
+    with wds.TarWriter(str(folder / "bad.tar")) as tar:
+        tar.write({"__key__": "renamed", "jpg": b"not a picture", "txt": "a"})
+    encoders = make_encoders(tmp_path / "encoders")
+    more = {"optim__steps": 40, "data__max_bad_in_a_row": 0}
+    arguments = settings(tiny_llm, encoders, tmp_path / "run", str(folder), KINDS, **more)
+    done = python("launch/pretrain.py", *arguments, check=False)
+    assert done.returncode == 2
+    assert "bad.tar, key 'renamed'" in done.stderr and "Traceback" not in done.stderr
