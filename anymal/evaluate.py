@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anymal.generate import embed_prompt, generate, log_likelihoods
-from anymal.metrics import accuracy, cider_d, wilson_interval
+from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval
 from anymal.model import AnyMAL
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
@@ -47,8 +47,9 @@ def evaluate(
 
     Returns:
         ``n``, ``accuracy`` with its 95% ``interval``, ``blank``, ``shuffled``, ``chance`` (1 / options), ``exact``
-        (free answers that are right to the letter), ``cider_d``, and ``predictions``: for each sample its key, shard,
-        question, answer, choice, and what the model said. Figures that need options are None without them.
+        (free answers that are right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and ``predictions``: for each
+        sample its key, shard, question, answer, choice, and what the model said. Figures that need options are None
+        without them.
     """
     decoded = [prepare.decode(sample) for sample in samples]
     questions = [prepare.prompt.question(sample) for sample in decoded]
@@ -84,7 +85,8 @@ def evaluate(
         result["chance"] = float(np.mean([1 / len(samples[i].options) for i in closed]))
         result["interval"] = wilson_interval(round(result["accuracy"] * len(closed)), len(closed))
     result["exact"] = accuracy(said, answers)
-    result["cider_d"] = cider_d(said, [[answer] for answer in answers])
+    right = [[answer] for answer in answers]
+    result |= {"cider_d": cider_d(said, right), "rouge_l": rouge_l(said, right), "bleu_4": bleu(said, right)}
     result["predictions"] = [
         {
             "key": sample.key,

@@ -6,6 +6,7 @@ many times slower there) and in bfloat16 on a GPU; the code is the same.
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    if config.name.startswith(("/", ".")) and not Path(config.name).is_dir():
+        raise UserError(f"model.llm.name={config.name}: there is no such folder")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     dtype = {16: torch.bfloat16, 32: torch.float32}.get(config.bits, compute_dtype(device))

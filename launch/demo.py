@@ -22,7 +22,6 @@ from launch.report import print_table
 RUN = Path("runs/demo")
 MODALITIES = ("image", "video", "audio", "imu")
 NOTES = [
-    "The LLM is in 4 bits while training and in 32 for this evaluation, as in AnyMAL.",
     "image: pictures of objects that training never showed; near relatives of some were in training.",
     "video: generated motion over real pictures; held-out clips show pictures that training never moved.",
     "audio: the encoder is Whisper tiny.en, made for speech; held-out sounds are of instruments not in training.",
@@ -50,7 +49,7 @@ def commands(cache: Path) -> list[tuple[str, list[str]]]:
         ),
         ("stage 1: projectors", ["launch/pretrain.py", "launch/recipes/demo-pretrain.yaml"]),
         ("stage 2: projectors and LoRA", ["launch/finetune.py", "launch/recipes/demo-finetune.yaml"]),
-        ("evaluate", ["launch/evaluate.py", "checkpoint=runs/demo/finetune", f"out={RUN}", "bits=32", *sets, *notes]),
+        ("evaluate", ["launch/evaluate.py", "checkpoint=runs/demo/finetune", f"out={RUN}", *sets, *notes]),
         ("report", ["launch/report.py", str(RUN)]),
     ]
 
