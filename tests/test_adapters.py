@@ -7,10 +7,9 @@ import struct
 import av
 import numpy as np
 import pytest
-import tiny_encoders as tiny
 import torch
-from tiny_encoders import clip_bytes, motion, npy, picture, shade, sound
 
+import tiny_encoders as tiny
 from adapters import audio, image, imu, video, video_frames
 from adapters.audio import AudioOptions, load_audio_encoder, read_sound
 from adapters.image import ImageOptions, load_image_encoder, read_image
@@ -19,6 +18,7 @@ from adapters.signals import crop_centre, hold_last, resample
 from adapters.video import VideoOptions, load_video_encoder
 from adapters.video_frames import frames_by_decord, frames_by_pyav, read_frames, read_index, spread
 from anymal.errors import BadSample, UserError
+from tiny_encoders import clip_bytes, motion, npy, picture, shade, sound
 
 BOUNDS = {"max_seconds": 600.0, "max_pixels": 1_000_000}
 

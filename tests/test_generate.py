@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from toys import medium, sample, text, toy_model
 
 from anymal.evaluate import evaluate, pieces
 from anymal.generate import embed_prompt, generate, log_likelihoods
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Message, Part, Sample
+from toys import medium, sample, text, toy_model
 
 ASKED = [
     sample(medium("eye", 1), text("what is this?"), key="a"),

@@ -11,11 +11,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from tiny_encoders import ENCODERS, MEDIA, OPTIONS, hostile
 
 from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
 from anymal.config import ModalityConfig, ProjectorConfig, field_docs, options
 from anymal.errors import BadSample, UserError
+from tiny_encoders import ENCODERS, MEDIA, OPTIONS, hostile
 
 CASES = [(name, kind) for name in MODALITIES for kind in ENCODERS[name]]
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import medium, sample, text, toy_model
 
 from anymal.config import LoraConfig
 from anymal.errors import UserError
@@ -11,6 +10,7 @@ from anymal.llm import add_lora
 from anymal.loss import answer_loss
 from anymal.model import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
 from anymal.packing import pack
+from toys import medium, sample, text, toy_model
 
 SAMPLES = [
     sample(medium("eye", 1), text("what is this?"), answer="a dog", key="a"),

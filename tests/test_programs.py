@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_encoders
 import webdataset as wds
-from runs import ROOT, environment, losses, make_encoders, python, settings, write_pairs
+
+import tiny_encoders
+from small_runs import ROOT, environment, losses, make_encoders, python, settings, write_pairs
 
 KINDS = ["image", "imu"]
 

@@ -1,12 +1,12 @@
 """Prompt: labels on the assistant's tokens alone, placeholders widened in place, anything misaligned refused."""
 
 import pytest
-from toys import medium, sample, text, toy_model
 
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.prompt import IGNORED, Prepare, Prompt
 from anymal.sample import Message, Part, Sample
+from toys import medium, sample, text, toy_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, deepspeed, environment, losses, make_encoders, metrics, python, settings, write_pairs
 
 from anymal import checkpoint
 from anymal.config import Config, load
@@ -19,6 +18,7 @@ from anymal.errors import UserError
 from anymal.model import fingerprint, select_trainable, trainable
 from launch.build import build
 from launch.stage import run_stage
+from small_runs import ROOT, deepspeed, environment, losses, make_encoders, metrics, python, settings, write_pairs
 
 KINDS = ["image", "imu"]
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiny_encoders
 import webdataset as wds
+
+import tiny_encoders
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["red", "green", "blue", "white"]
