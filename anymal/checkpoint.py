@@ -113,7 +113,8 @@ def _save_lora(model: AnyMAL, parameters: dict[str, Tensor], place: Path) -> Non
     from peft import get_peft_model_state_dict
 
     place.mkdir()
-    save_file(get_peft_model_state_dict(model.llm, state_dict=lora), place / "adapter_model.safetensors")
+    weights = get_peft_model_state_dict(model.llm, state_dict=lora, save_embedding_layers=False)  # "auto" asks the hub
+    save_file(weights, place / "adapter_model.safetensors")
     model.llm.peft_config["default"].save_pretrained(place)
 
 
@@ -123,18 +124,23 @@ def _publish(temporary: Path, folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+    aside = folder.with_name(f".tmp-{folder.name}-old")
     if folder.exists():  # a run that went on from an older checkpoint comes by here again
-        shutil.rmtree(folder)
+        folder.rename(aside)
     temporary.rename(folder)
     link = folder.with_name(f".tmp-{LATEST}-{os.getpid()}")
     link.symlink_to(folder.name)
     link.replace(folder.with_name(LATEST))
+    place = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(place)
+    os.close(place)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prune(place: Path, keep: int) -> None:
-    """Drop the oldest checkpoints, and what a killed process left half-written."""
+    """Drop the oldest checkpoints (by time: a run may go on from an early step), and what a killed process left."""
     latest = (place / LATEST).resolve()
-    old = sorted(place.glob("step-*"))[:-keep]
+    old = sorted(place.glob("step-*"), key=lambda folder: (folder / "recipe.yaml").stat().st_mtime_ns)[:-keep]
     for folder in [*old, *place.glob(".tmp-step-*")]:
         if folder.resolve() != latest:
             shutil.rmtree(folder, ignore_errors=True)
@@ -152,10 +158,12 @@ def find_resume(config: Config) -> Path | None:
         UserError: ``run.resume`` names no checkpoint, or it is ``never`` and the folder already holds one.
     """
     latest = checkpoints(config) / LATEST
+    if not latest.exists():  # killed between two renames, or removed by hand: the newest whole one
+        latest = max(checkpoints(config).glob("step-*"), default=None)
     if config.run.resume == "auto":
-        return latest.resolve() if latest.exists() else None
+        return latest.resolve() if latest else None
     if config.run.resume == "never":
-        if latest.exists():
+        if latest:
             raise UserError(f"{config.run.dir} already holds checkpoints; choose another run.dir, or run.resume=auto")
         return None
     return existing(config.run.resume)
@@ -182,7 +190,7 @@ def recipe(folder: Path, overrides: list[str] | None = None) -> Config:
 def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
     """The LLM with the LoRA of the checkpoint it starts from, or a fresh one if `train` asks for it, or as it is."""
     if start is not None and (start / "lora").is_dir():
-        return load_lora(llm, start / "lora")
+        return load_lora(llm, start / "lora", config.model.lora)
     return add_lora(llm, config.model.lora) if "lora" in config.train else llm
 
 
@@ -237,19 +245,19 @@ def load_training_state(folder: Path) -> TrainingState:
     try:
         described = json.loads((place / "state.json").read_text())
         moments = load_file(place / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        return TrainingState(
+            step=described["step"], bookmark=described["bookmark"], wandb_id=described["wandb_id"], moments=moments
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{place} cannot be read ({error}); to start a new run from these weights set model.checkpoint={folder}"
         ) from error
-    return TrainingState(
-        step=described["step"], bookmark=described["bookmark"], wandb_id=described["wandb_id"], moments=moments
-    )
 
 
 def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:
     """A model card in Markdown: what it is, what it was made from, and under which licences."""
     llm = config.model.llm
-    rows = [f"| LLM | {llm.name} | {llm.license or 'see its own model card'} |"]
+    rows = [f"| LLM | {llm.name} | {llm.license or 'unknown'} |"]
     for name, adapter in adapters.items():
         rows.append(f"| {name} encoder | {config.model.modalities[name].encoder} | {adapter.encoder.license} |")
     datasets = ", ".join(config.data.datasets) or str(config.data.shards)

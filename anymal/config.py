@@ -46,7 +46,8 @@ class ProjectorConfig:
     """Attention heads of a resampler."""
 
     def __post_init__(self):
-        _require(self.tokens > 0 and self.layers > 0, "a projector needs at least one token and one layer")
+        least = min(self.tokens, self.layers, self.heads)
+        _require(least > 0, "a projector needs at least one token, one layer and one head")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +94,10 @@ class LoraConfig:
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an update, or [all-linear]."""
 
+    def __post_init__(self):
+        _require(self.rank > 0, f"model.lora.rank is {self.rank}; it must be at least 1")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout is {self.dropout}; it is a share below 1")
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -127,7 +132,7 @@ class DataConfig:
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Several datasets with ratios, by name, in place of data.shards."""
     batch_size: int = 16
-    """Samples in a micro-batch of one process."""
+    """Samples in a micro-batch of one process. They stand in one row of up to batch_size x max_tokens tokens."""
     shuffle: int = 10_000
     """Samples that are shuffled among one another (shards are shuffled as well); 0 keeps the shards' order."""
     workers: int = 2
@@ -143,7 +148,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
-        _require(self.workers >= 0, f"data.workers is {self.workers}; it cannot be negative")
+        _require(min(self.workers, self.shuffle) >= 0, "data.workers and data.shuffle cannot be negative")
+        _require(self.timeout > 0, f"data.timeout is {self.timeout}; it is a number of seconds")
         _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it is a share from 0 to 1")
 
 
@@ -183,7 +189,10 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.steps > 0 and self.accumulate > 0, "optim.steps and optim.accumulate must be at least 1")
-        _require(len(self.betas) == 2, f"optim.betas is {self.betas}; it takes two numbers")
+        _require(self.lr >= 0 and self.clip >= 0, "optim.lr and optim.clip cannot be negative")
+        _require(0 <= self.warmup <= 1, f"optim.warmup is {self.warmup}; it is a share from 0 to 1")
+        decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(decays, f"optim.betas is {self.betas}; it takes two numbers from 0 to below 1")
 
 
 @dataclass(kw_only=True)
@@ -230,7 +239,9 @@ class RunConfig:
         _require(
             self.wandb in ("online", "offline", "disabled"), f"run.wandb is {self.wandb!r}; online, offline or disabled"
         )
-        _require(self.save_every > 0 and self.keep > 0, "run.save_every and run.keep must be at least 1")
+        least = min(self.save_every, self.keep, self.log_every)
+        _require(least > 0, "run.save_every, run.keep and run.log_every must be at least 1")
+        _require(self.samples >= 0, f"run.samples is {self.samples}; it cannot be negative")
 
 
 @dataclass(kw_only=True)
@@ -264,6 +275,12 @@ def load(
     """
     config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(defaults)))
     sources: list[tuple[str, Any]] = []
+    asked: set[str] = set()  # what the recipe leaves to the command line, as ???: a merge would drop it silently
+    given = [override.split("=", 1)[0] for override in overrides]
+    for name in given:
+        if given.count(name) > 1:
+            times = given.count(name)
+            raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
     if recipe is not None:
         if not Path(recipe).is_file():
             raise UserError(f"there is no recipe {recipe}")
@@ -274,15 +291,20 @@ def load(
         sources.append((override, lambda override=override: OmegaConf.from_dotlist([override])))
     for name, read in sources:
         try:
-            config = OmegaConf.merge(config, read())
+            settings = read()
+            asked |= OmegaConf.missing_keys(settings)
+            config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{name}: {_first_lines(error)}") from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
             raise UserError(f"{name} is not valid YAML: {error}") from error
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(OmegaConf.missing_keys(config) | (asked - set(given)))
     if missing:
         raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
-    return OmegaConf.to_object(_with_home(config))
+    try:
+        return OmegaConf.to_object(_with_home(config))
+    except OmegaConfBaseException as error:  # an interpolation of something that is not there
+        raise UserError(f"{recipe or 'settings'}: {_first_lines(error)}") from error
 
 
 def _with_home(config: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anymal.config import Config
 from anymal.errors import UserError
+from anymal.llm import on_gpu
 from anymal.model import AnyMAL, trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
@@ -26,10 +27,15 @@ def start_processes() -> tuple[int, int, torch.device]:
 
     Returns:
         rank, world size, and this process's device.
+
+    Raises:
+        UserError: Several Slurm tasks were started without a launcher; each would be a run of its own.
     """
-    gpu = torch.cuda.is_available()
+    gpu = on_gpu()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise UserError("several Slurm tasks, but no RANK: start one task a node, and in it deepspeed or torchrun")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -60,6 +66,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {"stage": config.engine.zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": False},  # autocast does it; else DeepSpeed would cast what learns
+        "fp16": {"enabled": False},
         "steps_per_print": 10**9,  # progress is ours to show
     }
     if config.engine.deepspeed is None:
@@ -69,6 +77,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         extra = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"engine.deepspeed={path}: not a readable JSON file: {error}") from error
+    for name in ("optimizer", "scheduler", "train_batch_size"):
+        if name in extra:
+            raise UserError(f"{path}: {name} is the recipe's to set (optim.*, data.batch_size); remove it here")
     return _merged(derived, extra, str(path))
 
 

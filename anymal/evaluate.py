@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anymal.errors import BadSample, UserError
 from anymal.generate import embed_prompt, generate, log_likelihoods
 from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval
 from anymal.model import AnyMAL
@@ -50,9 +51,17 @@ def evaluate(
         (free answers that are right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and ``predictions``: for each
         sample its key, shard, question, answer, choice, and what the model said. Figures that need options are None
         without them.
+
+    Raises:
+        UserError: A sample is bad. Names shard and key.
     """
-    decoded = [prepare.decode(sample) for sample in samples]
-    questions = [prepare.prompt.question(sample) for sample in decoded]
+    decoded, questions = [], []
+    for sample in samples:
+        try:
+            decoded.append(prepare.decode(sample))
+            questions.append(prepare.prompt.question(decoded[-1]))
+        except BadSample as error:
+            raise UserError(f"{sample.shard}, key {sample.key!r}: {error}; held-out data must be whole") from error
     real = _encode(model, questions, batch_size)
     answers = [sample.answer() for sample in samples]
 
@@ -70,14 +79,15 @@ def evaluate(
     options = {i: prepare.prompt.answers(decoded[i], samples[i].options) for i in closed}
     for name, features in conditions.items():
         picked = []
-        for start in range(0, len(closed), batch_size):
-            chosen = closed[start : start + batch_size]
+        asked = [i for i in closed if features[i] is not None]
+        for start in range(0, len(asked), batch_size):
+            chosen = asked[start : start + batch_size]
             prompts = [embed_prompt(model, questions[i], features[i]) for i in chosen]
             likelihoods = log_likelihoods(model, prompts, [options[i] for i in chosen])
             picked += [samples[i].options[int(found.argmax())] for i, found in zip(chosen, likelihoods, strict=True)]
             progress(len(chosen))
-        if closed:
-            result[name] = accuracy(picked, [answers[i] for i in closed])
+        if asked:
+            result[name] = accuracy(picked, [answers[i] for i in asked])
         if name == "accuracy":
             for i, choice in zip(closed, picked, strict=True):
                 choices[i] = choice
@@ -143,13 +153,13 @@ def _blank(model: AnyMAL, questions: Sequence[Tokens]) -> list[Features]:
     return found
 
 
-def _shuffled(questions: Sequence[Tokens], real: Sequence[Features], seed: int) -> list[Features]:
-    """Give every sample the media of another one that has as many of each modality; alone in that, it keeps its own."""
+def _shuffled(questions: Sequence[Tokens], real: Sequence[Features], seed: int) -> list[Features | None]:
+    """Give every sample the media of another one that has as many of each modality; None where there is no other."""
     alike: dict[tuple, list[int]] = {}
     for i, question in enumerate(questions):
         alike.setdefault(tuple(sorted(run[0] for run in question.runs)), []).append(i)
-    found = list(real)
-    for members in alike.values():
+    found: list[Features | None] = [None] * len(real)
+    for members in (several for several in alike.values() if len(several) > 1):
         ring = np.random.default_rng([seed, len(members)]).permutation(members)
         for mine, theirs in zip(ring, np.roll(ring, 1), strict=True):
             found[mine] = real[theirs]

@@ -24,7 +24,7 @@ def embed_prompt(model: AnyMAL, question: Tokens, features: dict[str, Tensor] | 
         [1, T, D] embeddings.
     """
     batch = pack([question]).to(model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type != "cpu"):
+    with model.autocast():
         return model.embed(batch, model.encode(batch.media) if features is None else features)[0]
 
 
@@ -55,7 +55,7 @@ def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_ne
     """
     model.eval()
     rows, mask = _left_padded(prompts)
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.device.type != "cpu"):
+    with model.autocast():
         ids = model.llm.generate(
             inputs_embeds=rows,
             attention_mask=mask,
@@ -96,7 +96,7 @@ def log_likelihoods(
         real[i, : len(answer)] = 1
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     following = places[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+    with model.autocast():
         read = model.llm(
             inputs_embeds=rows,
             attention_mask=mask,

@@ -5,11 +5,13 @@ many times slower there) and in bfloat16 on a GPU; the code is the same.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from anymal.config import LLMConfig, LoraConfig
@@ -17,6 +19,11 @@ from anymal.errors import UserError
 
 # On a CPU, 8-bit layers warn at every call that they cast; it is known and harmless.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one, and DeepSpeed was not told to stay on the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -57,7 +64,7 @@ def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
             attn_implementation=config.attention,
             device_map={"": device},
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
     llm.requires_grad_(False)
     if config.checkpointing:
@@ -113,8 +120,23 @@ def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
         raise UserError(f"model.lora.targets={config.targets}: {error}") from error
 
 
-def load_lora(llm: nn.Module, folder: Any) -> nn.Module:
-    """Wrap the LLM in a LoRA saved in PEFT's own layout."""
+def load_lora(llm: nn.Module, folder: Path, config: LoraConfig) -> nn.Module:
+    """Wrap the LLM in a LoRA saved in PEFT's own layout.
+
+    Raises:
+        UserError: It is damaged, fits another LLM, or has another rank or alpha than the recipe says.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(llm, str(folder), is_trainable=True)
+    device = str(llm.get_input_embeddings().weight.device)
+    try:
+        wrapped = PeftModel.from_pretrained(llm, str(folder), is_trainable=True, torch_device=device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded into this LLM: {error}") from error
+    saved = wrapped.peft_config["default"]
+    if (saved.r, saved.lora_alpha) != (config.rank, config.alpha):
+        raise UserError(
+            f"{folder} has rank {saved.r} and alpha {saved.lora_alpha:g}, the recipe says "
+            f"model.lora.rank={config.rank} and model.lora.alpha={config.alpha:g}; set them alike"
+        )
+    return wrapped

@@ -18,6 +18,6 @@ def answer_loss(logits: Tensor, targets: Tensor, group_of_row: Tensor, groups: i
         The sum (differentiable, a scalar), and [G, 2]: per group the sum and the number of tokens (detached).
     """
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    per_group = torch.zeros(groups, 2, device=losses.device)
-    per_group.index_add_(0, group_of_row, torch.stack([losses.detach(), torch.ones_like(losses)], dim=1))
+    member = F.one_hot(group_of_row, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
+    per_group = member.T @ torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
     return losses.sum(), per_group

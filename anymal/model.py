@@ -44,6 +44,11 @@ class AnyMAL(nn.Module):
         """Where the LLM's embedding table is."""
         return self.llm.get_input_embeddings().weight.device
 
+    def autocast(self) -> torch.autocast:
+        """The precision of the arithmetic: bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
+        low = self.device.type != "cpu" and self.llm.get_input_embeddings().weight.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The named modules of which the model consists, frozen encoders included."""
         yield "llm", self.llm
@@ -107,7 +112,7 @@ class AnyMAL(nn.Module):
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+        with self.autocast():
             logits, absent = self.logits(batch, features)
         total, per_group = answer_loss(logits, batch.targets, batch.group_of_row, len(batch.groups))
         return total + absent, per_group

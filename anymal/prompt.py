@@ -41,7 +41,8 @@ class Prompt:
         if self.config.template == "chat" and not self.tokenizer.chat_template:
             raise UserError("this LLM's tokenizer has no chat template; set prompt.template=plain")
         self._modality_of_id = {self.tokenizer.convert_tokens_to_ids(p): m for m, p in self.placeholder.items()}
-        reserved = {*self.tokenizer.all_special_tokens, *self.placeholder.values()} - {""}
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        reserved = {*special, *self.tokenizer.all_special_tokens, *self.placeholder.values()} - {""}
         self._reserved = re.compile("|".join(map(re.escape, sorted(reserved))))
 
     def sample(self, sample: Sample) -> Tokens:
@@ -53,7 +54,7 @@ class Prompt:
         messages = self._complete(sample.messages)
         ids, labels = self._plain(messages) if self.config.template == "plain" else self._chat(messages)
         tokens = self._widen(ids, labels, sample)
-        if all(label == IGNORED for label in tokens.labels):
+        if all(label == IGNORED for label in tokens.labels[1:]):  # nothing predicts the first token
             raise BadSample("has no answer token: the assistant says nothing")
         if len(tokens.ids) > self.max_tokens:
             raise BadSample(f"has {len(tokens.ids)} tokens, data.max_tokens is {self.max_tokens}")

@@ -114,19 +114,9 @@ class Batch:
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return value.to(device)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             return value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
-
-    def pin_memory(self) -> "Batch":
-        """Called by DataLoader when pinning; pinned tensors are copied to a GPU while it computes."""
-        pinned = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in pinned.items():
-            if isinstance(value, Tensor):
-                pinned[name] = value.pin_memory()
-            elif isinstance(value, dict):
-                pinned[name] = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in value.items()}
-        return Batch(**pinned)

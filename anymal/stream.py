@@ -11,6 +11,7 @@ it is done this way.
 
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -268,6 +269,8 @@ def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Itera
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
+            for worker in multiprocessing.active_children():
+                worker.kill()  # one that hangs would outlive us: it does not hear of being terminated
             if "timed out" in str(error):
                 why = f"nothing came within data.timeout = {data.timeout:g} s: a decoder hangs, or the storage is slow"
             else:
@@ -286,7 +289,10 @@ def _same(value: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle; it ends the workers
+    # Ctrl-C, and the warnings that a launcher or Slurm sends to every process, are the main process's to handle: it
+    # finishes its step, for which it needs its workers, and then ends them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a tokenizer do not survive the fork
 
 

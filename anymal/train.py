@@ -54,7 +54,7 @@ def train(
         with meter.waiting():
             micro_batches = [next(batches) for _ in range(config.optim.accumulate)]
         answers = sum(len(batch.targets) for batch in micro_batches)
-        answers, stopping = sum_over_ranks(torch.tensor([answers, stop.asked], device=model.device)).tolist()
+        answers = sum_over_ranks(torch.tensor(answers, device=model.device)).item()
         rate = learning_rate(step, config)
         set_learning_rate(engine, rate)
         for batch in micro_batches:
@@ -66,8 +66,9 @@ def train(
             engine.step()
             meter.add(batch, per_group)
         done = step + 1
+        stopping = sum_over_ranks(torch.tensor(stop.asked, device=model.device)).item() > 0
         if done % config.run.log_every == 0 or done == config.optim.steps:
-            tracker.log(done, meter.figures(lr=rate, grad_norm=_norm(engine)))
+            tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
         if done % config.run.save_every == 0 or done == config.optim.steps or stopping:
             save(done, merge_bookmarks(gather(micro_batches[-1].bookmark)))
         if stopping and done < config.optim.steps:
@@ -101,6 +102,7 @@ def _require_finite(total: torch.Tensor, batch: Batch, step: int) -> None:
         )
 
 
-def _norm(engine: Any) -> float:
+def _norm(engine: Any) -> dict[str, float]:
+    """The gradient norm before clipping; without ZeRO, DeepSpeed does not say it."""
     norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else float("nan")
+    return {} if norm is None else {"grad_norm": float(norm)}

@@ -13,7 +13,7 @@ from adapters.pretrained import license_of
 from anymal.checkpoint import load_projectors, with_lora
 from anymal.config import Config
 from anymal.errors import UserError
-from anymal.llm import load_llm
+from anymal.llm import load_llm, on_gpu
 from anymal.modality import Adapter
 from anymal.model import AnyMAL
 from anymal.prompt import Prepare, prepare
@@ -46,7 +46,7 @@ def unchanged(sample: Sample) -> Sample:
 
 def device() -> torch.device:
     """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if on_gpu() else "cpu")
 
 
 def build(config: Config, place: torch.device, *, start: Path | None = None, partly: bool = False) -> Built:

@@ -25,7 +25,7 @@ from anymal.evaluate import evaluate, pieces
 from anymal.sample import Sample
 from anymal.stream import samples_once
 from launch.build import build, device, run_program, suffixes, unchanged
-from launch.report import print_table
+from launch.report import print_table, read_lines
 
 
 @dataclass(kw_only=True)
@@ -66,6 +66,9 @@ def read_sets(config: EvaluateConfig) -> dict[str, list[Sample]]:
         data = DataConfig(shards=shards, workers=0)
         samples = samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=quarantine)
         found[name] = list(islice(samples, config.limit or None))
+        for sample in found[name]:
+            if sample.options and sample.answer() not in sample.options:
+                raise UserError(f"{sample.shard}, key {sample.key!r}: {sample.answer()!r} is not among its options")
     return found
 
 
@@ -126,7 +129,8 @@ def training_speed(folder: Path) -> float | None:
     log = folder.parent.parent / "metrics.jsonl"
     if not log.is_file():
         return None
-    return statistics.median(json.loads(line)["tokens_per_s"] for line in log.read_text().splitlines())
+    speeds = [line["tokens_per_s"] for line in read_lines(log) if "tokens_per_s" in line]
+    return statistics.median(speeds) if speeds else None
 
 
 def trained_parameters(folder: Path) -> int:

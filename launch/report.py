@@ -48,6 +48,10 @@ def print_table(evaluation: Mapping[str, Any], predictions: int = 3) -> str:
             said = textwrap.shorten(prediction.get("said") or prediction.get("choice") or "nothing", 60)
             chosen = f", chose {prediction['choice']}" if prediction.get("choice") else ""
             lines.append(f"  {mark} said “{said}”{chosen}; answer: {textwrap.shorten(prediction['answer'], 60)}")
+    if (trained := evaluation.get("trained_parameters")) is not None:
+        lines += ["", f"trained parameters: {trained:,}"]
+    if (speed := evaluation.get("tokens_per_s")) is not None:
+        lines.append(f"tokens/s in training: {speed:.0f}")
     return "\n".join(lines)
 
 
@@ -119,7 +123,7 @@ def write_report(run: Path) -> Path:
     return page
 
 
-def _read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON Lines file, without a last line that was cut off."""
     lines = []
     for line in path.read_text().splitlines():
@@ -178,7 +182,7 @@ def _results(evaluation: Mapping[str, Any]) -> str:
 def _stage(stage: Path) -> str:
     from launch.report_media import loss_plot  # matplotlib: `print_table` must work without it
 
-    lines = _read_lines(stage / "metrics.jsonl")
+    lines = read_lines(stage / "metrics.jsonl")
     if not lines:
         return f'<h2>{escape(stage.name)}</h2><p class="missing">Nothing was logged.</p>'
     numbers = {

@@ -1,10 +1,10 @@
 """One training stage, from the settings to the last checkpoint. Pretraining and finetuning both are this program."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch.distributed
 from omegaconf import OmegaConf
@@ -13,17 +13,18 @@ from adapters import describe_options
 from anymal import checkpoint
 from anymal import config as settings
 from anymal.checkpoint import TrainingState
-from anymal.config import Config, DataConfig
+from anymal.config import Config
 from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
 from anymal.generate import embed_prompt, generate
 from anymal.model import format_table, select_trainable, table, trainable
 from anymal.packing import pack
-from anymal.sample import Sample
+from anymal.prompt import Prepare
+from anymal.sample import Sample, Tokens
 from anymal.stream import Stream, samples_once
 from anymal.tracking import Tracker
 from anymal.train import train
-from launch.build import Built, build, suffixes, unchanged
+from launch.build import Built, build, suffixes
 
 
 def main(usage: str, defaults: list[str]) -> int:
@@ -63,7 +64,7 @@ def run_stage(config: Config) -> int:
         world=world,
         bookmark=state.bookmark,
     )
-    shown = _samples_to_show(config)
+    shown = _samples_to_show(built, config)
     resolved = OmegaConf.to_container(OmegaConf.structured(config))
     with Tracker(
         config.run, resolved, rank=rank, steps=config.optim.steps, start=state.step, run_id=state.wandb_id
@@ -83,6 +84,7 @@ def run_stage(config: Config) -> int:
         finished = train(engine, iter(stream), config=config, start=state.step, rank=rank, tracker=tracker, save=save)
         if finished:
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
+    torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
     return 0 if finished else 1
 
 
@@ -105,29 +107,31 @@ def _describe(built: Built, config: Config, folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps([asdict(row) for row in table(built.model)], indent=2))
 
 
-def _samples_to_show(config: Config) -> list[Sample]:
-    """The samples whose answers are logged with each checkpoint, not yet decoded."""
+Shown = tuple[str, str, Tokens]  # key, right answer, question
+
+
+def _samples_to_show(built: Built, config: Config) -> list[Shown]:
+    """The samples whose answers are logged with each checkpoint; bad ones are passed over."""
     if not config.run.samples:
         return []
-    data = config.data
+    data = replace(config.data, workers=0)
     if config.run.samples_from is not None:
-        data = DataConfig(shards=config.run.samples_from, workers=0)
-    limits = {"max_in_a_row": config.run.samples + data.max_bad_in_a_row, "max_share": 1.0}
-    samples = samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=Quarantine(None, **limits))
-    return list(islice(samples, config.run.samples))
+        data = replace(data, shards=config.run.samples_from, datasets={})
+    quarantine = Quarantine(None, max_in_a_row=data.max_bad_in_a_row, max_share=1.0)
+    ask = partial(_question, built.prepare)
+    return list(islice(samples_once(data, suffixes=suffixes(), prepare=ask, quarantine=quarantine), config.run.samples))
 
 
-def _show(built: Built, samples: list[Sample], tracker: Tracker, step: int) -> None:
+def _question(prepare: Prepare, sample: Sample) -> Shown:
+    return sample.key, sample.answer(), prepare.prompt.question(prepare.decode(sample))
+
+
+def _show(built: Built, samples: list[Shown], tracker: Tracker, step: int) -> None:
     """Log what the model answers. Every rank computes it, since a sharded model needs them all."""
     if not samples:
         return
-    prompt = built.prepare.prompt
-    questions = [prompt.question(built.prepare.decode(sample)) for sample in samples]
-    prompts = [embed_prompt(built.model, question) for question in questions]
+    prompts = [embed_prompt(built.model, question) for _, _, question in samples]
     said = generate(built.model, built.tokenizer, prompts, max_new_tokens=16)
-    rows: list[list[Any]] = [
-        [sample.key, question.group(), sample.answer(), text]
-        for sample, question, text in zip(samples, questions, said, strict=True)
-    ]
+    rows = [[key, question.group(), answer, text] for (key, answer, question), text in zip(samples, said, strict=True)]
     tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
     built.model.train()

@@ -36,6 +36,9 @@ def test_modalities_are_typed_though_their_names_are_free():
         ("engine.zero=4", "zero is 4"),
         ("data.batch_size=0", "at least 1"),
         ("optim.steps", "neither a recipe nor an override"),
+        ("optim.warmup=3", "share from 0 to 1"),
+        ("run.log_every=0", "at least 1"),
+        ("data.shards=${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("model.modalities.image.projector.tokenz=4", "'tokenz'.*Did you mean: 'tokens'"),
     ],
 )
@@ -47,6 +50,19 @@ def test_mistakes_are_named(override, said):
 def test_what_has_no_default_must_be_given():
     with pytest.raises(UserError, match=r"must be given: model\.llm\.name"):
         load(Config)
+
+
+def test_what_a_shell_expanded_is_noticed():
+    with pytest.raises(UserError, match=r"data\.shards is given 3 times; a brace pattern wants quotes"):
+        load(Config, None, [NAMED, "data.shards=a/0.tar", "data.shards=a/1.tar", "data.shards=a/2.tar"])
+
+
+def test_what_a_recipe_leaves_open_must_be_given(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {llm: {name: x}, checkpoint: \"???\"}\ndata: {shards: \"???\"}\n")
+    with pytest.raises(UserError, match=r"must be given: data\.shards, model\.checkpoint"):
+        load(Config, recipe)
+    assert load(Config, recipe, ["data.shards=a", "model.checkpoint=b"]).model.checkpoint == "b"
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path):

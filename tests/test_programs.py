@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset as wds
 
 import tiny_encoders
+from anymal import checkpoint
+from anymal.generate import embed_prompt, generate
+from anymal.sample import Message, Part, Sample
+from launch.build import build
 from small_runs import ROOT, environment, losses, make_encoders, python, settings, write_pairs
 
 KINDS = ["image", "imu"]
@@ -27,14 +32,19 @@ def trained(tiny_llm, tmp_path_factory) -> Path:
 
 
 def test_chat_answers_interleaved_prompts(trained, tmp_path):
-    (tmp_path / "a.png").write_bytes(tiny_encoders.picture())
-    (tmp_path / "b.npy").write_bytes(tiny_encoders.npy(tiny_encoders.motion()))
+    picture, motion = tiny_encoders.picture(), tiny_encoders.npy(tiny_encoders.motion())
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / "b.npy").write_bytes(motion)
     media = ["--image", str(tmp_path / "a.png"), "and", "--imu", str(tmp_path / "b.npy"), "what is this?"]
-    answers = [
-        python("launch/chat.py", f"checkpoint={trained}", f"bits={bits}", "max_new_tokens=5", *media).stdout
-        for bits in (0, 32)
-    ]
-    assert all(answer.endswith("\n") for answer in answers)
+    said = python("launch/chat.py", f"checkpoint={trained}", "bits=32", "max_new_tokens=8", *media).stdout
+
+    folder = checkpoint.existing(trained)
+    built = build(checkpoint.recipe(folder, ["model.llm.bits=32"]), torch.device("cpu"), start=folder)
+    parts = [("image", picture), ("text", "and"), ("imu", motion), ("text", "what is this?")]
+    message = Message(role="user", parts=[Part(kind=kind, content=content) for kind, content in parts])
+    asked = built.prepare.decode(Sample(key="k", shard="s", messages=[message]))
+    prompt = embed_prompt(built.model, built.prepare.prompt.question(asked))
+    assert said.rstrip("\n") == generate(built.model, built.tokenizer, [prompt], max_new_tokens=8)[0]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +80,6 @@ def test_evaluate_writes_figures_and_media(trained, tmp_path):
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     result = evaluation["modalities"]["image"]
     assert result["n"] == 6 and result["chance"] == pytest.approx(1 / 3)
-    assert all(0 <= result[name] <= 1 for name in ("accuracy", "blank", "shuffled", "exact"))
     right = [p["choice"] == p["answer"] for p in result["predictions"]]
     assert result["accuracy"] == pytest.approx(sum(right) / 6)
     media = [tmp_path / "out" / name for p in result["predictions"] for name in p["media"]]
@@ -174,7 +183,7 @@ def test_hostile_shards_are_named_and_trained_through(tiny_llm, tmp_path):
     (folder / "truncated.tar").write_bytes(whole[: len(whole) // 3])
     (folder / "empty.tar").write_bytes(b"")
     encoders = make_encoders(tmp_path / "encoders")
-    more = {"optim__steps": 40, "data__workers": 2, "data__max_bad_share": 0.3, "data__shuffle": 0}
+    more = {"optim__steps": 40, "data__workers": 2, "data__max_bad_share": 0.3, "data__shuffle": 0, "run__samples": 4}
     python("launch/pretrain.py", *settings(tiny_llm, encoders, tmp_path / "run", str(folder), KINDS, **more))
     assert len(losses(tmp_path / "run")) == 40
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from anymal import checkpoint
-from anymal.config import Config, load
+from anymal.config import Config, DataConfig, load
 from anymal.engine import deepspeed_config, learning_rate
-from anymal.errors import UserError
+from anymal.errors import Quarantine, UserError
 from anymal.model import fingerprint, select_trainable, trainable
-from launch.build import build
+from anymal.packing import pack
+from anymal.sample import Batch, Sample, Tokens
+from anymal.stream import Stream
+from launch.build import build, suffixes
 from launch.stage import run_stage
 from small_runs import ROOT, deepspeed, environment, losses, make_encoders, metrics, python, settings, write_pairs
 
@@ -84,12 +88,8 @@ def test_both_stages_change_what_they_train_and_nothing_else(stage, tiny_llm):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders, shards, tmp_path, bits):
     from anymal.engine import make_engine, start_processes
-    from anymal.errors import Quarantine
-    from anymal.packing import pack
-    from anymal.stream import Stream
     from anymal.tracking import Tracker
     from anymal.train import train
-    from launch.build import suffixes
 
     arguments = settings(tiny_llm, encoders, tmp_path, shards, KINDS, optim__steps=3, model__llm__bits=bits)
     config = load(Config, None, arguments, ["train=[projectors]"])
@@ -228,7 +228,7 @@ def test_deepspeed_settings_that_contradict_the_recipe_are_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_two_ranks_are_one_rank_with_two_micro_batches(tiny_llm, encoders, shards, tmp_path, zero):
-    more = {"optim__steps": 6, "engine__zero": zero, "run__save_every": 3}
+    more = {"optim__steps": 6, "engine__zero": zero, "run__save_every": 3, "run__samples": 2}
     two = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, **more)
     deepspeed(2, "launch/pretrain.py", *two)
     one = settings(tiny_llm, encoders, tmp_path / "one", shards, KINDS, optim__accumulate=2, **more)
@@ -243,6 +243,29 @@ def test_two_ranks_are_one_rank_with_two_micro_batches(tiny_llm, encoders, shard
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+def key_only(sample: Sample) -> Tokens:
+    return Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[])
+
+
+def keys_only(tokens: list[Tokens]) -> Batch:
+    batch = pack(tokens)
+    batch.keys = [t.key for t in tokens]
+    return batch
+
+
+def seen_by_ranks(shards: str) -> list[set[str]]:
+    """The modalities that each of two ranks gets from unshuffled shards in two epochs."""
+    found = []
+    for rank in range(2):
+        quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
+        parts = {"suffixes": suffixes(), "prepare": key_only, "collate": keys_only, "quarantine": quarantine}
+        stream = Stream(
+            DataConfig(shards=shards, shuffle=0, workers=0, batch_size=2), **parts, seed=0, rank=rank, world=2
+        )
+        found.append({key.split("-")[0] for batch in itertools.islice(stream, 20) for key in batch.keys})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_ranks_that_see_different_modalities_do_not_wait_forever(tiny_llm, encoders, tmp_path, zero):
@@ -250,6 +273,7 @@ def test_ranks_that_see_different_modalities_do_not_wait_forever(tiny_llm, encod
     kinds = ["image", "audio"]
     mixed = write_pairs(tmp_path / "mixed", kinds, shards=1, per_shard=40)
     more = {"optim__steps": 100, "engine__zero": zero, "data__shuffle": 0, "data__batch_size": 2}
+    assert seen_by_ranks(mixed) == [{"image"}, {"audio"}]
     run = settings(tiny_llm, encoders, tmp_path / "run", mixed, kinds, **more)
     deepspeed(2, "launch/pretrain.py", *run)
     lines = metrics(tmp_path / "run")
@@ -283,16 +307,17 @@ def test_kill_minus_nine_then_the_same_command_goes_on_bit_for_bit(tiny_llm, enc
 
 @pytest.mark.slow
 def test_a_stop_signal_saves_before_the_run_ends(tiny_llm, encoders, shards, tmp_path):
-    more = {"optim__steps": 5000, "run__save_every": 5000}
+    more = {"optim__steps": 5000, "run__save_every": 5000, "data__workers": 2}
     command = [sys.executable, str(ROOT / "launch/pretrain.py")]
     command += settings(tiny_llm, encoders, tmp_path / "run", shards, KINDS, **more)
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    group = {"start_new_session": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, **group)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as launchers and Slurm do: the loader's workers hear it too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     saved = checkpoint.load_training_state(checkpoint.existing(tmp_path / "run"))
