@@ -82,6 +82,7 @@ def save(
     """
     folder = checkpoints(config) / f"step-{state.step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     settings.save(config, temporary / "recipe.yaml")
     for name, adapter in adapters.items():

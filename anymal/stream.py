@@ -34,7 +34,7 @@ from anymal.order import Counts, Order, Share, merge_bookmarks
 from anymal.parse import parse
 from anymal.sample import Batch, Sample, Tokens
 
-__all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once"]
+__all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once", "tars"]
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _log = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ class Stream:
         bookmark: dict | None = None,
     ):
         named = _datasets(data)
-        indexes = _index(named, quarantine, rank / world)
+        indexes = _index(data, quarantine, rank / world)
         counts = []
-        for (name, dataset), tars in zip(named.items(), indexes, strict=True):
-            listed = [(Path(tar.path).name, len(tar)) for tar in tars]
+        for (name, dataset), found in zip(named.items(), indexes, strict=True):
+            listed = [(Path(tar.path).name, len(tar)) for tar in found]
             counts.append(Counts(name=name, shards=listed, ratio=dataset.ratio))
         self.data, self.quarantine, self.collate = data, quarantine, collate
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
@@ -166,10 +166,10 @@ def samples_once(
     Raises:
         As `Stream`.
     """
-    indexes = _index(_datasets(data), quarantine, rank / world)
-    if not any(len(tar) for tars in indexes for tar in tars):
+    indexes = _index(data, quarantine, rank / world)
+    if not any(len(tar) for found in indexes for tar in found):
         raise UserError("data: the shards hold no sample")
-    places = ((d, s, i) for d, tars in enumerate(indexes) for s, tar in enumerate(tars) for i in range(len(tar)))
+    places = ((d, s, i) for d, found in enumerate(indexes) for s, tar in enumerate(found) for i in range(len(tar)))
     mine = islice(enumerate(places), rank, None, world)
     tickets = (Ticket(position=p, dataset=d, shard=s, sample=i) for p, (d, s, i) in mine)
     for _, result in _load(_Reader(indexes, suffixes, prepare), tickets, data):
@@ -186,13 +186,22 @@ def _datasets(data: DataConfig) -> dict[str, DatasetConfig]:
     return data.datasets or {"data": DatasetConfig(shards=data.shards)}
 
 
-def _index(named: dict[str, DatasetConfig], quarantine: Quarantine, start: float) -> list[list[shards.Index]]:
+def tars(data: DataConfig) -> list[list[str]]:
+    """The tars of each dataset, without opening one: a cheap look before anything large is loaded.
+
+    Raises:
+        UserError: Neither or both of shards and datasets are given, or a tar is missing. Names it.
+    """
+    return [shards.expand(dataset.shards) for dataset in _datasets(data).values()]
+
+
+def _index(data: DataConfig, quarantine: Quarantine, start: float) -> list[list[shards.Index]]:
     """The indexes of all datasets' shards; shards without any sample are named in the quarantine.
 
     Each rank begins at another shard (`start` of 0..1), so that ranks without index files share the work of making
     them: whoever comes second finds a file.
     """
-    paths = [shards.expand(dataset.shards) for dataset in named.values()]
+    paths = tars(data)
     every = list(dict.fromkeys(path for listed in paths for path in listed))
     first = int(start * len(every))
     made, told = {}, time.monotonic()

@@ -33,7 +33,7 @@ def commands(cache: Path) -> list[tuple[str, list[str]]]:
     """What is done, and by which program."""
     data, models = cache / "data", cache / "models"
     sets = [f"sets.{name}={data}/{name}/test" for name in MODALITIES]
-    notes = [f"notes={json.dumps(NOTES)}"]
+    evaluation = [*sets, "max_new_tokens=8", f"notes={json.dumps(NOTES)}"]
     return [
         ("download models and data", ["data_prep/demo_assets.py"]),
         ("convert the models", ["data_prep/demo_models.py", f"folder={models}"]),
@@ -49,7 +49,7 @@ def commands(cache: Path) -> list[tuple[str, list[str]]]:
         ),
         ("stage 1: projectors", ["launch/pretrain.py", "launch/recipes/demo-pretrain.yaml"]),
         ("stage 2: projectors and LoRA", ["launch/finetune.py", "launch/recipes/demo-finetune.yaml"]),
-        ("evaluate", ["launch/evaluate.py", "checkpoint=runs/demo/finetune", f"out={RUN}", *sets, *notes]),
+        ("evaluate", ["launch/evaluate.py", "checkpoint=runs/demo/finetune", f"out={RUN}", *evaluation]),
         ("report", ["launch/report.py", str(RUN)]),
     ]
 

@@ -21,7 +21,7 @@ from anymal.model import format_table, select_trainable, table, trainable
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
-from anymal.stream import Stream, samples_once
+from anymal.stream import Stream, samples_once, tars
 from anymal.tracking import Tracker
 from anymal.train import train
 from launch.build import Built, build, suffixes
@@ -34,6 +34,7 @@ def main(usage: str, defaults: list[str]) -> int:
 
 def run_stage(config: Config) -> int:
     """Train as the settings say, from the beginning or from where an earlier process stopped."""
+    tars(config.data)  # a missing shard is noticed before an LLM is loaded
     rank, world, device = start_processes()
     resume = checkpoint.find_resume(config)
     state = checkpoint.load_training_state(resume) if resume else TrainingState()

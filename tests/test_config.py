@@ -59,7 +59,7 @@ def test_what_a_shell_expanded_is_noticed():
 
 def test_what_a_recipe_leaves_open_must_be_given(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("model: {llm: {name: x}, checkpoint: \"???\"}\ndata: {shards: \"???\"}\n")
+    recipe.write_text('model: {llm: {name: x}, checkpoint: "???"}\ndata: {shards: "???"}\n')
     with pytest.raises(UserError, match=r"must be given: data\.shards, model\.checkpoint"):
         load(Config, recipe)
     assert load(Config, recipe, ["data.shards=a", "model.checkpoint=b"]).model.checkpoint == "b"
