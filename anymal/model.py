@@ -33,21 +33,18 @@ class AnyMAL(nn.Module):
     def __init__(self, llm: nn.Module, adapters: dict[str, Adapter]):
         super().__init__()
         self.llm = llm
+        # Read once: under ZeRO-3 every look at a weight gathers it, and ranks must gather the same in the same order.
+        table = llm.get_input_embeddings().weight
+        self.device, self._low_precision = table.device, table.is_cuda and table.dtype == torch.bfloat16
         self.projectors = nn.ModuleDict({name: adapter.projector for name, adapter in adapters.items()})
         self.projectors.to(self.device)
         self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
         for encoder in self.encoders.values():
             encoder.requires_grad_(False).eval().to(self.device, compute_dtype(self.device))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the LLM's embedding table is."""
-        return self.llm.get_input_embeddings().weight.device
-
     def autocast(self) -> torch.autocast:
         """The precision of the arithmetic: bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
-        low = self.device.type != "cpu" and self.llm.get_input_embeddings().weight.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._low_precision)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """The named modules of which the model consists, frozen encoders included."""
