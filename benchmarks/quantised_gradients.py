@@ -32,7 +32,8 @@ def dequantised(module: nn.Module) -> torch.Tensor:
 
     if module.weight.dtype == torch.uint8:
         return dequantize_4bit(module.weight.data, module.weight.quant_state).float()
-    return module.weight.data.float() * module.weight.SCB[:, None] / 127
+    scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # it moves at the first forward pass
+    return module.weight.data.float() * scale[:, None] / 127
 
 
 def gradients(model: AnyMAL, batch: Batch) -> torch.Tensor:
