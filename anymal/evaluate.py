@@ -75,22 +75,14 @@ def evaluate(
     conditions = {"accuracy": real, "blank": _blank(model, questions), "shuffled": _shuffled(questions, real, seed)}
     closed = [i for i, sample in enumerate(samples) if sample.options]
     result: dict[str, Any] = {"n": len(samples), **dict.fromkeys([*conditions, "chance", "interval"])}
-    choices: list[str | None] = [None] * len(samples)
     options = {i: prepare.prompt.answers(decoded[i], samples[i].options) for i in closed}
+    choices = {}
     for name, features in conditions.items():
-        picked = []
-        asked = [i for i in closed if features[i] is not None]
-        for start in range(0, len(asked), batch_size):
-            chosen = asked[start : start + batch_size]
-            prompts = [embed_prompt(model, questions[i], features[i]) for i in chosen]
-            likelihoods = log_likelihoods(model, prompts, [options[i] for i in chosen])
-            picked += [samples[i].options[int(found.argmax())] for i, found in zip(chosen, likelihoods, strict=True)]
-            progress(len(chosen))
+        asked = {i: ids for i, ids in options.items() if features[i] is not None}
+        likeliest = _likeliest(model, questions, features, asked, batch_size, progress)
+        choices[name] = {i: samples[i].options[number] for i, number in likeliest.items()}
         if asked:
-            result[name] = accuracy(picked, [answers[i] for i in asked])
-        if name == "accuracy":
-            for i, choice in zip(closed, picked, strict=True):
-                choices[i] = choice
+            result[name] = accuracy(list(choices[name].values()), [answers[i] for i in asked])
     if closed:
         result["chance"] = float(np.mean([1 / len(samples[i].options) for i in closed]))
         result["interval"] = wilson_interval(round(result["accuracy"] * len(closed)), len(closed))
@@ -103,12 +95,31 @@ def evaluate(
             "shard": sample.shard,
             "question": _asked(sample),
             "answer": answer,
-            "choice": choice,
+            "choice": choices["accuracy"].get(i),
             "said": text,
         }
-        for sample, answer, choice, text in zip(samples, answers, choices, said, strict=True)
+        for i, (sample, answer, text) in enumerate(zip(samples, answers, said, strict=True))
     ]
     return result
+
+
+def _likeliest(
+    model: AnyMAL,
+    questions: Sequence[Tokens],
+    features: Sequence[Features | None],
+    options: dict[int, list[list[int]]],
+    batch_size: int,
+    progress: Callable[[int], Any],
+) -> dict[int, int]:
+    """For each question in `options` (index → token ids of its options), the number of the likeliest option."""
+    found, asked = {}, list(options)
+    for start in range(0, len(asked), batch_size):
+        chosen = asked[start : start + batch_size]
+        prompts = [embed_prompt(model, questions[i], features[i]) for i in chosen]
+        likelihoods = log_likelihoods(model, prompts, [options[i] for i in chosen])
+        found |= {i: int(scores.argmax()) for i, scores in zip(chosen, likelihoods, strict=True)}
+        progress(len(chosen))
+    return found
 
 
 def pieces(samples: Sequence[Sample]) -> int:
