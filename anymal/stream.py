@@ -18,6 +18,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,8 +70,7 @@ class Ticket:
 class Stream:
     """Endless batches of one rank.
 
-    Iterating goes on where the last batch ended. `wait_seconds` adds up the time that the consumer waited for data,
-    `realised` the good samples of each dataset.
+    Iterating goes on where the last batch ended. `realised` counts the good samples of each dataset.
 
     Args:
         data: What is read, and how.
@@ -112,7 +112,6 @@ class Stream:
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
         self.reader = _Reader(indexes, suffixes, prepare)
-        self.wait_seconds = 0.0
         self.realised = dict.fromkeys(named, 0)
         self._total = sum(dataset.total for dataset in counts)
 
@@ -126,7 +125,7 @@ class Stream:
         tickets = (_ticket(position, self.order) for position in self.share.positions())
         results = _load(self.reader, tickets, self.data)
         while True:
-            started, good = time.perf_counter(), []
+            good = []
             while len(good) < self.data.batch_size:
                 ticket, result = next(results)
                 if isinstance(result, Bad):
@@ -138,7 +137,6 @@ class Stream:
             batch = self.collate(good)
             self.share.position = ticket.position + self.share.world
             batch.bookmark = self.share.piece()
-            self.wait_seconds += time.perf_counter() - started
             yield batch
 
     def _reject(self, bad: Bad) -> None:
@@ -278,8 +276,7 @@ def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Itera
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
-            for worker in multiprocessing.active_children():
-                worker.kill()  # one that hangs would outlive us: it does not hear of being terminated
+            _kill_workers()
             if "timed out" in str(error):
                 why = f"nothing came within data.timeout = {data.timeout:g} s: a decoder hangs, or the storage is slow"
             else:
@@ -291,6 +288,14 @@ def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Itera
             if isinstance(result, UserError):
                 raise result
             yield ticket, result
+
+
+def _kill_workers() -> None:
+    """End the workers, the one that hangs included: it does not hear of being terminated, and would outlive us."""
+    for worker in multiprocessing.active_children():
+        with suppress(RuntimeError):  # torch's SIGCHLD handler raises over each, in whatever code it then interrupts
+            worker.kill()
+            worker.join()
 
 
 def _same(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -159,7 +160,6 @@ def test_iterating_again_goes_on(tmp_path, world):
     assert before["position"] == world - 1
     assert parts.bookmark["position"] == world - 1 + 18 * world
     assert parts.realised == {"data": 18}
-    assert parts.wait_seconds > 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -321,9 +321,13 @@ def test_user_errors_of_a_decoder_stop_the_run(tmp_path, workers):
         batches(stream(folder(tmp_path / "d", 5), with_=miss_a_library, workers=workers), 1)
 
 
+@pytest.mark.filterwarnings("error")  # the death of a worker that we kill is nobody else's news
 def test_a_worker_that_hangs_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"data\.timeout = 1 s"):
-        batches(stream(folder(tmp_path / "d", 5), with_=hang, workers=1, timeout=1), 1)
+        batches(stream(folder(tmp_path / "d", 5), with_=hang, workers=2, timeout=1), 1)
+    for _ in range(100):  # torch's handler of a child's death could still raise here
+        time.sleep(0.002)
+    assert not multiprocessing.active_children()
 
 
 def kill_self(sample: Sample) -> Tokens:
