@@ -1,0 +1,130 @@
+"""Frames of a clip: the right ones, whichever library decodes them; clips that are cut, too large or none."""
+
+import io
+import struct
+
+import av
+import numpy as np
+import pytest
+
+from adapters import video_frames
+from adapters.video_frames import frames_by_decord, frames_by_pyav, read_frames, read_index, spread
+from anymal.errors import BadSample
+from tiny_encoders import clip_bytes, shade
+
+BOUNDS = {"max_seconds": 600.0, "max_pixels": 1_000_000}
+
+
+def _shades(frames):
+    return [float(frame.mean()) for frame in frames]
+
+
+def _both_ways(data, wanted):
+    index = read_index(data, **BOUNDS)
+    return frames_by_decord(data, wanted, index.frames), frames_by_pyav(data, wanted, index, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "options"),
+    [
+        ("mp4", "libx264", {}),
+        ("mp4", "libx264", {"g": "12", "bf": "3"}),
+        ("matroska", "libx264", {}),
+        ("webm", "libvpx-vp9", {}),
+        ("mp4", "mpeg4", {}),
+    ],
+)
+def test_decord_and_pyav_agree_and_are_right(kind, codec, options):
+    pytest.importorskip("decord")
+    data, wanted = clip_bytes(60, kind=kind, codec=codec, **options), [0, 7, 29, 30, 59]
+    assert read_index(data, **BOUNDS).ordinary
+    by_decord, by_pyav = _both_ways(data, wanted)
+    for ours, theirs in zip(by_decord, by_pyav, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert _shades(by_pyav) == pytest.approx([shade(i) for i in wanted], abs=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "options"),
+    [
+        ("mpegts", "libx264", {}),
+        ("avi", "mpeg4", {}),
+        ("mp4", "libx264", {"x264-params": "keyint=12:open-gop=1:bframes=3:scenecut=0"}),
+    ],
+)
+def test_what_decord_gets_wrong_is_decoded_from_the_start(kind, codec, options, monkeypatch):
+    monkeypatch.setattr(video_frames, "frames_by_decord", lambda *_: pytest.fail("decord was asked"))
+    frames = read_frames(clip_bytes(60, kind=kind, codec=codec, **options), 5, **BOUNDS)
+    assert _shades(frames) == pytest.approx([shade(i) for i in spread(60, 5)], abs=2)
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_shown():
+    whole, cut = clip_bytes(60, g="30", bf="2"), io.BytesIO()
+    with av.open(io.BytesIO(whole)) as source, av.open(cut, "w", format="mp4") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        start = int(0.7 / stream.time_base)
+        for packet in source.demux(stream):  # what "ffmpeg -ss 0.7 -c copy" does: stored, but not to be shown
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
+                target.mux(packet)
+    index = read_index(cut.getvalue(), **BOUNDS)
+    assert (index.frames, index.ordinary) == (53, False)
+    frames = read_frames(cut.getvalue(), 5, **BOUNDS)
+    assert _shades(frames) == pytest.approx([shade(7 + i) for i in spread(53, 5)], abs=2)
+
+
+def test_av1_is_decoded():
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("this PyAV cannot write AV1")
+    frames = read_frames(clip_bytes(12, codec="libsvtav1"), 3, **BOUNDS)
+    assert _shades(frames) == pytest.approx([shade(i) for i in spread(12, 3)], abs=3)
+
+
+def test_a_phones_rotation_is_applied():
+    stream, bright = io.BytesIO(), np.zeros((48, 64, 3), np.uint8)
+    bright[:24, :32] = 200
+    with av.open(stream, "w", format="mp4") as file:
+        track = file.add_stream("libx264", rate=10)
+        track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+        file.mux([*track.encode(av.VideoFrame.from_ndarray(bright, format="rgb24")), *track.encode()])
+    data = stream.getvalue()
+    at = data.index(b"tkhd") + 44
+    quarter = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # a quarter turn to the right
+    (frame,) = read_frames(data[:at] + quarter + data[at + 36 :], 1, **BOUNDS)
+    assert frame.shape == (64, 48, 3)
+    assert frame[:32, 24:].mean() > 150 > 50 > frame[:32, :24].mean()
+
+
+def test_frames_are_spread_evenly():
+    assert spread(8, 4) == [1, 3, 5, 7]
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(2, 4) == [0, 0, 1, 1], "a short clip repeats its frames"
+    assert spread(1, 3) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_cut_clips_are_bad_samples(kind):
+    data = clip_bytes(200, kind=kind, movflags="faststart") if kind == "mp4" else clip_bytes(200, kind=kind)
+    for share in (0.1, 0.5, 0.8):
+        with pytest.raises(BadSample, match=r"cut off|do not demux"):
+            read_frames(data[: int(share * len(data))], 4, **BOUNDS)
+
+
+def test_bounds_of_a_clip():
+    data = clip_bytes(30)
+    with pytest.raises(BadSample, match=r"a clip of 3 s; at most 2 s"):
+        read_frames(data, 4, max_seconds=2.0, max_pixels=10**6)
+    with pytest.raises(BadSample, match=r"64 x 48 pixels; at most 1000"):
+        read_frames(data, 4, max_seconds=600.0, max_pixels=1000)
+
+
+def test_a_sound_is_no_clip():
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as file:
+        track = file.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        file.mux([*track.encode(frame), *track.encode()])
+    with pytest.raises(BadSample, match="without video"):
+        read_frames(stream.getvalue(), 4, **BOUNDS)
