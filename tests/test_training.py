@@ -182,6 +182,22 @@ def test_a_damaged_projector_is_named(stage):
         stage("second", optim__steps=1, model__checkpoint=run)
 
 
+def test_going_back_to_an_older_checkpoint_keeps_what_is_written_from_there(stage):
+    run = stage(optim__steps=6, run__save_every=2, run__keep=3)
+    whole, old = losses(run), run / "checkpoints" / "step-00000002"
+    stage(optim__steps=6, run__save_every=1, run__keep=3, run__resume=old)
+    assert losses(run) == whole
+    assert checkpoint.existing(run).name == "step-00000006"
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert kept == {"latest", "step-00000004", "step-00000005", "step-00000006"}  # the newest by time
+
+
+def test_a_lora_of_another_rank_is_refused(stage):
+    first = stage("first", start="finetune", optim__steps=1, model__lora__rank=4)
+    with pytest.raises(UserError, match=r"has rank 4 and alpha 16, the recipe says model\.lora\.rank=8"):
+        stage("second", start="finetune", optim__steps=1, model__lora__rank=8, model__checkpoint=first)
+
+
 def test_a_resume_with_other_parameters_trainable_is_refused(stage):
     stage(optim__steps=2)
     with pytest.raises(UserError, match=r"made with other parameters trainable: .* is gone.*model\.checkpoint="):
