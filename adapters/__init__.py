@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from adapters.projectors import PROJECTORS, build_projector
-from anymal.config import ModalityConfig, describe, options
+from anymal.command_line import describe
+from anymal.config import ModalityConfig, options
 from anymal.errors import UserError
 from anymal.modality import Adapter, Modality
 

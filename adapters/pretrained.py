@@ -1,7 +1,7 @@
 """Loading pretrained encoders through transformers: what image, video, audio and imu have in common.
 
-Everything here runs once, when a model is built. transformers is imported by the functions, after
-`anymal.cpu.make_torchaudio_importable`, because a CUDA build of torchaudio beside a CPU torch breaks its import.
+Everything here runs once, when a model is built. transformers is imported by the functions, once `anymal` has been
+imported: a CUDA build of torchaudio beside a CPU torch would break its import (see `anymal.cpu`).
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from anymal.cpu import make_torchaudio_importable
 from anymal.errors import UserError
 
 UNUSED = ("pooler", "head.", "_fc.")
@@ -51,7 +50,6 @@ def quiet() -> Iterator[None]:
 
 def load_config(name: str) -> Any:
     """The encoder's transformers config; registers the architectures that this package adds."""
-    make_torchaudio_importable()
     from transformers import AutoConfig
 
     import adapters.efficientnet_lite

@@ -5,8 +5,6 @@ from fractions import Fraction
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymal.cpu import make_torchaudio_importable
-
 
 def resample(signal: Tensor, old: float, new: float) -> Tensor:
     """Resample along the last axis with torchaudio's windowed sinc filter.
@@ -25,7 +23,6 @@ def resample(signal: Tensor, old: float, new: float) -> Tensor:
     ratio = Fraction(new / old).limit_denominator(1000)
     if ratio == 1:
         return signal
-    make_torchaudio_importable()
     from torchaudio.functional import resample as sinc
 
     mean = signal.mean(-1, keepdim=True)  # the filter sees zeros beyond the ends: without its mean there is no step

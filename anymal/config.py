@@ -7,17 +7,12 @@ A run is stated by one YAML recipe; dotted overrides follow it on the command li
 OmegaConf merges and checks them against the dataclasses below; unknown keys are errors that name the nearest one.
 """
 
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
-import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -348,64 +343,3 @@ def options(cls: type, values: dict[str, Any], where: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_first_lines(error)}") from error
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    docs = {}
-    for statement, following in itertools.pairwise(body):
-        is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and is_doc:
-            docs[statement.target.id] = inspect.cleandoc(following.value.value)
-    return docs
-
-
-def describe(cls: type, prefix: str = "") -> list[str]:
-    """Lines of ``--help``: each setting with its type, default and meaning, nested ones after their parent."""
-    lines = []
-    docs, hints = field_docs(cls), get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        inner = next((a for a in getattr(hint, "__args__", ()) if dataclasses.is_dataclass(a)), None)
-        if dataclasses.is_dataclass(hint):
-            lines += ["", f"{docs.get(f.name, '')}", *describe(hint, f"{prefix}{f.name}.")]
-            continue
-        default = f.default if f.default is not dataclasses.MISSING else None
-        if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        shown = "required" if default == MISSING else f"default {default!r}"
-        kind = getattr(hint, "__name__", str(hint)) if not getattr(hint, "__args__", ()) else str(hint)
-        if inner is None:
-            lines.append(f"  {prefix}{f.name}  ({kind}, {shown})")
-            lines += textwrap.wrap(docs.get(f.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        else:
-            lines += ["", docs.get(f.name, ""), *describe(inner, f"{prefix}{f.name}.NAME.")]
-    return lines
-
-
-def parse_args(
-    schema: type,
-    usage: str,
-    argv: Sequence[str] | None = None,
-    *,
-    defaults: Sequence[str] = (),
-    more_help: Sequence[str] = (),
-) -> Any:
-    """Read ``[recipe.yaml] [a.b=value ...]`` from the command line; `defaults` are overrides that the recipe beats.
-
-    ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
-    launcher passes is accepted and not needed: the rank comes from the environment.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in arguments or "--help" in arguments:
-        print("\n".join([inspect.cleandoc(usage), "", "Settings:", *describe(schema), *more_help]))
-        raise SystemExit(0)
-    if "--local_rank" in arguments:
-        at = arguments.index("--local_rank")
-        del arguments[at : at + 2]
-    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
-    recipe = None
-    if arguments and "=" not in arguments[0]:
-        recipe = arguments.pop(0)
-    return load(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import UserError
 from data_prep.shards import QUESTION, read_shards, write_shards
 from data_prep.steps import is_done, run

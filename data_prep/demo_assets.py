@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import UserError
 from data_prep.steps import run
 

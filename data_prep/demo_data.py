@@ -12,7 +12,7 @@ instruments.py, moving_pictures.py, smartwatch.py, conversations.py. Third step 
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from data_prep import conversations, instruments, moving_pictures, openmoji, smartwatch
 from data_prep.demo_assets import cache_folder
 from data_prep.steps import run, worker_pool

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from data_prep import ctranslate2_whisper, gguf_llm
 from data_prep.demo_assets import cache_folder, pins, read
 from data_prep.steps import is_done, run, whole_folder

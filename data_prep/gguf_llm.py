@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import UserError
 from data_prep.steps import is_done, run, whole_folder
 

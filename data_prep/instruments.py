@@ -21,7 +21,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from data_prep.demo_assets import cache_folder, read
 from data_prep.shards import labelled_sample, write_shards
 from data_prep.soundfont import RATE, Soundfont

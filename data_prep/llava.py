@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import BadSample, Quarantine, UserError
 from data_prep.shards import write_shards
 from data_prep.steps import is_done, run

@@ -19,7 +19,7 @@ from pathlib import Path
 from omegaconf import MISSING
 from PIL import Image
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from data_prep.demo_assets import cache_folder
 from data_prep.openmoji import Picture, draw, light_colour, pictures, split
 from data_prep.shards import labelled_sample, write_shards

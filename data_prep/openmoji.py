@@ -25,7 +25,7 @@ from pathlib import Path
 from omegaconf import MISSING
 from PIL import Image, ImageDraw, ImageFont
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from data_prep.demo_assets import cache_folder, read
 from data_prep.shards import labelled_sample, write_shards
 from data_prep.steps import is_done, mapped, run, worker_pool

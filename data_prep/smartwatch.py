@@ -23,7 +23,7 @@ import numpy as np
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import UserError
 from data_prep.demo_assets import cache_folder, read
 from data_prep.shards import labelled_sample, write_shards

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from adapters import MODALITIES
 from anymal import checkpoint
-from anymal.config import field_docs, parse_args
+from anymal.command_line import field_docs, parse_args
 from anymal.errors import BadSample, UserError
 from anymal.generate import embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample

@@ -19,7 +19,8 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from anymal import checkpoint
-from anymal.config import DataConfig, parse_args
+from anymal.command_line import parse_args
+from anymal.config import DataConfig
 from anymal.errors import Quarantine, UserError
 from anymal.evaluate import evaluate, pieces
 from anymal.sample import Sample

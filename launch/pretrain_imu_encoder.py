@@ -8,8 +8,7 @@ Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer in m/s², gyros
 its features; that layer is dropped. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has
 seen these labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
 
-Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included. Set
-OMP_NUM_THREADS=1 where other programs are busy: two threads that wait for one another took several times as long.
+Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included.
 """
 
 import json
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from adapters.imu import IMUDecoder
 from adapters.pretrained import quiet
 from anymal import shards
-from anymal.config import parse_args
+from anymal.command_line import parse_args
 from anymal.errors import BadSample, Quarantine, UserError
 from data_prep.steps import is_done, whole_folder
 from launch.build import device, run_program

@@ -13,6 +13,7 @@ from adapters import describe_options
 from anymal import checkpoint
 from anymal import config as settings
 from anymal.checkpoint import TrainingState
+from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
@@ -29,7 +30,7 @@ from launch.build import Built, build, suffixes
 
 def main(usage: str, defaults: list[str]) -> int:
     """Read the command line and run the stage; 0 when all steps are done, 1 when a signal stopped it."""
-    return run_stage(settings.parse_args(Config, usage, more_help=describe_options(), defaults=defaults))
+    return run_stage(parse_args(Config, usage, more_help=describe_options(), defaults=defaults))
 
 
 def run_stage(config: Config) -> int:

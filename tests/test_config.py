@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from anymal import config
-from anymal.config import Config, ModalityConfig, load, parse_args
+from anymal.command_line import parse_args
+from anymal.config import Config, ModalityConfig, load
 from anymal.errors import UserError
 
 NAMED = "model.llm.name=x"

@@ -11,7 +11,8 @@ from typing import get_type_hints
 
 import pytest
 
-from anymal.config import Config, describe, field_docs, load
+from anymal.command_line import describe, field_docs
+from anymal.config import Config, load
 from anymal.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,8 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 FLOORS = [
     ["cpu"],
     ["errors", "sample"],
-    ["modality", "config", "metrics"],
+    ["config", "metrics"],
+    ["command_line", "modality"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards"],
     ["stream", "model"],
     ["engine", "checkpoint", "tracking", "generate"],

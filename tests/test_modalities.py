@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
-from anymal.config import ModalityConfig, ProjectorConfig, field_docs, options
+from anymal.command_line import field_docs
+from anymal.config import ModalityConfig, ProjectorConfig, options
 from anymal.errors import BadSample, UserError
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, hostile
 

@@ -14,9 +14,7 @@ import av  # before anything imports decord, whose old libvpx would take the pla
 import numpy as np
 import torch
 
-from anymal.cpu import make_torchaudio_importable
-
-make_torchaudio_importable()
+import anymal  # noqa: F401  before anything imports transformers or torchaudio
 
 SIZE = 32
 PIXELS = {"size": {"height": SIZE, "width": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
