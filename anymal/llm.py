@@ -97,6 +97,29 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
             module.training = recompute
 
 
+def isolates_packed_samples(llm: nn.Module) -> bool:
+    """Whether samples in one row are hidden from one another by nothing but positions that restart.
+
+    transformers reads the borders off the positions for most architectures; recurrent and state-space layers cannot
+    tell (Mamba, Qwen3-Next), and some attention layers do not ask (OPT, Bloom, Falcon). Two runs of random tokens show
+    it: other tokens before a border must leave what follows it as it is.
+    """
+    table = llm.get_input_embeddings()
+    device, border = table.weight.device, 5
+    ids = torch.randint(table.num_embeddings, (1, 2 * border), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(border, device=device).repeat(2)[None]
+    with torch.no_grad():
+        row = table(ids.to(device))
+        other = row.roll(border, dims=1).clone()
+        other[:, border:] = row[:, border:]
+        one, two = (
+            llm(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits[0].float()
+            for embeddings in (row, other)
+        )
+    moved = (one - two).abs()
+    return bool(moved[border:].max() <= 1e-3 * moved[:border].max())
+
+
 def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
     """Wrap the LLM in PEFT's LoRA, trainable and in float32; the base stays as it is.
 

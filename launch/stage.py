@@ -18,6 +18,7 @@ from anymal.config import Config
 from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
 from anymal.generate import embed_prompt, generate
+from anymal.llm import isolates_packed_samples
 from anymal.model import format_table, select_trainable, table, trainable
 from anymal.packing import pack
 from anymal.prompt import Prepare
@@ -43,6 +44,11 @@ def run_stage(config: Config) -> int:
     if start is None and config.model.checkpoint is not None:
         start = checkpoint.existing(config.model.checkpoint)
     built = build(config, device, start=start, partly=resume is None)
+    if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
+        raise UserError(
+            f"{config.model.llm.name} lets samples in one row see one another; give each a row of its own: "
+            "data.batch_size=1 data.row_tokens=0 (optim.accumulate makes up for it)"
+        )
     select_trainable(built.model, config.train)
     if resume is not None:
         _check_same_parameters(built, state, resume)

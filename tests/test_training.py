@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from anymal import checkpoint
 from anymal.config import Config, DataConfig, load
@@ -215,6 +216,19 @@ def test_a_projector_that_does_not_fit_is_named(stage):
     with pytest.raises(UserError, match=r"does not fit model\.modalities\.image\.projector: .* is \(.*\) there and"):
         more = {"model__checkpoint": first, "model__modalities__image__projector__width": 24}
         stage("second", optim__steps=1, **more)
+
+
+def test_an_llm_that_mixes_packed_samples_is_refused_but_for_rows_of_one(stage, tiny_llm, tmp_path):
+    folder = tmp_path / "opt"
+    config = transformers.OPTConfig(
+        vocab_size=302, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
+    for file in [*tiny_llm.glob("token*"), *tiny_llm.glob("chat_template*")]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"see one another; .* data\.batch_size=1"):
+        stage(optim__steps=1, model__llm__name=folder)
+    stage("alone", optim__steps=1, model__llm__name=folder, data__batch_size=1)
 
 
 def test_accumulation_divides_by_all_answers(stage):
