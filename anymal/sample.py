@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TEXT = "text"
@@ -112,11 +113,12 @@ class Batch:
     """Where the stream stands after this batch, as plain JSON."""
 
     def to(self, device: Any) -> "Batch":
-        """A copy with every tensor on `device`."""
+        """A copy with every tensor on `device`. Copies to a GPU are queued there; nobody waits for them."""
+        queued = torch.device(device).type == "cuda"
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device)
+                return value.pin_memory().to(device, non_blocking=True) if queued else value.to(device)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             return value

@@ -49,20 +49,22 @@ def train(
     model: AnyMAL = engine.module
     stop = _StopSignal()
     meter = Meter()
+    following = _fetch(batches, config, meter) if start < config.optim.steps else []
     for step in range(start, config.optim.steps):
         _seed(config.run.seed, step, rank)
-        with meter.waiting():
-            micro_batches = [next(batches) for _ in range(config.optim.accumulate)]
+        micro_batches = following
         answers = sum(len(batch.targets) for batch in micro_batches)
         answers = sum_over_ranks(torch.tensor(answers, device=model.device)).item()
         rate = learning_rate(step, config)
         set_learning_rate(engine, rate)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             batch = batch.to(model.device)
             total, per_group = engine(batch, model.encode(batch.media))
             _require_finite(total, batch, step)
             # DeepSpeed averages gradients over ranks; times the world size, that is the sum we want.
             engine.backward(total * (engine.world_size / answers), scale_wrt_gas=False)
+            if number == len(micro_batches) and step + 1 < config.optim.steps:
+                following = _fetch(batches, config, meter)  # while a GPU is busy with the backward pass
             engine.step()
             meter.add(batch, per_group)
         done = step + 1
@@ -75,6 +77,12 @@ def train(
             tracker.note(STOPPED)
             return False
     return True
+
+
+def _fetch(batches: Iterator[Batch], config: Config, meter: Meter) -> list[Batch]:
+    """The micro-batches of one optimizer step."""
+    with meter.waiting():
+        return [next(batches) for _ in range(config.optim.accumulate)]
 
 
 class _StopSignal:
