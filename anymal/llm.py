@@ -102,8 +102,9 @@ def isolates_packed_samples(llm: nn.Module) -> bool:
 
     transformers reads the borders off the positions for most architectures; recurrent and state-space layers cannot
     tell (Mamba, Qwen3-Next), and some attention layers do not ask (OPT, Bloom, Falcon). Two runs of random tokens show
-    it: other tokens before a border must leave what follows it as it is.
+    it: other tokens before a border must leave what follows it as it is. Leaves the LLM in eval mode.
     """
+    set_frozen_mode(llm, recompute=False)  # no dropout of a LoRA
     table = llm.get_input_embeddings()
     device, border = table.weight.device, 5
     ids = torch.randint(table.num_embeddings, (1, 2 * border), generator=torch.Generator().manual_seed(0))
