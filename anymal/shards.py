@@ -29,6 +29,8 @@ BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
 LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once
 VERSION = 1  # of the index files
 _OPEN_FILES = 32
+_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
+_TIMES = re.compile(rb"(\d+ [acm]time=[\d.]+\n)+")  # the pax records of webdataset's own writer: nothing to obey
 _PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 _PACKED_DATA = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\x5d\x00\x00\x80|\xfd7zXZ|\x28\xb5\x2f\xfd", re.DOTALL)
 
@@ -194,7 +196,7 @@ def _walk(path: str) -> Index:
 def _key(member: tarfile.TarInfo) -> str | None:
     """The key of the sample that a member belongs to; None if webdataset passes it over."""
     name = member.name
-    if not member.isreg() or re.match(r"__[^/]*__($|/)", name):
+    if not member.isreg() or _META.match(name):
         return None
     return base_plus_ext(name)[0]
 
@@ -210,6 +212,58 @@ def read(path: str, offset: int, size: int) -> tuple[str, dict[str, bytes]]:
     data = _bytes(path, offset, size)
     if _PACKED_DATA.match(data):
         raise BadSample("its first member is named like compressed data, which webdataset would decompress")
+    return _plain(data) or _any(path, data)
+
+
+def _plain(data: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """One sample whose members all have plain headers, ten times faster than tarfile; None leaves it to `_any`."""
+    key, members, start, described = None, {}, 0, False
+    while start < len(data):
+        header = _header(data, start)
+        if header is None:
+            return None
+        kind, name, content, start = header
+        if kind == tarfile.XHDTYPE:
+            if described or not _TIMES.fullmatch(content):
+                return None
+            described = True
+            continue
+        described = False
+        mine, suffix = (None, "") if _META.match(name) else base_plus_ext(name)
+        if mine is not None:
+            suffix = suffix.lower()
+            if key not in (None, mine) or suffix in members or suffix.startswith("__"):  # __key__ is webdataset's own
+                return None
+            key, members[suffix] = mine, content
+    return None if key is None or described else (key, members)
+
+
+def _header(data: bytes, start: int) -> tuple[bytes, str, bytes, int] | None:
+    """Type, name and content of the member at `start`, and where the next one begins.
+
+    None unless it is plain: a file or a pax header, a name of up to 100 bytes, its size in octal, nothing damaged.
+    Fields as in https://www.gnu.org/software/tar/manual/html_node/Standard.html.
+    """
+    header = data[start : start + BLOCK]
+    name, kind = header[:100].split(b"\0", 1)[0], header[156:157]
+    if kind not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.XHDTYPE) or header[345:346] != b"\0":  # a name's prefix
+        return None
+    if name[-1:] in (b"/", b""):  # a folder, or the end of the tar
+        return None
+    try:
+        size = int(header[124:136].split(b"\0", 1)[0], 8)
+        checksum = int(header[148:156].split(b"\0", 1)[0], 8)
+    except ValueError:
+        return None
+    start += BLOCK
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum or not 0 <= size <= len(data) - start:
+        return None
+    text = name.decode(tarfile.ENCODING, "surrogateescape")
+    return kind, text, data[start : start + size], start + -(-size // BLOCK) * BLOCK
+
+
+def _any(path: str, data: bytes) -> tuple[str, dict[str, bytes]]:
+    """One sample, by webdataset and tarfile, which know every kind of header and say what is wrong with it."""
     try:
         files = ({**file, "__url__": path} for file in tar_file_iterator(io.BytesIO(data)))
         samples = list(group_by_keys(files))
