@@ -116,6 +116,9 @@ class DatasetConfig:
     """As data.shards."""
     ratio: float = 1.0
     """Its share of the samples, relative to the other datasets' ratios."""
+    epochs: float = 0.0
+    """In place of ratio: its share is this times its number of samples, so that datasets with 1 and 2 are through at
+    the same time, the second for the second time. All datasets have it, or none."""
 
 
 @dataclass(kw_only=True)
@@ -127,7 +130,17 @@ class DataConfig:
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Several datasets with ratios, by name, in place of data.shards."""
     batch_size: int = 16
-    """Samples in a micro-batch of one process. They stand in one row of up to batch_size x max_tokens tokens."""
+    """Samples in a micro-batch of one process, end to end in one row; it plays no part once row_tokens is set."""
+    row_tokens: int = 0
+    """Tokens in a micro-batch of one process: samples of any length are packed into rows of at most this many. 0 packs
+    batch_size samples instead."""
+    look_ahead: int = 16
+    """Samples that may be kept for a later row while a fitting one is sought (row_tokens only)."""
+    encoder_cost: dict[str, float] = field(default_factory=dict)
+    """By modality: how many tokens one medium counts in row_tokens for its encoder's work, beside its own tokens, so
+    that rows cost all ranks the same time (launch/estimate.py says how many)."""
+    group_by: str = "none"
+    """What the samples of a micro-batch have in common: none, modality or dataset. Ratios are kept over the run."""
     shuffle: int = 10_000
     """Samples that are shuffled among one another (shards are shuffled as well); 0 keeps the shards' order."""
     workers: int = 2
@@ -143,7 +156,15 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
-        _require(min(self.workers, self.shuffle) >= 0, "data.workers and data.shuffle cannot be negative")
+        least = min(self.workers, self.shuffle, self.look_ahead, self.row_tokens)
+        _require(least >= 0, "data.workers, shuffle, look_ahead and row_tokens cannot be negative")
+        _require(
+            not self.row_tokens or self.row_tokens >= self.max_tokens,
+            f"data.row_tokens is {self.row_tokens}, but a sample may have data.max_tokens = {self.max_tokens}",
+        )
+        kinds = ("none", "modality", "dataset")
+        _require(self.group_by in kinds, f"data.group_by is {self.group_by!r}; it can be {', '.join(kinds)}")
+        _require(min(self.encoder_cost.values(), default=0) >= 0, "data.encoder_cost cannot be negative")
         _require(self.timeout > 0, f"data.timeout is {self.timeout}; it is a number of seconds")
         _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it is a share from 0 to 1")
 

@@ -9,7 +9,6 @@ takes the positions ≡ r (mod R): what it has done is one integer, whatever the
 """
 
 import hashlib
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +19,7 @@ import numpy as np
 
 from anymal.errors import UserError
 
-VERSION = 1  # of the order and of the bookmarks: a change of either must refuse older bookmarks
+VERSION = 2  # of the order and of the bookmarks: a change of either must refuse older bookmarks
 LONGEST_CYCLE = 10_000
 _CYCLE, _SHARDS, _SAMPLES = range(3)  # tells apart the random numbers of the three permutations
 
@@ -165,41 +164,66 @@ class Share:
         if not 0 <= rank < world:
             raise UserError(f"rank {rank} is not one of {world}")
         self.rank, self.world, self.identity = rank, world, order.identity()
-        start, done = 0, []
+        start, self._done, held = 0, [], set()
         if bookmark is not None:
             _check(bookmark, self.identity)
-            start, done = bookmark["next"], bookmark["done"]
+            start, self._done, held = bookmark["next"], bookmark["done"], set(bookmark["held"])
         self.position = start + (rank - start) % world
-        """The first position of this rank that is not done; those in `done` are passed over."""
-        self.done = sorted(p for p in done if p >= start and p % world == rank)
+        """The first position of this rank that was not read."""
+        self.held = sorted(p for p in held if p % world == rank)
+        """Positions before `position` that were read and are in no batch yet; after a change of ranks also later ones
+        that stand among the done."""
+        self._passed = _members(self._done, rank, world, self.position) - held
 
     def positions(self) -> Iterator[int]:
-        """Endless, without moving `position`: the reading ahead that workers do is not progress."""
-        done, position = set(self.done), self.position
+        """What is left, in ascending order and endlessly, without moving `position`: reading ahead is no progress."""
+        position = self.position
+        yield from [p for p in self.held if p < position]
         while True:
-            if position not in done:
+            if position not in self._passed:
                 yield position
             position += self.world
 
+    def move(self, position: int, held: Sequence[int]) -> None:
+        """Note that a batch was made.
+
+        Args:
+            position: The last position that was read for it.
+            held: The positions that were read and are in no batch yet.
+        """
+        unread = [p for p in self.held if p > position]
+        self.held = sorted([*held, *unread])
+        self.position = max(self.position, position + self.world)
+
     def piece(self) -> dict:
         """This rank's part of a bookmark, as plain JSON."""
-        ahead = self.done[bisect_left(self.done, self.position) :]
         return {
             "rank": self.rank,
             "world": self.world,
             "position": self.position,
-            "done": ahead,
+            "held": self.held,
+            "done": self._done,
             "version": VERSION,
             "data": self.identity,
         }
+
+
+def _members(ranges: Sequence[Sequence[int]], rank: int, world: int, start: int) -> set[int]:
+    """The positions ≡ rank (mod world), from `start` on, that lie in one of the ranges (first, stop, step)."""
+    found = set()
+    for first, stop, step in ranges:
+        positions = np.arange(first, stop, step)
+        found.update(positions[(positions % world == rank) & (positions >= start)].tolist())
+    return found
 
 
 def merge_bookmarks(pieces: Sequence[dict]) -> dict:
     """The ranks' pieces → a bookmark that does not depend on how many ranks there were.
 
     Returns:
-        ``{"version", "data", "next", "done"}``: the first position that was not taken, and the positions beyond it
-        that were (ranks drift apart by the bad samples that each one met).
+        ``{"version", "data", "next", "done", "held"}``: no position before `next` is left; beyond it, those are done
+        that lie in one of the ranges `done` (each ``[first, stop, step]``) and are not in `held`. Ranks drift apart by
+        the bad samples that each one met and the lengths of those that it packed: one range for each rank tells it.
 
     Raises:
         UserError: The pieces are not those of all ranks of one run.
@@ -211,17 +235,14 @@ def merge_bookmarks(pieces: Sequence[dict]) -> dict:
         raise UserError(f"a bookmark needs one piece from every rank of one run; found: {found}")
     if any(piece["data"] != pieces[0]["data"] for piece in pieces):
         raise UserError("the ranks read different data: they do not see the same shards, seed or ratios")
-    following = []
-    for piece in pieces:
-        position, done = piece["position"], set(piece["done"])
-        while position in done:
-            position += world
-        following.append(position)
-    first = min(following)
-    done = {p for piece in pieces for p in piece["done"] if p > first}
+    first = min(min([piece["position"], *piece["held"]]) for piece in pieces)
+    done = [known for known in pieces[0]["done"] if known[1] > first]
     for rank, piece in enumerate(pieces):
-        done.update(range(first + (rank - first) % world, piece["position"], world))
-    return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": sorted(done)}
+        begin = first + (rank - first) % world
+        if begin < piece["position"]:
+            done.append([begin, piece["position"], world])
+    held = sorted(p for piece in pieces for p in piece["held"])
+    return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": done, "held": held}
 
 
 def _check(bookmark: dict, identity: dict) -> None:

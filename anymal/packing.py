@@ -1,15 +1,89 @@
 """Tokens of several samples → one full row that the LLM reads at once, without a single padding token.
 
+    Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
+
 Samples stand end to end in a row of T tokens. Positions begin at zero with every sample; transformers' mask functions
 read the borders off the positions, so that no token attends to another sample.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from anymal.config import DataConfig
 from anymal.prompt import IGNORED
 from anymal.sample import Batch, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A sample that waits for its row."""
+
+    position: int
+    """Its place in the stream's order."""
+    dataset: str
+    """The dataset that it came from."""
+    tokens: Tokens
+    """What is packed."""
+
+
+@dataclass
+class _Bin:
+    """A row that is being filled, and the samples that did not fit into it."""
+
+    row: list[Item] = field(default_factory=list)
+    used: float = 0
+    missed: list[Item] = field(default_factory=list)
+
+
+class Packer:
+    """Fills rows first-fit, looking ahead over a few samples that did not fit.
+
+    A row is done when it is full to the last token, or when more than ``data.look_ahead`` samples did not fit; these
+    begin the next one, in the order in which they came, so none waits for longer than a few rows.
+
+    What it holds is a pure function of the samples that it was given and has not returned, in their order: given the
+    same samples again, a new packer goes on alike. That is all that a bookmark has to know of it.
+
+    Args:
+        data: ``row_tokens``, ``batch_size``, ``look_ahead``, ``encoder_cost`` and ``group_by``.
+    """
+
+    def __init__(self, data: DataConfig):
+        self.data = data
+        self.budget = data.row_tokens or data.batch_size
+        self._bins: dict[str, _Bin] = {}
+
+    def add(self, item: Item) -> list[list[Item]]:
+        """Take a sample; return the rows that this completes: mostly none."""
+        keys = {"none": "", "modality": item.tokens.group(), "dataset": item.dataset}
+        bin = self._bins.setdefault(keys[self.data.group_by], _Bin())
+        self._put(bin, item)
+        rows = []
+        while bin.used == self.budget or len(bin.missed) > self.data.look_ahead:
+            rows.append(bin.row)
+            missed, bin.row, bin.used, bin.missed = bin.missed, [], 0, []
+            for waiting in missed:
+                self._put(bin, waiting)
+        return rows
+
+    def held(self) -> list[int]:
+        """The positions of the samples that are in no row yet."""
+        return sorted(item.position for bin in self._bins.values() for item in [*bin.row, *bin.missed])
+
+    def _put(self, bin: _Bin, item: Item) -> None:
+        cost = min(self._cost(item.tokens), self.budget)  # a sample that costs more alone gets a row of its own
+        if bin.used + cost <= self.budget:
+            bin.row.append(item)
+            bin.used += cost
+        else:
+            bin.missed.append(item)
+
+    def _cost(self, tokens: Tokens) -> float:
+        if not self.data.row_tokens:
+            return 1
+        return len(tokens.ids) + sum(self.data.encoder_cost.get(modality, 0) for modality, _, _ in tokens.runs)
 
 
 def pack(samples: Sequence[Tokens]) -> Batch:

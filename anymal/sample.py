@@ -106,6 +106,8 @@ class Batch:
     """For each modality present, [N] int64: the number of tokens K of each medium."""
     keys: list[str]
     """The samples' keys, for error messages."""
+    datasets: dict[str, int] = field(default_factory=dict)
+    """How many of the samples come from each dataset."""
     bookmark: dict = field(default_factory=dict)
     """Where the stream stands after this batch, as plain JSON."""
 

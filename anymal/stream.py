@@ -17,6 +17,7 @@ import pickle
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,12 +33,14 @@ from anymal import shards
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.order import Counts, Order, Share, merge_bookmarks
+from anymal.packing import Item, Packer
 from anymal.parse import parse
 from anymal.sample import Batch, Sample, Tokens
 
 __all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once", "tars"]
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
+_SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +73,7 @@ class Ticket:
 class Stream:
     """Endless batches of one rank.
 
-    Iterating goes on where the last batch ended. `realised` counts the good samples of each dataset.
+    Iterating goes on where the last batch ended.
 
     Args:
         data: What is read, and how.
@@ -78,7 +81,7 @@ class Stream:
             that fits wins, and ``0.jpg`` fits ``jpg``.
         prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
             Whatever it raises makes the sample a bad one; a `UserError` stops the run.
-        collate: ``data.batch_size`` tokenised samples → a batch. Runs in the main process.
+        collate: The tokenised samples of one row → a batch. Runs in the main process.
         quarantine: Where bad samples are counted and named.
         seed: The order of samples derives from it and the data alone.
         rank, world: Which of how many processes this is; together they see every sample once an epoch.
@@ -107,12 +110,13 @@ class Stream:
         counts = []
         for (name, dataset), found in zip(named.items(), indexes, strict=True):
             listed = [(Path(tar.path).name, len(tar)) for tar in found]
-            counts.append(Counts(name=name, shards=listed, ratio=dataset.ratio))
+            share = dataset.epochs * sum(len(tar) for tar in found) if dataset.epochs else dataset.ratio
+            counts.append(Counts(name=name, shards=listed, ratio=share))
         self.data, self.quarantine, self.collate = data, quarantine, collate
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
         self.reader = _Reader(indexes, suffixes, prepare)
-        self.realised = dict.fromkeys(named, 0)
+        self.names = list(named)
         self._total = sum(dataset.total for dataset in counts)
 
     @property
@@ -121,23 +125,22 @@ class Stream:
         return self.share.piece()
 
     def __iter__(self) -> Iterator[Batch]:
-        names = list(self.realised)
+        packer = Packer(self.data)  # what one held before, it holds again once it was given the same samples
         tickets = (_ticket(position, self.order) for position in self.share.positions())
-        results = _load(self.reader, tickets, self.data)
-        while True:
-            good = []
-            while len(good) < self.data.batch_size:
-                ticket, result = next(results)
-                if isinstance(result, Bad):
-                    self._reject(result)
-                    continue
-                self.quarantine.accept()
-                self.realised[names[ticket.dataset]] += 1
-                good.append(result)
-            batch = self.collate(good)
-            self.share.position = ticket.position + self.share.world
-            batch.bookmark = self.share.piece()
-            yield batch
+        for ticket, result in _load(self.reader, tickets, self.data):
+            if isinstance(result, Bad):
+                self._reject(result)
+                continue
+            self.quarantine.accept()
+            rows = packer.add(Item(position=ticket.position, dataset=self.names[ticket.dataset], tokens=result))
+            waiting = [item.position for row in rows for item in row]
+            for row in rows:
+                batch = self.collate([item.tokens for item in row])
+                batch.datasets = dict(Counter(item.dataset for item in row))
+                waiting = waiting[len(row) :]
+                self.share.move(ticket.position, [*waiting, *packer.held()])
+                batch.bookmark = self.share.piece()
+                yield batch
 
     def _reject(self, bad: Bad) -> None:
         self.quarantine.reject(bad.shard, bad.key, bad.reason)
@@ -181,6 +184,8 @@ def samples_once(
 def _datasets(data: DataConfig) -> dict[str, DatasetConfig]:
     if (data.shards is None) == (not data.datasets):
         raise UserError("data takes either shards or datasets: give one of them")
+    if len({dataset.epochs > 0 for dataset in data.datasets.values()}) > 1:
+        raise UserError("data.datasets: some have epochs and some a ratio; give all of them the same of the two")
     return data.datasets or {"data": DatasetConfig(shards=data.shards)}
 
 
@@ -254,10 +259,11 @@ class _Reader:
 def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:
     """Tickets → (ticket, result) in the same order, read by ``data.workers`` processes ahead of their use."""
     tickets = iter(tickets)
-    size = max(1, min(_CHUNK, data.batch_size // max(1, data.workers)))
+    batch = data.row_tokens // _SHORT or data.batch_size
+    size = max(1, min(_CHUNK, batch // max(1, data.workers)))
     options = {}
     if data.workers:
-        ahead = -(-data.batch_size // (data.workers * size))  # the next batch is read while this one is trained on
+        ahead = -(-batch // (data.workers * size))  # the next batch is read while this one is trained on
         options = {"prefetch_factor": max(2, ahead), "multiprocessing_context": "fork", "timeout": data.timeout}
         options |= {"worker_init_fn": _start_worker}
     loader = DataLoader(

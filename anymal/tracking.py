@@ -24,6 +24,7 @@ import resource
 import secrets
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,7 @@ class Meter:
     def _reset(self) -> None:
         self._per_group: dict[str, Tensor] = {}
         self._tokens = self._padding = 0
+        self._datasets: Counter[str] = Counter()
         self._waited = 0.0
         self._since = time.perf_counter()
 
@@ -71,6 +73,7 @@ class Meter:
             self._per_group[name] = self._per_group.get(name, 0) + pair
         self._tokens += batch.ids.shape[-1]
         self._padding += padding
+        self._datasets.update(batch.datasets)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -88,7 +91,8 @@ class Meter:
             also: What the caller knows and wants beside them, such as ``lr`` and ``grad_norm``.
 
         Returns:
-            ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out), ``tokens_per_s``
+            ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out),
+            ``share/DATASET`` of the samples where there are several datasets, ``tokens_per_s``
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``memory_gb`` (10^9 bytes: the peak of
             the fullest rank, on its GPU if it has one, else of its process without loader workers), and `also`.
@@ -98,6 +102,7 @@ class Meter:
             "tokens": self._tokens,
             "padding": self._padding,
             "waited": self._waited,
+            "datasets": self._datasets,
             "memory": _peak_memory(),
         }
         ranks = _gather(ours)
@@ -113,6 +118,9 @@ class Meter:
         answers = sum(count for _, count in groups.values())
         figures = {"loss": sum(loss for loss, _ in groups.values()) / answers} if answers else {}
         figures |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(groups.items()) if count}
+        datasets = sum((rank["datasets"] for rank in ranks), Counter())
+        if len(datasets) > 1:
+            figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
         return figures | {
             "tokens_per_s": tokens / seconds,
             "answer_tokens_per_s": answers / seconds,

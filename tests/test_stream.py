@@ -9,6 +9,8 @@ import random
 import signal
 import tarfile
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +161,6 @@ def test_iterating_again_goes_on(tmp_path, world):
     assert keys(parts, 2) + keys(parts, 3) + keys(parts, 1) == whole
     assert before["position"] == world - 1
     assert parts.bookmark["position"] == world - 1 + 18 * world
-    assert parts.realised == {"data": 18}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -186,8 +187,85 @@ def test_ranks_change_in_the_middle_of_an_epoch(tmp_path, seed):
 def test_ratios_are_realised(tmp_path):
     shards = {name: str(folder(tmp_path / name, n)) for name, n in (("a", 3), ("b", 11), ("c", 5))}
     made = stream({n: DatasetConfig(shards=s, ratio=r) for (n, s), r in zip(shards.items(), (5, 3, 2), strict=True)})
-    batches(made, 20)
-    assert made.realised == {"a": 30, "b": 18, "c": 12}
+    assert sum((Counter(batch.datasets) for batch in batches(made, 20)), Counter()) == {"a": 30, "b": 18, "c": 12}
+
+
+def test_datasets_with_epochs_are_through_together(tmp_path):
+    shards = {name: str(folder(tmp_path / name, n)) for name, n in (("a", 6), ("b", 9))}
+    made = stream({n: DatasetConfig(shards=s, epochs=e) for (n, s), e in zip(shards.items(), (2, 1), strict=True)})
+    assert sum((Counter(batch.datasets) for batch in batches(made, 7)), Counter()) == {"a": 12, "b": 9}
+    mixed = {"a": DatasetConfig(shards=shards["a"], epochs=2), "b": DatasetConfig(shards=shards["b"])}
+    with pytest.raises(UserError, match="some have epochs and some a ratio"):
+        stream(mixed)
+
+
+def prepare_long(sample: Sample) -> Tokens:
+    """As many tokens as the key says, modulo 23; every fifth is bad."""
+    number = int(sample.key)
+    if number % 5 == 4:
+        raise BadSample("one in five")
+    return replace(prepare(sample), ids=[number] * (number % 23 + 1), labels=[number] * (number % 23 + 1))
+
+
+PACKED = {"row_tokens": 40, "max_tokens": 40, "look_ahead": 3, "with_": prepare_long}
+
+
+def cut(whole: list[Batch], at: int) -> dict:
+    return json.loads(json.dumps(merge_bookmarks([whole[at].bookmark])))
+
+
+@pytest.mark.parametrize("group_by", ["none", "dataset"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packing_resumes_at_every_batch(tmp_path, workers, group_by):
+    """What a packer held when the bookmark was made is read again, and goes into the same rows."""
+    datasets = {
+        "a": DatasetConfig(shards=str(folder(tmp_path / "a", 16, 5)), ratio=2),
+        "b": DatasetConfig(shards=str(folder(tmp_path / "b", 14)), ratio=1),
+    }
+    options = {"workers": workers, "group_by": group_by, **PACKED}
+    whole = batches(stream(datasets, **options), 24)
+    for at in range(20):
+        rest = batches(stream(datasets, bookmark=cut(whole, at), **options), 4)
+        assert [b.keys for b in rest] == [b.keys for b in whole[at + 1 : at + 5]]
+        again = batches(stream(datasets, bookmark=cut(rest, 1), **options), 2)  # and once more from there
+        assert [b.keys for b in again] == [b.keys for b in whole[at + 3 : at + 5]]
+    if group_by == "dataset":
+        assert all(len(batch.datasets) == 1 for batch in whole)
+
+
+def test_rows_are_full_and_nothing_is_left_behind(tmp_path):
+    data, filled = folder(tmp_path / "d", 60, 40), {}
+    for look_ahead in (0, 3, 9):
+        found = batches(stream(data, **PACKED | {"look_ahead": look_ahead}), 60)
+        lengths = [sum(int(key) % 23 + 1 for key in batch.keys) for batch in found]
+        assert max(lengths) <= 40
+        filled[look_ahead] = sum(lengths) / len(lengths) / 40
+    assert filled[0] < 0.85 and filled[3] > 0.9 and filled[9] > 0.95, filled
+    keys = [key for batch in found for key in batch.keys]
+    first = {f"{i:05d}" for i in range(100) if i % 5 != 4}
+    seen = Counter(keys)
+    assert set(seen) == first and max(seen.values()) - min(seen.values()) <= 1  # at most a few rows behind
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_packing_ranks_and_workers_change_in_the_middle_of_an_epoch(tmp_path, seed):
+    """Every good sample of the epoch exactly once: what each rank held is dealt out anew."""
+    rng = random.Random(seed)
+    data = folder(tmp_path / "d", 40, 1, 30, 29)
+    good = {f"{i:05d}" for i in range(100) if i % 5 != 4}
+    seen, bookmark = [], None
+    for world in (2, 3, 1, 2):
+        pieces = []
+        for rank in range(world):
+            options = PACKED | {"rank": rank, "world": world, "bookmark": bookmark, "workers": rng.choice([0, 1])}
+            made = stream(data, **options)
+            seen += samples(made, rng.randint(1, 2))
+            pieces.append(made.bookmark)
+        bookmark = json.loads(json.dumps(merge_bookmarks(pieces)))
+    assert len(seen) == len(set(seen)) < len(good)
+    rest = stream(data, with_=prepare_long, bookmark=bookmark, batch_size=1)
+    seen += samples(rest, len(good) - len(seen))
+    assert sorted(seen) == sorted(good)
 
 
 def picture(colour: int) -> bytes:
