@@ -14,15 +14,17 @@ import re
 import tarfile
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
+from anymal import remote
 from anymal.errors import BadSample, UserError
 
 BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
@@ -58,15 +60,18 @@ class Index:
 
 
 def expand(shards: Any) -> list[str]:
-    """The tars that a recipe's ``shards`` names: a path, a folder, a brace pattern, or a list of these.
+    """The tars that a recipe's ``shards`` names: a path, a folder, an http(s) address, a pattern, or a list of these.
 
     Raises:
-        UserError: One does not exist, is compressed, is a URL or a command, is listed twice, or there is none.
+        UserError: One does not exist, is compressed, is a command or of another scheme, is listed twice, or there is
+            none. What is behind an address is not looked at.
     """
     items = list(shards) if isinstance(shards, list | tuple) else [] if shards is None else [shards]
     paths = [path for item in items for path in _expand_one(os.fspath(item))]
     if not paths:
-        raise UserError("data.shards names no shard; it takes a path, a folder, a brace pattern or a list of these")
+        raise UserError(
+            "data.shards names no shard; it takes a path, a folder, an address, a pattern or a list of these"
+        )
     twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
     if twice:
         raise UserError(f"{twice} is listed twice; to see data more often, give it a ratio in data.datasets")
@@ -77,8 +82,8 @@ def _expand_one(name: str) -> list[str]:
     path = os.path.expanduser(name)
     if name.startswith("pipe:"):
         raise UserError(f"{name}: commands in the place of shards are never run; write their output to a tar first")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
-        raise UserError(f"{name}: shards are read from local files only; download it first")
+    if remote.is_url(name):
+        return _expand_url(name)
     if os.path.isdir(path):
         found = sorted(str(tar) for tar in Path(path).glob("*.tar"))
         if not found:
@@ -98,6 +103,16 @@ def _expand_one(name: str) -> list[str]:
     return [found for item in expanded for found in _expand_one(item)]
 
 
+def _expand_url(name: str) -> list[str]:
+    try:
+        urls = list(braceexpand(name))
+    except ValueError as error:
+        raise UserError(f"{name} is not a brace pattern: {error}") from error
+    for url in urls:
+        remote.check(url)
+    return urls
+
+
 def index(path: str) -> Index:
     """Where the samples of a tar lie: from its index file if that is newer than the tar, else by walking its headers.
 
@@ -111,7 +126,7 @@ def index(path: str) -> Index:
     try:
         stat = os.stat(path)
         stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
-        for place in _index_files(path):
+        for place in index_files(f"{path}.index.json", path):
             found = _load(place, path, stamp)
             if found is not None:
                 return found
@@ -122,11 +137,16 @@ def index(path: str) -> Index:
     return made
 
 
-def _index_files(path: str) -> Iterator[str]:
-    yield f"{path}.index.json"
-    folder = os.environ.get("ANYMAL_CACHE") or os.path.expanduser("~/.cache/anymal")
-    digest = hashlib.sha256(os.path.abspath(path).encode(errors="surrogateescape")).hexdigest()
-    yield os.path.join(folder, "index", f"{digest}.json")
+def cache_folder() -> str:
+    """Where there is room for what can be made or downloaded again."""
+    return os.environ.get("ANYMAL_CACHE") or os.path.expanduser("~/.cache/anymal")
+
+
+def index_files(beside: str, of: str) -> Iterator[str]:
+    """The places where the index of a tar or a folder may lie: beside it, or in the cache."""
+    yield beside
+    digest = hashlib.sha256(os.path.abspath(of).encode(errors="surrogateescape")).hexdigest()
+    yield os.path.join(cache_folder(), "index", f"{digest}.json")
 
 
 def _load(place: str, path: str, stamp: list[int]) -> Index | None:
@@ -141,16 +161,20 @@ def _load(place: str, path: str, stamp: list[int]) -> Index | None:
 
 
 def _save(made: Index, stamp: list[int]) -> None:
-    """Write the index file where that is possible; several processes may do it at once, so by renaming."""
     known = {"stamp": stamp, "problem": made.problem, "bad": made.bad, "blocks": made.blocks.tolist()}
-    for place in _index_files(made.path):
+    write_json(known, index_files(f"{made.path}.index.json", made.path))
+
+
+def write_json(value: Any, places: Iterable[str]) -> None:
+    """Write to the first place where that is possible; several processes may do it at once, so by renaming."""
+    for place in places:
         temporary = None
         try:
             folder = os.path.dirname(place) or "."
             os.makedirs(folder, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".tmp")
             with open(handle, "w") as file:
-                json.dump(known, file, separators=(",", ":"))
+                json.dump(value, file, separators=(",", ":"))
             os.chmod(temporary, 0o644)  # mkstemp's own mode would keep other users from sharing it
             os.replace(temporary, place)
             return
@@ -292,12 +316,22 @@ _files: OrderedDict[str, int] = (
 
 
 def _bytes(path: str, offset: int, size: int) -> bytes:
+    return os.pread(open_tar(path), size, offset)
+
+
+def open_tar(path: str) -> int:
+    """A descriptor of the tar; a few stay open, and what stays open can be read even when it is removed."""
     if path not in _files:
         while len(_files) >= _OPEN_FILES:
             os.close(_files.popitem(last=False)[1])
         _files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     _files.move_to_end(path)
-    return os.pread(_files[path], size, offset)
+    return _files[path]
+
+
+def is_open(path: str) -> bool:
+    """Whether the tar is still open."""
+    return path in _files
 
 
 def _forget(path: str) -> None:

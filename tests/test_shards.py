@@ -53,6 +53,8 @@ def test_expand(tmp_path):
     assert shards.expand(tmp_path / "a.tar") == [a]
     assert shards.expand(f"{tmp_path}/{{b,a}}.tar") == [b, a]
     assert shards.expand([b, f"{tmp_path}/{{a..a}}.tar"]) == [b, a]
+    urls = ["http://host/d/0.tar?k=1", "http://host/d/1.tar?k=1"]
+    assert shards.expand("http://host/d/{0..1}.tar?k=1") == urls
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,14 @@ def test_expand(tmp_path):
     [
         ("pipe:touch {tmp}/ran", "never run"),
         ("{tmp}/a.tar::pipe:touch {tmp}/ran", "never run"),
-        ("https://host/a.tar", "download it first"),
-        ("s3://bucket/{{000..002}}.tar", "download it first"),
+        ("s3://bucket/{{000..002}}.tar", "mount the bucket"),
+        ("ftp://host/a.tar", "only files, http:// and https://"),
+        ("https://host/a.tar::pipe:touch {tmp}/ran", "no spaces"),
+        ("https://host/a.tar::pipe:ls", "must end in .tar"),
+        ("https://host/a.tar.gz", "decompress it where it lies"),
+        ("https://host/{{a.tar,b}}", "must end in .tar"),
+        ("https://me:secret@host/a.tar", "without user or password"),
+        (["https://host/a.tar", "https://host/{{a,b}}.tar"], "listed twice"),
         ("{tmp}/none.tar", "there is no shard {tmp}/none.tar"),
         ("{tmp}/{{a,none}}.tar", "there is no shard {tmp}/none.tar"),
         ("{tmp}/packed.tar.gz", "decompress it first"),
