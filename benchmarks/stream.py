@@ -102,18 +102,19 @@ def their_sample(sample: dict[str, Any]) -> Tokens:
     return tokens(sample["__key__"], "".join(parts), [])
 
 
-def ours(folder: Path, workers: int) -> Iterator[Any]:
+def ours(folder: Path, workers: int, bookmark: dict | None = None) -> Stream:
     """Endless batches of ours."""
     data = DataConfig(shards=str(folder), batch_size=BATCH, workers=workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
     parts = {"suffixes": {"jpg": "image"}, "prepare": our_sample, "collate": pack, "quarantine": quarantine}
-    return iter(Stream(data, **parts, seed=0))
+    return Stream(data, **parts, seed=0, bookmark=bookmark)
 
 
-def theirs(folder: Path, workers: int) -> Iterator[Any]:
-    """Endless batches of raw webdataset."""
+def theirs(folder: Path, workers: int, skip: int = 0) -> Iterator[Any]:
+    """Endless batches of raw webdataset, after so many samples that are read but not decoded."""
     tars = sorted(str(tar) for tar in folder.glob("*.tar"))
-    data = webdataset.WebDataset(tars, shardshuffle=100).repeat().shuffle(1000).map(their_sample)
+    data = webdataset.WebDataset(tars, shardshuffle=100).repeat().shuffle(1000)
+    data = data.slice(skip // max(1, workers), None).map(their_sample)
     return iter(webdataset.WebLoader(data.batched(BATCH, collation_fn=pack), batch_size=None, num_workers=workers))
 
 
@@ -158,7 +159,7 @@ def compare(name: str, folder: Path, workers: int) -> dict[str, float]:
     makers = {"ours": ours, "webdataset": theirs}
     if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.energon"):
         makers["energon"] = energon
-    sides = {side: make(folder, workers) for side, make in makers.items()}
+    sides = {side: iter(make(folder, workers)) for side, make in makers.items()}
     rates = {side: [] for side in sides}
     for turn in range(ROUNDS):
         for side in list(sides)[:: 1 if turn % 2 else -1]:
