@@ -1,8 +1,8 @@
 """Tars: which there are, where each sample lies in them, and reading one sample by its place.
 
 The stream's first room: `expand` lists the shards, `index` finds the byte range of every sample without reading any
-data, `read` has webdataset take one range apart. Neither decodes nor unpickles anything, and no name is ever handed
-to a shell or a URL opener: the operating system opens it, or nothing does.
+data, `read` takes one range apart. None decodes or unpickles anything, and no name is ever handed to a shell: the
+operating system opens it, or `remote` downloads it first, or nothing does. `manifest` does this for many tars.
 """
 
 import errno

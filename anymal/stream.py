@@ -1,6 +1,7 @@
 """Shards → samples → batches, endlessly, from any place, in an order that no number of workers can change.
 
     order.py: position ──▶ place in a tar   (main process)
+    manifest.py: shard ──▶ its offsets      (workers; the main process knows its number of samples only)
     shards.py: place ──▶ members            (workers: no state, so how many there are changes nothing)
     parse.py: members ──▶ Sample ──prepare──▶ Tokens   (workers)
     here: Tokens ──▶ Batch with its bookmark   (main process)
