@@ -119,28 +119,31 @@ def theirs(folder: Path, workers: int, skip: int = 0) -> Iterator[Any]:
 
 
 def energon(folder: Path, workers: int) -> Iterator[Any]:
-    """Endless batches of Megatron-Energon, on the same tars."""
-    from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset
+    """Endless batches of Megatron-Energon on the same tars, which it prepares first."""
+    from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
-    names = [tar.name for tar in sorted(folder.glob("*.tar"))]
-    BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_ratio=[("train", 1.0)], progress_fn=iter)
-    described = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(described))
+    if not (folder / ".nv-meta").is_dir():
+        names = [tar.name for tar in sorted(folder.glob("*.tar"))]
+        BaseWebdatasetFactory.prepare_dataset(folder, names, split_parts_ratio=[("train", 1.0)], workers=1)
+        described = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+        (folder / ".nv-meta" / "dataset.yaml").write_text(json.dumps(described))
+
+    @stateless
+    def cook(sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, "tokens": their_sample(sample)}
 
     class Encoder(DefaultTaskEncoder):
         decoder = None
+        cookers = (Cooker(cook),)
 
-        def encode_sample(self, sample: dict[str, Any]) -> Tokens:
-            return their_sample(sample)
-
-        def batch(self, samples: list[Tokens]) -> Any:
-            return pack(samples)
+        @stateless
+        def batch(self, samples: list[dict[str, Any]]) -> Any:
+            return pack([sample["tokens"] for sample in samples])
 
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
     options = {"batch_size": BATCH, "shuffle_buffer_size": 1000, "max_samples_per_sequence": 100}
-    made = get_train_dataset(folder, worker_config=config, task_encoder=Encoder(), **options)
-    return iter(get_loader(made))
+    return iter(get_loader(get_train_dataset(folder, worker_config=config, task_encoder=Encoder(), **options)))
 
 
 def rate(batches: Iterator[Any]) -> float:
