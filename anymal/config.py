@@ -126,7 +126,12 @@ class DataConfig:
     """What is read, and how."""
 
     shards: Any = None
-    """Tars of the only dataset: a path, a brace pattern (a/{000..015}.tar), a folder, or a list of these."""
+    """Tars of the only dataset: a path, a brace pattern (a/{000..015}.tar), a folder, an http(s) address or a pattern
+    of addresses, or a list of these."""
+    cache: str = ""
+    """Folder for downloaded tars; empty takes $ANYMAL_CACHE/shards, or ~/.cache/anymal/shards."""
+    cache_gb: float = 0.0
+    """GB (1e9 bytes) that downloaded tars may take; those not used for longest are removed. 0 does not limit it."""
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Several datasets with ratios, by name, in place of data.shards."""
     batch_size: int = 16
@@ -165,6 +170,7 @@ class DataConfig:
         kinds = ("none", "modality", "dataset")
         _require(self.group_by in kinds, f"data.group_by is {self.group_by!r}; it can be {', '.join(kinds)}")
         _require(min(self.encoder_cost.values(), default=0) >= 0, "data.encoder_cost cannot be negative")
+        _require(self.cache_gb >= 0, f"data.cache_gb is {self.cache_gb}; it cannot be negative")
         _require(self.timeout > 0, f"data.timeout is {self.timeout}; it is a number of seconds")
         _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it is a share from 0 to 1")
 

@@ -6,6 +6,7 @@ Called by the stream's workers between reading and decoding. Knows JSON and UTF-
 import json
 import re
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from anymal.errors import BadSample
@@ -46,8 +47,9 @@ def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, s
     return Sample(key=key, shard=shard, messages=_pair(members, media))
 
 
-def _natural(member: str) -> list[str | int]:
-    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", member))]
+@lru_cache(maxsize=1024)  # nearly every sample has the same few suffixes
+def _natural(member: str) -> tuple[str | int, ...]:
+    return tuple(int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", member)))
 
 
 def _short(value: Any) -> str:

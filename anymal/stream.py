@@ -1,6 +1,7 @@
 """Shards → samples → batches, endlessly, from any place, in an order that no number of workers can change.
 
     order.py: position ──▶ place in a tar   (main process)
+    manifest.py: shard ──▶ its offsets      (workers; the main process knows its number of samples only)
     shards.py: place ──▶ members            (workers: no state, so how many there are changes nothing)
     parse.py: members ──▶ Sample ──prepare──▶ Tokens   (workers)
     here: Tokens ──▶ Batch with its bookmark   (main process)
@@ -15,7 +16,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from anymal import shards
+from anymal import manifest, shards
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, Quarantine, UserError
+from anymal.manifest import Shard
 from anymal.order import Counts, Order, Share, merge_bookmarks
 from anymal.packing import Item, Packer
 from anymal.parse import parse
@@ -106,16 +107,16 @@ class Stream:
         bookmark: dict | None = None,
     ):
         named = _datasets(data)
-        indexes = _index(data, quarantine, rank / world)
+        shards_of = _survey(data, quarantine, rank / world)
         counts = []
-        for (name, dataset), found in zip(named.items(), indexes, strict=True):
+        for (name, dataset), found in zip(named.items(), shards_of, strict=True):
             listed = [(Path(tar.path).name, len(tar)) for tar in found]
             share = dataset.epochs * sum(len(tar) for tar in found) if dataset.epochs else dataset.ratio
             counts.append(Counts(name=name, shards=listed, ratio=share))
         self.data, self.quarantine, self.collate = data, quarantine, collate
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
-        self.reader = _Reader(indexes, suffixes, prepare)
+        self.reader = _Reader(shards_of, suffixes, prepare)
         self.names = list(named)
         self._total = sum(dataset.total for dataset in counts)
 
@@ -167,13 +168,13 @@ def samples_once(
     Raises:
         As `Stream`.
     """
-    indexes = _index(data, quarantine, rank / world)
-    if not any(len(tar) for found in indexes for tar in found):
+    shards_of = _survey(data, quarantine, rank / world)
+    if not any(len(tar) for found in shards_of for tar in found):
         raise UserError("data: the shards hold no sample")
-    places = ((d, s, i) for d, found in enumerate(indexes) for s, tar in enumerate(found) for i in range(len(tar)))
+    places = ((d, s, i) for d, found in enumerate(shards_of) for s, tar in enumerate(found) for i in range(len(tar)))
     mine = islice(enumerate(places), rank, None, world)
     tickets = (Ticket(position=p, dataset=d, shard=s, sample=i) for p, (d, s, i) in mine)
-    for _, result in _load(_Reader(indexes, suffixes, prepare), tickets, data):
+    for _, result in _load(_Reader(shards_of, suffixes, prepare), tickets, data):
         if isinstance(result, Bad):
             quarantine.reject(result.shard, result.key, result.reason)
         else:
@@ -198,25 +199,18 @@ def tars(data: DataConfig) -> list[list[str]]:
     return [shards.expand(dataset.shards) for dataset in _datasets(data).values()]
 
 
-def _index(data: DataConfig, quarantine: Quarantine, start: float) -> list[list[shards.Index]]:
-    """The indexes of all datasets' shards; shards without any sample are named in the quarantine.
+def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list[Shard]]:
+    """The shards of all datasets with their counts; those without any sample are named in the quarantine.
 
-    Each rank begins at another shard (`start` of 0..1), so that ranks without index files share the work of making
-    them: whoever comes second finds a file.
+    Each rank begins at another shard (`start` of 0..1), so that ranks share what work there is.
     """
     paths = tars(data)
     every = list(dict.fromkeys(path for listed in paths for path in listed))
-    first = int(start * len(every))
-    made, told = {}, time.monotonic()
-    for path in every[first:] + every[:first]:
-        made[path] = shards.index(path)
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            _log.info("indexed %d of %d shards", len(made), len(every))
-    for path in every:
-        if made[path].problem:
-            quarantine.reject(path, "", made[path].problem)
-    return [[made[path] for path in listed] for listed in paths]
+    found = manifest.survey(every, start=start, cache=data.cache, cache_gb=data.cache_gb)
+    for shard in found.values():
+        if shard.problem:
+            quarantine.reject(shard.name, "", shard.problem)
+    return [[found[path] for path in listed] for listed in paths]
 
 
 def _ticket(position: int, order: Order) -> Ticket:
@@ -230,8 +224,8 @@ def _ticket(position: int, order: Order) -> Ticket:
 class _Reader:
     """The map-style dataset that the workers hold: chunks of tickets → what each of them gives. It has no state."""
 
-    def __init__(self, indexes: list[list[shards.Index]], suffixes: dict[str, str], prepare: Callable[[Sample], Any]):
-        self.indexes, self.suffixes, self.prepare = indexes, suffixes, prepare
+    def __init__(self, listed: list[list[Shard]], suffixes: dict[str, str], prepare: Callable[[Sample], Any]):
+        self.shards, self.suffixes, self.prepare = listed, suffixes, prepare
 
     def __getitem__(self, tickets: list[Ticket]) -> Any:
         found = [(ticket, self._one(ticket)) for ticket in tickets]
@@ -239,13 +233,14 @@ class _Reader:
 
     def _one(self, ticket: Ticket) -> Any:
         """What `prepare` made of the sample, a `Bad`, or a `UserError` (returned: a loader garbles what is raised)."""
-        tar = self.indexes[ticket.dataset][ticket.shard]
-        place, key = tar.place(ticket.sample), None
+        shard, key, place = self.shards[ticket.dataset][ticket.shard], None, (0, 0)
         try:
+            tar = manifest.load(shard)
+            place = tar.place(ticket.sample)
             if ticket.sample in tar.bad:
                 raise BadSample(tar.bad[ticket.sample])
             key, members = shards.read(tar.path, *place)
-            return self.prepare(parse(tar.path, key, members, self.suffixes))
+            return self.prepare(parse(shard.name, key, members, self.suffixes))
         except UserError as error:
             return error
         except BadSample as error:
@@ -253,7 +248,7 @@ class _Reader:
         except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
             last = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
-        return Bad(shard=tar.path, key=shards.name_of(tar.path, *place) if key is None else key, reason=reason)
+        return Bad(shard=shard.name, key=shards.name_of(shard.path, *place) if key is None else key, reason=reason)
 
 
 def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:

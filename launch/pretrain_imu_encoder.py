@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from adapters.imu import IMUDecoder
 from adapters.pretrained import quiet
-from anymal import shards
+from anymal import manifest, shards
 from anymal.command_line import parse_args
 from anymal.errors import BadSample, Quarantine, UserError
 from data_prep.steps import is_done, whole_folder
@@ -100,11 +100,10 @@ def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, li
 
 
 def _indexes(source: Any) -> Iterable[tuple[str, shards.Index]]:
-    for path in shards.expand(source):
-        index = shards.index(path)
-        if index.problem:
-            raise UserError(f"{path} {index.problem}")
-        yield path, index
+    for name, shard in manifest.survey(shards.expand(source)).items():
+        if shard.problem:
+            raise UserError(f"{name} {shard.problem}")
+        yield shard.path, manifest.load(shard)
 
 
 def _label(members: dict[str, bytes]) -> str:

@@ -1,0 +1,223 @@
+"""How many samples each tar holds, known without opening the tars, and the offsets of the few that are being read.
+
+At the start `survey` needs one file for each folder and one look at each tar, however many there are. Where the samples
+of a tar begin is loaded by whoever reads from it (`load`), and forgotten again: 20,000 tars would take 800 MB.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anymal import shards
+from anymal.errors import UserError
+from anymal.remote import Remote, is_url
+
+NAME = "anymal.index.json"  # in a folder of tars; may be published with them
+VERSION = 1
+_MOST = 1 << 40  # samples of one tar; what is published is anyone's number
+_LOADED = 256  # indexes that a process keeps
+_TRIES = 3  # a tar may be removed for want of room between its download and its use
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Shard:
+    """One tar, wherever it is."""
+
+    path: str
+    """The local file; of a remote tar the one that there is once it was downloaded."""
+    count: int
+    """Its samples."""
+    problem: str = ""
+    """Why there is no sample at all."""
+    remote: Remote | None = None
+    """Where it comes from, if it is not a local file."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def name(self) -> str:
+        """What people call it: the path or the address."""
+        return self.remote.name if self.remote else self.path
+
+
+def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_gb: float = 0.0) -> dict[str, Shard]:
+    """The number of samples of each tar, by its name as `shards.expand` gives it.
+
+    Local tars without an index are indexed; remote ones whose number of samples is not published are downloaded. Each
+    rank begins at another tar (`start` of 0..1), so that ranks share that work: whoever comes second finds it done.
+
+    Raises:
+        UserError: A tar cannot be read or downloaded, or holds another number of samples than was published.
+    """
+    cache = os.path.expanduser(cache) or os.path.join(shards.cache_folder(), "shards")
+    folders: dict[str, _Manifest] = {}
+    found, begun = {}, time.monotonic()
+    first, told = int(start * len(names)), begun
+    for done, name in enumerate([*names[first:], *names[:first]], 1):
+        remote = Remote(url=name, cache=cache, limit=int(cache_gb * 1e9)) if is_url(name) else None
+        folder = os.path.dirname(remote.path if remote else name)
+        if folder not in folders:
+            folders[folder] = _Manifest(folder, remote)
+        found[name] = _remote(remote, folders[folder]) if remote else _local(name, folders[folder])
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            left = (told - begun) / done * (len(names) - done)
+            _log.info("%d of %d shards, the last %s; about %.0f s left", done, len(names), found[name].name, left)
+    for manifest in folders.values():
+        manifest.save()
+    return {name: found[name] for name in names}
+
+
+def _local(path: str, manifest: "_Manifest") -> Shard:
+    stamp = _stamp(path)
+    known = manifest.get(path)
+    if stamp and known and known[:2] == stamp:
+        return Shard(path=path, count=known[2])
+    made = shards.index(path)
+    if stamp and not made.problem:
+        manifest.put(path, [*stamp, len(made)])
+    return Shard(path=path, count=len(made), problem=made.problem)
+
+
+def _remote(remote: Remote, manifest: "_Manifest") -> Shard:
+    stamp, known = _stamp(remote.path), manifest.get(remote.path)
+    if known and stamp in (None, known[:2]):
+        return Shard(path=remote.path, count=known[2], remote=remote)
+    if stamp is None and (count := _published(remote)):
+        manifest.put(remote.path, [0, 0, count])
+        return Shard(path=remote.path, count=count, remote=remote)
+    made = _index(remote.path, remote)
+    if known:
+        _compare(made, Shard(path=remote.path, count=known[2], remote=remote))
+    if not made.problem:
+        manifest.put(remote.path, [*(_stamp(remote.path) or [0, 0]), len(made)])
+    return Shard(path=remote.path, count=len(made), problem=made.problem, remote=remote)
+
+
+def _published(remote: Remote) -> int | None:
+    """The number of samples that is told beside a tar: by its index, or by the statistics of img2dataset."""
+    tar = os.path.basename(remote.path)
+    try:
+        known = remote.published(f"{tar}.index.json")
+        if known is not None:
+            return _count(len(known["blocks"]) - 1)
+        return _count(remote.published(f"{tar.removesuffix('.tar')}_stats.json")["successes"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _count(value: Any) -> int:
+    if not 0 < int(value) < _MOST:
+        raise ValueError("not a number of samples")
+    return int(value)
+
+
+def _stamp(path: str) -> list[int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+class _Manifest:
+    """The file that knows the tars of one folder: name → [size, mtime in ns, samples].
+
+    It lies in the folder, or in the cache where that cannot be written to. That of a remote folder is read as well;
+    there, size and mtime say nothing.
+    """
+
+    def __init__(self, folder: str, remote: Remote | None):
+        self.places = list(shards.index_files(os.path.join(folder, NAME), folder))
+        self.remote, self.new = remote, False
+        self.tars = next((tars for place in self.places if (tars := _tars(_read(place)))), {})
+
+    def get(self, path: str) -> list[int] | None:
+        """What is known of a tar."""
+        name = os.path.basename(path)
+        if name not in self.tars and self.remote is not None:
+            for other, (_, _, count) in _tars(self.remote.published(NAME)).items():
+                self.tars.setdefault(other, [0, 0, count])
+            self.remote, self.new = None, True  # asked once
+        return self.tars.get(name)
+
+    def put(self, path: str, entry: list[int]) -> None:
+        """Note what was found out about a tar."""
+        self.tars[os.path.basename(path)] = entry
+        self.new = True
+
+    def save(self) -> None:
+        """Write the file if there is anything new. Ranks may do so at once: each knows all, and the last one stays."""
+        if self.new and self.tars:
+            shards.write_json({"version": VERSION, "tars": self.tars}, self.places)
+
+
+def _read(place: str) -> Any:
+    try:
+        with open(place, "rb") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _tars(known: Any) -> dict[str, list[int]]:
+    """The entries of a manifest; none if it is of another version or damaged."""
+    try:
+        entries = known["tars"] if known["version"] == VERSION else {}
+        return {str(name): [int(size), int(time), _count(count)] for name, (size, time, count) in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return {}
+
+
+_loaded: OrderedDict[str, shards.Index] = OrderedDict()  # path → index, the latest last
+
+
+def load(shard: Shard) -> shards.Index:
+    """Where the samples of a tar lie that is about to be read; a remote one is downloaded first.
+
+    Raises:
+        UserError: It cannot be read or downloaded, or no longer holds the number of samples that `survey` found.
+    """
+    made = _loaded.get(shard.path)
+    removable = shard.remote is not None and shard.remote.limit > 0
+    if made is None or (removable and not shards.is_open(shard.path)):
+        made = _index(shard.path, shard.remote)
+        _compare(made, shard)
+        _loaded[shard.path] = made
+        while len(_loaded) > _LOADED:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(shard.path)
+    return made
+
+
+def _compare(made: shards.Index, shard: Shard) -> None:
+    if len(made) != shard.count:
+        found = f"it {made.problem}" if made.problem else f"it holds {len(made):,} samples"
+        if shard.remote is None:
+            raise UserError(f"{shard.name} held {shard.count:,} samples at the start, now {found}; start the run again")
+        raise UserError(
+            f"{shard.name} should hold {shard.count:,} samples, as was published beside it or seen before; {found}. "
+            f"Mend what is published, or remove {os.path.dirname(shard.path)} if the tar was replaced"
+        )
+
+
+def _index(path: str, remote: Remote | None) -> shards.Index:
+    """The index of a tar, which is open from then on: nobody can take it away while it is read."""
+    for tries_left in reversed(range(_TRIES if remote else 1)):
+        try:
+            if remote:
+                remote.fetch()
+            made = shards.index(path)
+            shards.open_tar(path)
+            break
+        except (UserError, FileNotFoundError):
+            if not tries_left or os.path.exists(path):
+                raise
+    return made
