@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from torch.profiler import profile
 
+import tiny_llms
 from anymal import loss
 from anymal.config import LoraConfig
 from anymal.llm import add_lora
@@ -16,49 +17,14 @@ from anymal.loss import Head, chunked_loss, find_head, plain_loss, sums_per_grou
 from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
 from benchmarks.memory import peak_bytes
+from tiny_llms import VOCABULARY, WIDTH
 from toys import medium, sample, text, toy_adapters, toy_model
 
-VOCABULARY, WIDTH = 89, 32
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES = {
-    "Llama": {},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 3.0},  # tied
-    "Cohere": {"logit_scale": 0.0625},  # tied; multiplies
-    "Granite": {"logits_scaling": 8.0},  # divides
-    "HyperCLOVAX": {"logits_scaling": 0.25},  # multiplies by what Granite divides by
-    "Phi": {},  # its head has a bias
-    "Mixtral": {"num_local_experts": 2},
-    "OPT": {"word_embed_proj_dim": WIDTH, "ffn_dim": 48, "init_std": 0.4},  # GPT-like, tied
-}
 SAMPLES = [
     sample(medium("eye", 1), text("what is this?"), answer="a dog on the table", key="a"),
     sample(text("hear "), medium("ear", 5), text(" and see "), medium("eye", 2), answer="a red apple", key="b"),
     sample(text("only text"), answer="yes it is", key="c"),
 ]
-
-
-def make(name: str) -> nn.Module:
-    """A tiny random LLM of an architecture of transformers; a bias of the head is made to count."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL | ARCHITECTURES[name])
-    llm = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
-    head = llm.get_output_embeddings()
-    if head.bias is not None:
-        head.bias.normal_()
-    return llm
 
 
 @pytest.fixture
@@ -67,9 +33,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny_llms.ARCHITECTURES)
 def test_loss_and_gradient_are_those_of_plain_cross_entropy(name, small_chunks, caplog):
-    llm = make(name)
+    llm = tiny_llms.make(name)
     head = find_head(llm)
     assert head is not None, caplog.text
     embeddings = torch.randn(1, 40, WIDTH)
@@ -93,11 +59,15 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(name, small_chunks, 
 
 
 def test_what_is_done_to_logits_is_read_off_the_model():
-    assert find_head(make("Gemma2")).cap == 3
-    assert [find_head(make(name)).scale for name in ("Cohere", "Granite", "HyperCLOVAX")] == [0.0625, 0.125, 0.25]
-    assert find_head(make("Phi")).bias is not None
+    assert find_head(tiny_llms.make("Gemma2")).cap == 3
+    assert [find_head(tiny_llms.make(name)).scale for name in ("Cohere", "Granite", "HyperCLOVAX")] == [
+        0.0625,
+        0.125,
+        0.25,
+    ]
+    assert find_head(tiny_llms.make("Phi")).bias is not None
     for name in ("Qwen2", "Gemma2", "Cohere"):
-        llm = make(name)
+        llm = tiny_llms.make(name)
         assert find_head(llm).weight is llm.get_input_embeddings().weight
 
 
@@ -160,7 +130,7 @@ def test_through_a_quantised_body_and_lora(tiny_llm, bits, train, monkeypatch):
 
 
 def test_without_gradient_none_is_computed(small_chunks, monkeypatch):
-    head = find_head(make("Llama"))
+    head = find_head(tiny_llms.make("Llama"))
     hidden, targets = torch.randn(18, WIDTH, requires_grad=True), torch.randint(VOCABULARY, (18,))
     learning, _ = chunked_loss(head, hidden, targets)
     monkeypatch.setattr(torch.autograd, "grad", None)  # to call it would be an error
