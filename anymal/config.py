@@ -67,13 +67,18 @@ class LLMConfig:
     """4 (nf4, double quantisation), 8, 16 (bfloat16) or 32 (float32)."""
     attention: str = "sdpa"
     """transformers' attention implementation: eager, sdpa, flash_attention_2, flex_attention."""
-    checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    checkpointing: str = "none"
+    """What the backward pass recomputes: none, selective (elementwise results) or full (each decoder layer)."""
     license: str = ""
     """The LLM's licence, for the model card; empty reads it from the model's own card if there is one."""
 
     def __post_init__(self):
         _require(self.bits in (4, 8, 16, 32), f"model.llm.bits is {self.bits}; it can be 4, 8, 16 or 32")
+        _require(
+            self.checkpointing in ("none", "selective", "full"),
+            f"model.llm.checkpointing is {self.checkpointing}; it can be none, selective or full "
+            "(write full for what was true, none for what was false)",
+        )
 
 
 @dataclass(kw_only=True)

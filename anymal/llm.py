@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig, LoraConfig
 from anymal.errors import UserError
 
@@ -67,9 +68,7 @@ def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
     llm.requires_grad_(False)
-    if config.checkpointing:
-        # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(llm, config.checkpointing)
     set_frozen_mode(llm, recompute=True)
     return llm, tokenizer
 
@@ -83,7 +82,7 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 
     Args:
         llm: The LLM, with or without LoRA.
-        recompute: Whether decoder layers may recompute their activations in the backward pass, if that is enabled.
+        recompute: Whether decoder layers keep less for the backward pass, as `anymal.activations` may have told them.
             Set on the layers alone, not on the dropouts inside them.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anymal.errors import UserError
 from anymal.llm import compute_dtype, set_frozen_mode
-from anymal.loss import answer_loss
+from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.modality import Adapter
 from anymal.sample import Batch
 
@@ -33,6 +33,7 @@ class AnyMAL(nn.Module):
     def __init__(self, llm: nn.Module, adapters: dict[str, Adapter]):
         super().__init__()
         self.llm = llm
+        self._head = find_head(llm)
         # Read once: under ZeRO-3 every look at a weight gathers it, and ranks must gather the same in the same order.
         table = llm.get_input_embeddings().weight
         self.device, self._low_precision = table.device, table.is_cuda and table.dtype == torch.bfloat16
@@ -96,23 +97,31 @@ class AnyMAL(nn.Module):
             row = row.index_copy(1, slots, embeddings.flatten(0, 1)[None])
         return row, absent
 
+    def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:
+        # Positions restart with every sample: that is what isolates samples.
+        return reader(inputs_embeds=row, position_ids=batch.positions, use_cache=False, **more)
+
     def logits(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, V] logits that predict the answer tokens, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
-        output = self.llm(
-            inputs_embeds=row,
-            position_ids=batch.positions,  # they restart with every sample: that is what isolates samples
-            logits_to_keep=batch.rows,  # the head runs on these rows only
-            use_cache=False,
-        )
-        return output.logits[0], absent
+        return self._read(self.llm, row, batch, logits_to_keep=batch.rows).logits[0], absent
+
+    def hidden(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[A, D] what the head makes these logits of, and the zero of `embed`."""
+        row, absent = self.embed(batch, features)
+        decoder = getattr(self.llm, "get_base_model", lambda: self.llm)().get_decoder()
+        return self._read(decoder, row, batch).last_hidden_state[0, batch.rows], absent
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`."""
         with self.autocast():
-            logits, absent = self.logits(batch, features)
-        total, per_group = answer_loss(logits, batch.targets, batch.group_of_row, len(batch.groups))
-        return total + absent, per_group
+            if self._head is not None and self._head.frozen():
+                hidden, absent = self.hidden(batch, features)
+                total, losses = chunked_loss(self._head, hidden, batch.targets)
+            else:
+                logits, absent = self.logits(batch, features)
+                total, losses = plain_loss(logits, batch.targets)
+        return total + absent, sums_per_group(losses, batch.group_of_row, len(batch.groups))
 
     def train(self, mode: bool = True) -> "AnyMAL":
         """Training mode for what is trained; what is frozen stays in eval mode."""

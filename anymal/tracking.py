@@ -65,7 +65,7 @@ class Meter:
 
         Args:
             batch: What the model saw, T tokens of it.
-            per_group: [G, 2] from `anymal.loss.answer_loss`: for each of ``batch.groups``, the summed loss (nats)
+            per_group: [G, 2] from `anymal.loss.sums_per_group`: for each of ``batch.groups``, the summed loss (nats)
                 and the number of answer tokens.
             padding: How many of the T tokens are padding.
         """

@@ -23,7 +23,7 @@ FLOORS = [
     ["cpu"],
     ["errors", "sample"],
     ["config", "metrics"],
-    ["command_line", "modality"],
+    ["command_line", "modality", "activations"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote"],
     ["stream", "model"],
     ["engine", "checkpoint", "tracking", "generate"],
