@@ -140,8 +140,15 @@ class DataConfig:
     """Stop after more bad samples than this without a good one between; 0 tolerates none."""
     max_bad_share: float = 0.1
     """Stop when more than this share of the samples is bad; 0 tolerates none."""
+    features: str = "auto"
+    """Whether features that launch/encode.py wrote are read in place of media: auto (where there are any, the most
+    exact), float32, bf16 or int8 (only such), never. launch/encode.py writes this precision; with auto, bf16."""
 
     def __post_init__(self):
+        _require(
+            self.features in ("auto", "never", "float32", "bf16", "int8"),
+            f"data.features is {self.features!r}; it can be auto, never, float32, bf16 or int8",
+        )
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
         _require(min(self.workers, self.shuffle) >= 0, "data.workers and data.shuffle cannot be negative")
         _require(self.timeout > 0, f"data.timeout is {self.timeout}; it is a number of seconds")
