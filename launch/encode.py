@@ -27,7 +27,7 @@ from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.errors import BadSample, UserError
 from anymal.model import place_encoder, run_encoder
-from anymal.parse import modality_of
+from anymal.parse import modality_of, parse
 from anymal.stream import each, reason_of, tars
 from launch.build import device, run_program, suffixes
 
@@ -124,7 +124,12 @@ class Reader:
             read.seconds[kind] = read.seconds.get(kind, 0) + time.perf_counter() - began
         for kind in read.seconds:
             read.seconds[kind] += reading / len(read.seconds)
-        return read if read.members else _unreadable(key, f"has no text: it holds {', '.join(sorted(members))}")
+        if read.members:
+            return read
+        try:
+            parse(self.tar.path, key, members, self.suffixes)  # there is neither text nor medium left: it will refuse
+        except BadSample as error:
+            return _unreadable(key, str(error))
 
 
 def _unreadable(key: str, reason: str) -> Read:
@@ -268,7 +273,6 @@ def seconds_to_read(encode: Encode, found: list[tuple[str, twins.Twin]]) -> dict
     """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
     seconds, counts = dict.fromkeys(encode.encoders, 0.0), dict.fromkeys(encode.encoders, 0)
     indexes = [shards.index(twin.path) for _, twin in found if twin.encoders]
-    torch.set_num_threads(1)  # as in the loader's workers
     for index in indexes:
         for i in range(0, len(index), max(1, len(index) * len(indexes) // REREAD)):
             began = time.perf_counter()
@@ -294,7 +298,10 @@ def report(encode: Encode, paths: list[str]) -> list[str]:
     for _, twin in found:
         for kind, figures in twin.header["media"].items():
             total.setdefault(kind, Figures()).add(Figures(**figures))
-    reading, lines = seconds_to_read(encode, found), []
+    threads, lines = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # as in the loader's workers
+    reading = seconds_to_read(encode, found)
+    torch.set_num_threads(threads)
     for kind, figures in total.items():
         lines.append(
             f"{kind}: {figures.media:,} media, {figures.bad:,} bad; {figures.bytes / 1e6:,.1f} MB as "
