@@ -16,9 +16,9 @@ from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
 from anymal.config import ModalityConfig, options
 from anymal.errors import UserError
-from anymal.modality import Adapter, Modality
+from anymal.modality import Adapter, Encoder, Modality
 
-__all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options"]
+__all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options", "load_encoder"]
 
 FILES = [
     "image",
@@ -53,12 +53,21 @@ def build_adapters(
     """
     adapters = {}
     for name, config in modalities.items():
-        where = f"model.modalities.{name}"
-        modality = _find(name)
-        encoder = modality.load(config.encoder, options(modality.options, dict(config.options), f"{where}.options"))
+        modality, encoder = _find(name), load_encoder(name, config)
         projector = build_projector(config.projector, encoder.width, encoder.tokens, llm_width, scale=embedding_std)
         adapters[name] = Adapter(modality, encoder, projector)
     return adapters
+
+
+def load_encoder(name: str, config: ModalityConfig) -> Encoder:
+    """The frozen encoder of one modality of a recipe, on the CPU, in fp32.
+
+    Raises:
+        UserError: As `build_adapters`.
+    """
+    modality = _find(name)
+    given = options(modality.options, dict(config.options), f"model.modalities.{name}.options")
+    return modality.load(config.encoder, given)
 
 
 def describe_options() -> list[str]:

@@ -163,8 +163,15 @@ class DataConfig:
     """Stop after more bad samples than this without a good one between; 0 tolerates none."""
     max_bad_share: float = 0.1
     """Stop when more than this share of the samples is bad; 0 tolerates none."""
+    features: str = "auto"
+    """Whether features that launch/encode.py wrote are read in place of media: auto (where there are any, the most
+    exact), float32, bf16 or int8 (only such), never. launch/encode.py writes this precision; with auto, bf16."""
 
     def __post_init__(self):
+        _require(
+            self.features in ("auto", "never", "float32", "bf16", "int8"),
+            f"data.features is {self.features!r}; it can be auto, never, float32, bf16 or int8",
+        )
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
         least = min(self.workers, self.shuffle, self.look_ahead, self.row_tokens)
         _require(least >= 0, "data.workers, shuffle, look_ahead and row_tokens cannot be negative")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from anymal.errors import UserError
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
-from anymal.modality import Adapter
-from anymal.sample import Batch
+from anymal.modality import Adapter, Encoder
+from anymal.sample import Batch, PartlyEncoded
 
 
 class AnyMAL(nn.Module):
@@ -41,7 +41,7 @@ class AnyMAL(nn.Module):
         self.projectors.to(self.device)
         self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
         for encoder in self.encoders.values():
-            encoder.requires_grad_(False).eval().to(self.device, compute_dtype(self.device))
+            place_encoder(encoder, self.device)
 
     def autocast(self) -> torch.autocast:
         """The precision of the arithmetic: bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
@@ -56,14 +56,16 @@ class AnyMAL(nn.Module):
             yield f"projectors.{name}", projector
 
     @torch.no_grad()
-    def encode(self, media: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, media: dict[str, Tensor | PartlyEncoded]) -> dict[str, Tensor]:
         """Decoded media [N, ...] of each modality → features [N, tokens, width]. No gradient passes."""
         features = {}
-        for name, tensor in media.items():
-            tensor = tensor.to(self.device)
-            if tensor.is_floating_point():
-                tensor = tensor.to(compute_dtype(self.device))
-            features[name] = self.encoders[name](tensor)
+        for name, held in media.items():
+            if not isinstance(held, PartlyEncoded):
+                features[name] = run_encoder(self.encoders[name], held, self.device)
+                continue
+            made = [] if held.raw is None else [run_encoder(self.encoders[name], held.raw, self.device)]
+            known = held.features.to(self.device, compute_dtype(self.device))
+            features[name] = torch.cat([*made, known])[held.order.to(self.device)]
         return features
 
     def embed(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -131,6 +133,18 @@ class AnyMAL(nn.Module):
             if "lora_" in name:
                 module.train(mode)
         return self
+
+
+def place_encoder(encoder: Encoder, device: torch.device) -> None:
+    """Freeze an encoder and put it on its device, in the precision of the arithmetic there."""
+    encoder.requires_grad_(False).eval().to(device, compute_dtype(device))
+
+
+@torch.no_grad()
+def run_encoder(encoder: Encoder, media: Tensor, device: torch.device) -> Tensor:
+    """Decoded media [N, ...] → features [N, tokens, width], on the device that the encoder was placed on."""
+    media = media.to(device)
+    return encoder(media.to(compute_dtype(device)) if media.is_floating_point() else media)
 
 
 def select_trainable(model: AnyMAL, train: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from anymal.config import DataConfig
 from anymal.prompt import IGNORED
-from anymal.sample import Batch, Tokens
+from anymal.sample import Batch, Features, PartlyEncoded, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         ValueError: Media of one modality differ in shape, or a sample holds more runs than media. Names the key.
     """
     ids, positions, rows, targets, group_of_row, groups = [], [], [], [], [], []
-    media: dict[str, list[torch.Tensor]] = {}
+    media: dict[str, list[torch.Tensor | Features]] = {}
     slots: dict[str, list[int]] = {}
     counts: dict[str, list[int]] = {}
     for sample in samples:
@@ -111,10 +111,10 @@ def pack(samples: Sequence[Tokens]) -> Batch:
             raise ValueError(f"sample {sample.key!r}: {len(sample.runs)} placeholder runs, {len(sample.media)} media")
         for (modality, first, length), medium in zip(sample.runs, sample.media, strict=True):
             known = media.setdefault(modality, [])
-            if known and known[0].shape != medium.shape:
+            alike = next((other for other in known if type(other) is type(medium)), medium)
+            if alike.shape != medium.shape:
                 raise ValueError(
-                    f"sample {sample.key!r}: {modality} of shape {list(medium.shape)}, "
-                    f"but {list(known[0].shape)} before"
+                    f"sample {sample.key!r}: {modality} of shape {list(medium.shape)}, but {list(alike.shape)} before"
                 )
             known.append(medium)
             slots.setdefault(modality, []).extend(range(start + first, start + first + length))
@@ -130,8 +130,19 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         targets=long(targets),
         group_of_row=long(group_of_row),
         groups=groups,
-        media={name: torch.stack(items) for name, items in media.items()},
+        media={name: _stack(items) for name, items in media.items()},
         slots={name: long(items) for name, items in slots.items()},
         counts={name: long(items) for name, items in counts.items()},
         keys=[sample.key for sample in samples],
     )
+
+
+def _stack(media: Sequence[torch.Tensor | Features]) -> torch.Tensor | PartlyEncoded:
+    """The media of one modality, of one shape: [N, ...], or the raw ones and the features apart."""
+    known = [medium.tensor for medium in media if isinstance(medium, Features)]
+    raw = [medium for medium in media if not isinstance(medium, Features)]
+    if not known:
+        return torch.stack(raw)
+    is_known = torch.tensor([isinstance(medium, Features) for medium in media], dtype=torch.int64)
+    order = is_known.argsort(stable=True).argsort()  # raw ones first, each kind in its own order
+    return PartlyEncoded(raw=torch.stack(raw) if raw else None, features=torch.stack(known), order=order)

@@ -31,9 +31,9 @@ def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, s
             raise BadSample(f"its member {member!r} looks like a pickle, which is never unpickled; remove it")
     media = {modality: [] for modality in suffixes.values()}
     for member in sorted(members, key=_natural):
-        fitting = [suffix for suffix in suffixes if f".{member}".endswith(f".{suffix}")]
-        if fitting:
-            media[suffixes[max(fitting, key=len)]].append(member)
+        modality = modality_of(member, suffixes)
+        if modality is not None:
+            media[modality].append(member)
     try:
         described = json.loads(members["json"]) if "json" in members else None
     except ValueError as error:
@@ -45,6 +45,12 @@ def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, s
         messages = _conversation(described["messages"], members, media)
         return Sample(key=key, shard=shard, messages=messages, options=options)
     return Sample(key=key, shard=shard, messages=_pair(members, media))
+
+
+def modality_of(member: str, suffixes: dict[str, str]) -> str | None:
+    """The modality of a member by its longest suffix in `suffixes`; None if it holds no medium."""
+    fitting = [suffix for suffix in suffixes if f".{member}".endswith(f".{suffix}")]
+    return suffixes[max(fitting, key=len)] if fitting else None
 
 
 @lru_cache(maxsize=1024)  # nearly every sample has the same few suffixes

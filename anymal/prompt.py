@@ -7,16 +7,17 @@ conversation up to the answer must be a prefix of the ids of the conversation wi
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
+from anymal import features
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Message, Part, Sample, Tokens
+from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens
 
 IGNORED = -100  # label of a token that is given, not answered
 
@@ -179,6 +180,8 @@ class Prepare:
     """How it becomes tokens."""
     decoders: dict[str, Callable[[bytes], Tensor]]
     """How the bytes of each modality become the tensor that its encoder takes."""
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """[tokens, width] of each modality's features, for those that are read in place of media."""
 
     def decode(self, sample: Sample) -> Sample:
         """The sample with every medium's bytes decoded.
@@ -195,6 +198,8 @@ class Prepare:
     def _decoded(self, part: Part) -> Part:
         if part.kind not in self.decoders:
             raise BadSample(f"holds a medium of modality {part.kind!r}, which the model does not have")
+        if isinstance(part.content, features.Stored):
+            return replace(part, content=Features(tensor=features.load(part.content, *self.shapes[part.kind])))
         return replace(part, content=self.decoders[part.kind](part.content))
 
     def __call__(self, sample: Sample) -> Tokens:
@@ -207,4 +212,8 @@ def prepare(tokenizer: Any, adapters: dict[str, Adapter], config: PromptConfig, 
     names = {name: adapter.modality.placeholder for name, adapter in adapters.items()}
     length = {name: adapter.tokens for name, adapter in adapters.items()}
     prompt = Prompt(tokenizer=tokenizer, config=config, placeholder=names, length=length, max_tokens=max_tokens)
-    return Prepare(prompt=prompt, decoders={name: adapter.decode for name, adapter in adapters.items()})
+    return Prepare(
+        prompt=prompt,
+        decoders={name: adapter.decode for name, adapter in adapters.items()},
+        shapes={name: (adapter.encoder.tokens, adapter.encoder.width) for name, adapter in adapters.items()},
+    )

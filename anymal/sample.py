@@ -25,9 +25,35 @@ class Part:
     kind: str
     """``"text"``, or the name of a modality."""
     content: Any
-    """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N)."""
+    """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N), or
+    `Features`."""
     member: str = ""
     """For a medium: the suffix of the shard member that it came from, such as ``"0.jpg"``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What its encoder made of one medium, read in place of the medium (see anymal.twins)."""
+
+    tensor: Tensor
+    """[tokens, width] float32 or bfloat16."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return tuple(self.tensor.shape)
+
+
+@dataclass(kw_only=True)
+class PartlyEncoded:
+    """The media of one modality in a batch, if `Features` stand for some or all of them."""
+
+    raw: Tensor | None
+    """[M, ...] what the encoder takes, for those of the N media that it has yet to see; None if there is none."""
+    features: Tensor
+    """[N - M, tokens, width] the others' features."""
+    order: Tensor
+    """[N] int64: which row of the encoder's output for `raw`, followed by `features`, belongs to each medium."""
 
 
 @dataclass(kw_only=True)
@@ -75,8 +101,8 @@ class Tokens:
     """[t] the token at each position that must be predicted, or -100 where it is given."""
     runs: list[tuple[str, int, int]]
     """For each medium in reading order: its modality, the position of its first token, and its number of tokens."""
-    media: list[Tensor]
-    """For each medium in reading order: the tensor that its encoder takes."""
+    media: list[Tensor | Features]
+    """For each medium in reading order: the tensor that its encoder takes, or the features that it once gave."""
 
     def group(self) -> str:
         """The name under which its loss is reported: its modalities, or ``"text"``."""
@@ -99,8 +125,8 @@ class Batch:
     """[A] int64, index into `groups` for each answer token."""
     groups: list[str]
     """Names under which losses are reported."""
-    media: dict[str, Tensor]
-    """For each modality present, [N, ...] what its encoder takes."""
+    media: dict[str, Tensor | PartlyEncoded]
+    """For each modality present, [N, ...] what its encoder takes; or less, where features were read."""
     slots: dict[str, Tensor]
     """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
     counts: dict[str, Tensor]
@@ -121,6 +147,8 @@ class Batch:
                 return value.pin_memory().to(device, non_blocking=True) if queued else value.to(device)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
+            if dataclasses.is_dataclass(value):
+                return type(value)(**{f.name: move(getattr(value, f.name)) for f in dataclasses.fields(value)})
             return value
 
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return move(self)

@@ -10,6 +10,7 @@ A bad sample travels like a good one, as a `Bad`; the main process logs it and t
 it is done this way.
 """
 
+import atexit
 import io
 import logging
 import multiprocessing
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from anymal import manifest, shards
+from anymal import features, manifest, shards, twins
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.manifest import Shard
@@ -38,7 +39,7 @@ from anymal.packing import Item, Packer
 from anymal.parse import parse
 from anymal.sample import Batch, Sample, Tokens
 
-__all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once", "tars"]
+__all__ = ["Bad", "Stream", "each", "merge_bookmarks", "parse", "reason_of", "samples_once", "tars"]
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
@@ -87,6 +88,8 @@ class Stream:
         seed: The order of samples derives from it and the data alone.
         rank, world: Which of how many processes this is; together they see every sample once an epoch.
         bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
+        encoders: Modality → `anymal.features.identity` of its encoder, for those whose features may be read in place
+            of media (see anymal.twins); `prepare` then gets media that are `anymal.features.Stored`.
 
     Raises:
         UserError: A shard is missing, a dataset is empty, or the bookmark is one of other data.
@@ -105,6 +108,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         bookmark: dict | None = None,
+        encoders: dict[str, str] | None = None,
     ):
         named = _datasets(data)
         shards_of = _survey(data, quarantine, rank / world)
@@ -116,7 +120,10 @@ class Stream:
         self.data, self.quarantine, self.collate = data, quarantine, collate
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
-        self.reader = _Reader(shards_of, suffixes, prepare)
+        every = {tar.path: tar for found in shards_of for tar in found if len(tar)}
+        self.twins = twins.find_all(list(every.values()), encoders or {}, data.features)
+        self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
+        self.reader = _Reader(shards_of, suffixes, prepare, self.twins)
         self.names = list(named)
         self._total = sum(dataset.total for dataset in counts)
 
@@ -182,6 +189,17 @@ def samples_once(
             yield result
 
 
+def each(count: int, read: Callable[[int], Any], data: DataConfig) -> Iterator[Any]:
+    """``read(0)`` to ``read(count - 1)``, in order, by ``data.workers`` processes ahead of their use.
+
+    Raises:
+        UserError: `read` returned one; or a worker died, or hangs.
+    """
+    tickets = (Ticket(position=i, dataset=0, shard=0, sample=i) for i in range(count))
+    for _, result in _load(_Each(lambda ticket: read(ticket.sample)), tickets, data):
+        yield result
+
+
 def _datasets(data: DataConfig) -> dict[str, DatasetConfig]:
     if (data.shards is None) == (not data.datasets):
         raise UserError("data takes either shards or datasets: give one of them")
@@ -224,8 +242,14 @@ def _ticket(position: int, order: Order) -> Ticket:
 class _Reader:
     """The map-style dataset that the workers hold: chunks of tickets → what each of them gives. It has no state."""
 
-    def __init__(self, listed: list[list[Shard]], suffixes: dict[str, str], prepare: Callable[[Sample], Any]):
-        self.shards, self.suffixes, self.prepare = listed, suffixes, prepare
+    def __init__(
+        self,
+        listed: list[list[Shard]],
+        suffixes: dict[str, str],
+        prepare: Callable[[Sample], Any],
+        twins_of: dict[str, Shard] | None = None,
+    ):
+        self.shards, self.suffixes, self.prepare, self.twins = listed, suffixes, prepare, twins_of or {}
 
     def __getitem__(self, tickets: list[Ticket]) -> Any:
         found = [(ticket, self._one(ticket)) for ticket in tickets]
@@ -234,24 +258,41 @@ class _Reader:
     def _one(self, ticket: Ticket) -> Any:
         """What `prepare` made of the sample, a `Bad`, or a `UserError` (returned: a loader garbles what is raised)."""
         shard, key, place = self.shards[ticket.dataset][ticket.shard], None, (0, 0)
+        source = self.twins.get(shard.path, shard)
         try:
-            tar = manifest.load(shard)
+            tar = manifest.load(source)
             place = tar.place(ticket.sample)
             if ticket.sample in tar.bad:
                 raise BadSample(tar.bad[ticket.sample])
             key, members = shards.read(tar.path, *place)
+            if source is not shard:
+                members = features.restore(members)
             return self.prepare(parse(shard.name, key, members, self.suffixes))
         except UserError as error:
             return error
-        except BadSample as error:
-            reason = str(error)
         except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
-        return Bad(shard=shard.name, key=shards.name_of(shard.path, *place) if key is None else key, reason=reason)
+            reason = reason_of(error)
+        return Bad(shard=shard.name, key=shards.name_of(source.path, *place) if key is None else key, reason=reason)
 
 
-def _load(reader: _Reader, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:
+class _Each:
+    """As `_Reader`, for any function of a ticket."""
+
+    def __init__(self, one: Callable[[Ticket], Any]):
+        self._one = one
+
+    __getitem__ = _Reader.__getitem__
+
+
+def reason_of(error: Exception) -> str:
+    """What the quarantine says of a sample over which a decoder raised this."""
+    if isinstance(error, BadSample):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(last.filename)}:{last.lineno})"
+
+
+def _load(reader: _Reader | _Each, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:
     """Tickets → (ticket, result) in the same order, read by ``data.workers`` processes ahead of their use."""
     tickets = iter(tickets)
     batch = data.row_tokens // _SHORT or data.batch_size
@@ -297,6 +338,11 @@ def _kill_workers() -> None:
         with suppress(RuntimeError):  # torch's SIGCHLD handler raises over each, in whatever code it then interrupts
             worker.kill()
             worker.join()
+
+
+# At exit, multiprocessing asks workers to terminate and waits for them. If an exception still holds their loader they
+# were not told to stop, they do not hear of being terminated, and the process would wait for ever.
+atexit.register(_kill_workers)
 
 
 def _same(value: Any) -> Any:

@@ -17,6 +17,7 @@ from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
+from anymal.features import identity
 from anymal.generate import embed_prompt, generate
 from anymal.llm import isolates_packed_samples
 from anymal.model import format_table, select_trainable, table, trainable
@@ -71,6 +72,7 @@ def run_stage(config: Config) -> int:
         rank=rank,
         world=world,
         bookmark=state.bookmark,
+        encoders=_identities(built, config),
     )
     shown = _samples_to_show(built, config)
     resolved = OmegaConf.to_container(OmegaConf.structured(config))
@@ -78,6 +80,7 @@ def run_stage(config: Config) -> int:
         config.run, resolved, rank=rank, steps=config.optim.steps, start=state.step, run_id=state.wandb_id
     ) as tracker:
         tracker.note(format_table(table(built.model)))
+        tracker.note(stream.cached)
         if resume is not None:
             tracker.note(f"going on from {resume}, step {state.step}")
 
@@ -94,6 +97,12 @@ def run_stage(config: Config) -> int:
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
     return 0 if finished else 1
+
+
+def _identities(built: Built, config: Config) -> dict[str, str]:
+    """What cached features must be of, by modality; nothing, if they are not wanted."""
+    wanted = config.data.features != "never"
+    return {name: identity(encoder) for name, encoder in built.model.encoders.items() if wanted}
 
 
 def _check_same_parameters(built: Built, state: TrainingState, folder: Path) -> None:

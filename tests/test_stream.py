@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -406,6 +408,23 @@ def test_a_worker_that_hangs_stops_the_run(tmp_path):
     for _ in range(100):  # torch's handler of a child's death could still raise here
         time.sleep(0.002)
     assert not multiprocessing.active_children()
+
+
+CRASH = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_stream import batches, folder, miss_a_library, stream
+batches(stream(Path({data!r}), with_=miss_a_library, workers=2), 1)
+"""
+
+
+def test_an_error_that_holds_the_loader_lets_the_process_end(tmp_path):
+    """An uncaught exception keeps the loader alive until the very end, when multiprocessing waits for its workers."""
+    folder(tmp_path / "d", 50)
+    program = CRASH.format(tests=str(Path(__file__).parent), data=str(tmp_path / "d"))
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1 and "decord is not installed" in ran.stderr
 
 
 def kill_self(sample: Sample) -> Tokens:

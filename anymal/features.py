@@ -1,0 +1,174 @@
+"""Features of frozen encoders as bytes: what a feature twin (anymal.twins) holds in place of a medium.
+
+    encoder ──[tokens, width]──▶ dump ──safetensors──▶ load ──▶ Features ──packing──▶ Batch
+
+A member ``0.jpg`` of a sample becomes ``0.jpg.safetensors``; one that does not decode keeps its place, with the reason.
+Nothing is unpickled. `identity` says which features they are: it changes with whatever they depend on.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from anymal.errors import BadSample
+
+VERSION = 1  # of the format and of all decoding: a change of either must leave older features unused
+PRECISIONS = ("float32", "bf16", "int8")
+"""The most exact first."""
+ENDING = "safetensors"
+_DTYPES = {torch.float32, torch.bfloat16, torch.int8}
+_PASSING = ("training", "license", "name_or_path", "transformers_version")  # no features depend on these
+
+
+class Stored(bytes):
+    """The bytes of a medium's features, in the place of the medium's own."""
+
+
+def dump(features: Tensor, precision: str) -> bytes:
+    """Features as the bytes of a safetensors file.
+
+    Args:
+        features: [tokens, width], finite.
+        precision: One of `PRECISIONS`. int8 is symmetric, with one float32 scale a row, the row's largest absolute
+            value over 127: no value is off by more than half a scale.
+    """
+    features = features.detach().float().cpu().contiguous()
+    if precision == "float32":
+        return to_bytes({"features": features})
+    if precision == "bf16":
+        return to_bytes({"features": features.bfloat16()})
+    scale = features.abs().amax(dim=1) / 127
+    steps = features / torch.where(scale > 0, scale, 1)[:, None]
+    return to_bytes({"features": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale})
+
+
+def dump_bad(reason: str) -> bytes:
+    """What stands in the place of features that cannot be, as the bytes of a safetensors file."""
+    text = reason.encode(errors="surrogateescape")
+    return to_bytes({"bad": torch.frombuffer(bytearray(text or b"?"), dtype=torch.uint8)})
+
+
+def load(data: bytes, tokens: int, width: int) -> Tensor:
+    """The bytes that `dump` made → [tokens, width] bfloat16, or float32 if they hold float32 or int8.
+
+    Raises:
+        BadSample: The bytes are those of `dump_bad`, whose reason it gives; or no such features; or not finite.
+    """
+    held = _tensors(data)
+    if "features" not in held:
+        raise BadSample(f"cached features hold the tensors {sorted(held)}; wanted is 'features'")
+    features, scale = held["features"], held.get("scale")
+    if features.dtype not in _DTYPES or tuple(features.shape) != (tokens, width):
+        raise BadSample(
+            f"cached features are {list(features.shape)} of {features.dtype}; this encoder's are [{tokens}, {width}] "
+            "of float32, bfloat16 or int8"
+        )
+    if features.dtype == torch.int8:
+        if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (tokens,):
+            found = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
+            raise BadSample(f"the scale of cached features is {found}; wanted is [{tokens}] of float32")
+        features = features * scale[:, None]
+    if not torch.isfinite(torch.stack(features.aminmax())).all():  # NaN goes through aminmax; 12 times faster
+        raise BadSample("cached features hold NaN or infinite values")
+    return features
+
+
+def restore(members: dict[str, bytes]) -> dict[str, bytes]:
+    """The members of a sample of a twin under the names that they have in the original, media as `Stored`.
+
+    Raises:
+        BadSample: The original's sample could not be read; with the reason.
+    """
+    if ENDING in members:
+        raise BadSample(f"cached features without a medium's name hold {sorted(_tensors(members[ENDING]))}")
+    found = {}
+    for name, data in members.items():
+        original = name.removesuffix(f".{ENDING}")
+        found[original] = data if name == original else Stored(data)
+    return found
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        held = from_bytes(data)
+    except Exception as error:  # of safetensors, or of torch about a dtype or shape that it does not have
+        kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+        raise BadSample(f"cached features are not in safetensors' format: {kind}{error}") from error
+    if "bad" in held:
+        raise BadSample(bytes(held["bad"].flatten().view(torch.uint8).tolist()).decode(errors="surrogateescape"))
+    return held
+
+
+# ------------------------------------------------------------------------------------------------------- identity
+
+
+def identity(encoder: Any) -> str:
+    """16 hex digits over all that the features of a medium depend on: weights, settings, decoding, `VERSION`.
+
+    It is the same in every process, for a copy of the encoder's folder elsewhere, and whether the encoder is on a GPU
+    by now: weights are compared as bfloat16. Costs one pass over the weights.
+    """
+    digest = hashlib.sha256(json.dumps([VERSION, _plain(encoder)], sort_keys=True).encode())
+    weights = sorted(encoder.state_dict().items()) if isinstance(encoder, nn.Module) else []
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+        for (name, _), found in zip(weights, pool.map(_digest, [tensor for _, tensor in weights]), strict=True):
+            digest.update(f"{name} {found}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.bfloat16)
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def _plain(value: Any) -> Any:
+    """What an encoder or its decoding consists of, weights left out, as JSON."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, np.ndarray | np.generic):
+        return _digest(torch.from_numpy(np.array(value)))
+    if isinstance(value, Tensor):
+        return _digest(value)
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if key not in _PASSING}
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(_plain(item), sort_keys=True) for item in value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    if isinstance(value, functools.partial):
+        return [_plain(part) for part in (value.func, value.args, value.keywords)]
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return {"class": type(value).__name__, "parts": _plain(_parts(value))}
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    config = getattr(value, "config", None)
+    if isinstance(value, nn.Module) and hasattr(config, "to_dict"):
+        return {"config": config}  # transformers: what a network is, its config says
+    if hasattr(value, "to_dict"):
+        return _public(value.to_dict())
+    if isinstance(value, nn.Module):
+        return _public(vars(value)) | dict(value.named_children())
+    return getattr(value, "__dict__", {})
+
+
+def _public(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in named.items() if not name.startswith("_")}
