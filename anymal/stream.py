@@ -11,7 +11,6 @@ it is done this way.
 """
 
 import io
-import logging
 import multiprocessing
 import os
 import pickle
@@ -42,7 +41,6 @@ __all__ = ["Bad", "Stream", "merge_bookmarks", "parse", "samples_once", "tars"]
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
