@@ -5,13 +5,13 @@ of a tar begin is loaded by whoever reads from it (`load`), and forgotten again:
 """
 
 import json
-import logging
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tqdm import tqdm
 
 from anymal import shards
 from anymal.errors import UserError
@@ -22,7 +22,6 @@ VERSION = 1
 _MOST = 1 << 40  # samples of one tar; what is published is anyone's number
 _LOADED = 256  # indexes that a process keeps
 _TRIES = 3  # a tar may be removed for want of room between its download and its use
-_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -52,24 +51,22 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
 
     Local tars without an index are indexed; remote ones whose number of samples is not published are downloaded. Each
     rank begins at another tar (`start` of 0..1), so that ranks share that work: whoever comes second finds it done.
+    If it takes long, the first rank shows how far it is.
 
     Raises:
         UserError: A tar cannot be read or downloaded, or holds another number of samples than was published.
     """
     cache = os.path.expanduser(cache) or os.path.join(shards.cache_folder(), "shards")
     folders: dict[str, _Manifest] = {}
-    found, begun = {}, time.monotonic()
-    first, told = int(start * len(names)), begun
-    for done, name in enumerate([*names[first:], *names[:first]], 1):
+    found, first = {}, int(start * len(names))
+    work = tqdm([*names[first:], *names[:first]], "shards", unit=" tars", mininterval=10, delay=10, disable=first > 0)
+    for name in work:
         remote = Remote(url=name, cache=cache, limit=int(cache_gb * 1e9)) if is_url(name) else None
         folder = os.path.dirname(remote.path if remote else name)
         if folder not in folders:
             folders[folder] = _Manifest(folder, remote)
         found[name] = _remote(remote, folders[folder]) if remote else _local(name, folders[folder])
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            left = (told - begun) / done * (len(names) - done)
-            _log.info("%d of %d shards, the last %s; about %.0f s left", done, len(names), found[name].name, left)
+        work.set_postfix_str(found[name].name, refresh=False)
     for manifest in folders.values():
         manifest.save()
     return {name: found[name] for name in names}
@@ -216,6 +213,8 @@ def _index(path: str, remote: Remote | None) -> shards.Index:
                 remote.fetch()
             made = shards.index(path)
             shards.open_tar(path)
+            if remote and made.problem:
+                os.unlink(path)  # a login page, perhaps: the next start asks for the tar again
             break
         except (UserError, FileNotFoundError):
             if not tries_left or os.path.exists(path):

@@ -47,7 +47,10 @@ def check(url: str) -> None:
     """
     if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
         raise UserError(f"{url!r}: an address has no spaces and only ASCII characters; write the others as %XX")
-    parts, name = urllib.parse.urlsplit(url), _without_query(url)
+    try:
+        parts, name = urllib.parse.urlsplit(url), _without_query(url)
+    except ValueError as error:
+        raise UserError(f"{url} is not an address: {error}") from error
     if parts.scheme.lower() not in ("http", "https"):
         how = "mount the bucket and give its path, or give pre-signed https addresses"
         raise UserError(f"{name}: {parts.scheme}:// is not read, only files, http:// and https://; {how}")

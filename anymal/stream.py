@@ -12,7 +12,6 @@ it is done this way.
 
 import atexit
 import io
-import logging
 import multiprocessing
 import os
 import pickle
@@ -43,7 +42,6 @@ __all__ = ["Bad", "Stream", "each", "merge_bookmarks", "parse", "reason_of", "sa
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,6 +247,8 @@ def test_a_bad_sample_is_named_by_its_address(server, tmp_path):
         samples(stream({"d": DatasetConfig(shards=urls)}, cache=str(tmp_path / "cache"), path=log), 1)
     named = {json.loads(line)["shard"] for line in log.read_text().splitlines()}
     assert named == {f"{server.url}/a.tar", f"{server.url}/b.tar"}
+    write(server.root / "b.tar", pairs(3))  # what was no tar is not kept: here it was mended
+    assert len(manifest.survey(urls, cache=str(tmp_path / "cache"))[urls[1]]) == 3
 
 
 def test_default_folder(server, tar, tmp_path, monkeypatch):

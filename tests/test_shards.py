@@ -67,6 +67,7 @@ def test_expand(tmp_path):
         ("https://host/a.tar::pipe:touch {tmp}/ran", "no spaces"),
         ("https://host/a.tar::pipe:ls", "must end in .tar"),
         ("https://host/a.tar.gz", "decompress it where it lies"),
+        ("https://[::1/a.tar", "is not an address"),
         ("https://host/{{a.tar,b}}", "must end in .tar"),
         ("https://me:secret@host/a.tar", "without user or password"),
         (["https://host/a.tar", "https://host/{{a,b}}.tar"], "listed twice"),
