@@ -31,7 +31,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
     Sorted raw output of PCG64, because numpy promises never to change that; it does not promise it for `permutation`,
     and an upgrade in the middle of a run must not move samples.
     """
-    found = np.random.PCG64(list(key)).random_raw(n).argsort(kind="stable")
+    raw = np.random.PCG64(list(key)).random_raw(n)
+    found = raw.argsort()  # several times faster than a stable sort, and the same unless two numbers are equal
+    ranked = raw[found]
+    if (ranked[1:] == ranked[:-1]).any():
+        found = raw.argsort(kind="stable")
     found.flags.writeable = False
     return found
 
