@@ -24,7 +24,7 @@ FLOORS = [
     ["errors", "sample"],
     ["config", "metrics"],
     ["command_line", "modality"],
-    ["prompt", "packing", "llm", "loss", "parse", "order", "shards"],
+    ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "cost"],
     ["stream", "model"],
     ["engine", "checkpoint", "tracking", "generate"],
     ["train", "evaluate"],
