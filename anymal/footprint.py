@@ -11,7 +11,7 @@ import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
-IN_FLOAT32 = {F.layer_norm, F.group_norm, F.softmax, torch.softmax}
+IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
 """What autocast computes in float32 on a GPU but not on a CPU, as far as our modules use it."""
 
 
@@ -121,13 +120,17 @@ def as_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[N
 
             stack.enter_context(mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
             stack.enter_context(mock.patch("anymal.model.compute_dtype", lambda device: torch.bfloat16))
+            for name in IN_FLOAT32:
+                stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
+        # Not a TorchFunctionMode: torch suspends it in backward passes, and with it in what they recompute.
+        attention = functools.partial(_attention, gpu)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(nn.Module, "to", _to))
         if not packed:  # transformers looks at the positions' values
             stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
         # Whether the chunked loss fits the architecture is found out with real weights.
         stack.enter_context(mock.patch("anymal.loss._agrees", lambda *_: True, create=True))
         stack.enter_context(fake)
-        stack.enter_context(_Kernels(gpu))
         yield
 
 
@@ -146,23 +149,17 @@ def _to(module: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
     return module
 
 
-class _Kernels(TorchFunctionMode):
-    """Attention by the kernel that the device would take, and autocast's rules for a GPU."""
+def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` as autocast on a GPU runs it."""
 
-    def __init__(self, gpu: bool):
-        super().__init__()
-        self._gpu = gpu
+    def wide(*arguments: Any, **named: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments, **named)
+        with torch.autocast("cpu", enabled=False):
+            arguments, named = tree_map_only(Tensor, Tensor.float, (arguments, named))
+            return function(*arguments, **named)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _attention(self._gpu, *args, **kwargs)
-        if self._gpu and func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            wide = [a.float() if isinstance(a, Tensor) else a for a in args]
-            wide_kwargs = {name: a.float() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
-            with torch.autocast("cpu", enabled=False):
-                return func(*wide, **wide_kwargs)
-        return func(*args, **kwargs)
+    return wide
 
 
 def _attention(

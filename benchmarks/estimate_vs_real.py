@@ -2,8 +2,8 @@
 
     make demo && .venv/bin/python benchmarks/estimate_vs_real.py
 
-The demo's LLM, encoders and projectors, through the real engine: optimizer steps of each configuration, the peak of what
-torch's allocator handed out (on a CPU by torch's profiler, on a GPU torch.cuda.max_memory_allocated), beside the figure
+The demo's LLM, encoders and projectors, through the real engine: optimizer steps of each configuration, the peak of
+what torch's allocator handed out (on a CPU by its profiler, on a GPU torch.cuda.max_memory_allocated), and the figure
 that `launch/estimate.py` gives from the recipe alone. On a CPU, 4 and 8 bits compute in float32. Takes 10 to 20 minutes
 on two cores: the profiler notes every allocation.
 """

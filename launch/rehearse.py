@@ -80,6 +80,7 @@ class Rehearsal:
             self.adapters: dict[str, Adapter] = build_adapters(
                 config.model.modalities, self._llm_config.get_text_config().hidden_size
             )
+        self._peaks: dict[tuple, dict[str, Counter[str]]] = {}
         self._models = {depth: self._model(depth) for depth in self._depths}
 
     def _model(self, depth: int) -> AnyMAL:
@@ -170,6 +171,9 @@ class Rehearsal:
 
     def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
         """What a step keeps alive beyond what is held, by phase and by label, in bytes."""
+        key = (work.tokens, work.answers, *work.media, samples)
+        if key in self._peaks:
+            return self._peaks[key]
         batch = self.batch(work, samples)
         runs = {depth: _step(model, batch, self) for depth, model in self._models.items()}
         found = {}
@@ -178,6 +182,7 @@ class Rehearsal:
             found[phase] = Counter(
                 {label: round(self._deep({d: run[phase][label] for d, run in runs.items()})) for label in labels}
             )
+        self._peaks[key] = found
         return found
 
     @cached_property
