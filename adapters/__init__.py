@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Mapping
 from importlib import import_module
 
+from adapters.pretrained import new_tensors
 from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
 from anymal.config import ModalityConfig, options
@@ -54,7 +55,8 @@ def build_adapters(
     adapters = {}
     for name, config in modalities.items():
         modality, encoder = _find(name), load_encoder(name, config)
-        projector = build_projector(config.projector, encoder.width, encoder.tokens, llm_width, scale=embedding_std)
+        with new_tensors():
+            projector = build_projector(config.projector, encoder.width, encoder.tokens, llm_width, scale=embedding_std)
         adapters[name] = Adapter(modality, encoder, projector)
     return adapters
 

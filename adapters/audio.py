@@ -146,7 +146,9 @@ class AudioEncoder(nn.Module):
         self.network, self.family, self.decode, self.license = network, family, decode, license
         self.eval()
         with torch.no_grad():
-            _, self.tokens, self.width = self(decode.prepare(torch.zeros(decode.samples))[None]).shape
+            silence = decode.prepare(torch.zeros(decode.samples))[None]
+            _, self.tokens, self.width = self(silence).shape
+        self.shape = tuple(silence.shape[1:])
 
     def forward(self, spectrograms: Tensor) -> Tensor:
         """[N, ...] spectrograms → [N, tokens, width]."""

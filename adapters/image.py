@@ -133,6 +133,7 @@ class ImageEncoder(nn.Module):
         self.layer = layer or (-2 if network.config.model_type.startswith("clip") else -1)
         self.constants: list[str] = []
         sample = decode.prepare([_blank()])
+        self.shape = tuple(sample["pixel_values"].shape[1:])
         for key, value in sample.items():  # NaFlex encoders also take a mask and a shape, the same for every square
             if key != "pixel_values":
                 self.register_buffer(f"constant_{key}", value, persistent=False)

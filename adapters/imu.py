@@ -115,6 +115,7 @@ class IMUEncoder(nn.Module):
         self.eval()
         with torch.no_grad():
             _, self.tokens, self.width = self(torch.zeros(1, 6, decode.samples)).shape
+        self.shape = (6, decode.samples)
 
     def forward(self, windows: Tensor) -> Tensor:
         """[N, 6, S] → [N, tokens, width]."""

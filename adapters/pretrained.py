@@ -6,6 +6,8 @@ imported: a CUDA build of torchaudio beside a CPU torch would break its import (
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,29 @@ from torch import nn
 
 from anymal.errors import UserError
 
+_SHAPES_ONLY: ContextVar[AbstractContextManager | None] = ContextVar("shapes_only", default=None)
+
 UNUSED = ("pooler", "head.", "_fc.")
 """Parts of names of weights that no encoder here uses, so a folder may lack them."""
+
+
+@contextlib.contextmanager
+def shapes_only(fake: AbstractContextManager) -> Iterator[None]:
+    """Inside, encoders and projectors are made from their configs on `fake` tensors; no weights are read.
+
+    Args:
+        fake: A ``FakeTensorMode`` that allows other inputs.
+    """
+    token = _SHAPES_ONLY.set(fake)
+    try:
+        yield
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def new_tensors() -> AbstractContextManager:
+    """What weights are to be made in: fake tensors inside `shapes_only`, else ordinary ones."""
+    return _SHAPES_ONLY.get() or contextlib.nullcontext()
 
 
 def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,9 +91,13 @@ def load_network(name: str, *, tower: str | None = None) -> nn.Module:
     Raises:
         UserError: It cannot be loaded, or weights that the encoder needs are missing (transformers would make them up).
     """
-    load_config(name)
+    config = load_config(name)
     from transformers import AutoModel
 
+    if _SHAPES_ONLY.get() is not None:
+        with quiet(), new_tensors():
+            model = AutoModel.from_config(config, dtype=torch.float32)
+        return getattr(model, tower or "", model).eval().requires_grad_(False)
     with quiet():
         load = AutoModel.from_pretrained
         model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True)

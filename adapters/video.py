@@ -78,6 +78,7 @@ class FramesEncoder(nn.Module):
         if pool:
             _check_pool(pool, encoder.grid)
         self.tokens, self.width = decode.frames * (pool or encoder.tokens), encoder.width
+        self.shape = (decode.frames, *encoder.shape)
         self.eval()
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ class ClipEncoder(nn.Module):
         if pool:
             _check_pool(pool, self.grid)
         self.tokens, self.width = self.times * (pool or side * side), config.hidden_size
+        self.shape = (config.num_frames, config.num_channels, config.image_size, config.image_size)
         self.eval()
 
     def forward(self, clips: Tensor) -> Tensor:

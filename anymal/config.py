@@ -258,6 +258,8 @@ class RunConfig:
     """Newest checkpoints that are kept."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl and W&B."""
+    peak_tflops: float = 0.0
+    """What one GPU does at best (10^12 FLOP/s; an H100 989 in dense bfloat16), for ``utilisation``; 0 if not known."""
     wandb: str = "disabled"
     """online, offline or disabled."""
     project: str = "anymal"
@@ -275,6 +277,7 @@ class RunConfig:
         )
         least = min(self.save_every, self.keep, self.log_every)
         _require(least > 0, "run.save_every, run.keep and run.log_every must be at least 1")
+        _require(self.peak_tflops >= 0, f"run.peak_tflops is {self.peak_tflops}; it cannot be negative")
         _require(self.samples >= 0, f"run.samples is {self.samples}; it cannot be negative")
 
 

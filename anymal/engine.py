@@ -19,6 +19,8 @@ from anymal.errors import UserError
 from anymal.llm import on_gpu
 from anymal.model import AnyMAL, trainable
 
+BUCKET = 500_000_000
+"""Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
 
 
@@ -105,7 +107,11 @@ def make_engine(model: AnyMAL, config: Config) -> Any:
         betas=tuple(config.optim.betas),
         weight_decay=config.optim.weight_decay,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    settings = deepspeed_config(config)
+    # ZeRO's buffer for gradients would be 2 GB, however little is trained.
+    learns = sum(parameter.numel() for parameter in trainable(model).values())
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learns))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 

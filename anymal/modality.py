@@ -19,6 +19,8 @@ class Encoder(Protocol):
     """Channels of a feature."""
     tokens: int
     """Features of one medium, before the projector."""
+    shape: tuple[int, ...]
+    """Of one decoded medium, without N. Only ``launch/estimate.py`` asks for it."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
     decode: Callable[[bytes], Tensor]

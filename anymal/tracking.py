@@ -4,7 +4,7 @@
 
 The training loop, on every rank:
 
-    meter = Meter()
+    meter = Meter(cost, peak_tflops=config.run.peak_tflops)
     with Tracker(config.run, settings, rank=rank, steps=steps, start=start, run_id=run_id) as tracker:
         for step in range(start + 1, steps + 1):
             with meter.waiting():
@@ -12,6 +12,7 @@ The training loop, on every rank:
             ...
             meter.add(batch, per_group)
             tracker.log(step, meter.figures(lr=lr, grad_norm=norm))
+        tracker.summary(meter.summary())
 
 ``metrics.jsonl`` is the truth: it survives kill -9 to the last line, and a resumed run cuts off what its checkpoint
 does not know about, so that it holds one curve. W&B gets the same lines; see `_start_wandb` for how a run in several
@@ -36,27 +37,39 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anymal.config import RunConfig
+from anymal.cost import Cost
 from anymal.errors import UserError
 from anymal.sample import Batch
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is not a terminal, the bar is a line of text at most this often."""
 GB = 1e9
+TERA = 1e12
+SUMS = ("tokens", "padding", "flops", "recomputed", "waited")
+"""What `Meter` adds up over ranks."""
 
 
 class Meter:
     """Adds up what the micro-batches report until the next line of figures.
 
     Adding never waits for the GPU: the losses stay where they are until `figures` reads them.
+
+    Args:
+        cost: Counts a micro-batch's FLOPs; without it there are no figures about them.
+        peak_tflops: What one device can do at best, in 10^12 FLOP/s; 0 if it is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost: Cost | None = None, *, peak_tflops: float = 0.0) -> None:
+        self._cost, self._peak = cost, peak_tflops * TERA
+        self._whole: Counter[str] = Counter()
         self._reset()
 
     def _reset(self) -> None:
         self._per_group: dict[str, Tensor] = {}
         self._tokens = self._padding = 0
         self._datasets: Counter[str] = Counter()
+        self._flops: Tensor | float = 0.0
+        self._recomputed: Tensor | float = 0.0
         self._waited = 0.0
         self._since = time.perf_counter()
 
@@ -74,6 +87,9 @@ class Meter:
         self._tokens += batch.ids.shape[-1]
         self._padding += padding
         self._datasets.update(batch.datasets)
+        if self._cost is not None:
+            needed, recomputed = self._cost.count(batch)
+            self._flops, self._recomputed = self._flops + needed, self._recomputed + recomputed
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -94,13 +110,17 @@ class Meter:
             ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out),
             ``share/DATASET`` of the samples where there are several datasets, ``tokens_per_s``
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
-            of the tokens, ``wait_share`` of the time (the mean over ranks), ``memory_gb`` (10^9 bytes: the peak of
-            the fullest rank, on its GPU if it has one, else of its process without loader workers), and `also`.
+            of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
+            together, as `anymal.cost` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
+            ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its process
+            without loader workers), and `also`.
         """
         ours = {
             "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
             "tokens": self._tokens,
             "padding": self._padding,
+            "flops": float(self._flops),
+            "recomputed": float(self._recomputed),
             "waited": self._waited,
             "datasets": self._datasets,
             "memory": _peak_memory(),
@@ -114,21 +134,41 @@ class Meter:
             for name, (loss, answers) in rank["groups"].items():
                 loss_before, answers_before = groups.get(name, (0.0, 0.0))
                 groups[name] = (loss_before + loss, answers_before + answers)
-        tokens = sum(rank["tokens"] for rank in ranks)
         answers = sum(count for _, count in groups.values())
         figures = {"loss": sum(loss for loss, _ in groups.values()) / answers} if answers else {}
         figures |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(groups.items()) if count}
         datasets = sum((rank["datasets"] for rank in ranks), Counter())
         if len(datasets) > 1:
             figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
-        return figures | {
+        sums = Counter({name: sum(rank[name] for rank in ranks) for name in SUMS})
+        sums.update(answers=answers, seconds=seconds, rank_seconds=seconds * len(ranks))
+        self._whole.update(sums)
+        return figures | self._rates(sums) | {"memory_gb": max(rank["memory"] for rank in ranks) / GB, **also}
+
+    def summary(self) -> dict[str, float]:
+        """The same figures over all that `figures` has reported since the start of this process, and the sums."""
+        whole = self._whole
+        if not whole:
+            return {}
+        sums = {name: whole[name] for name in ("seconds", "tokens", "answers")}
+        if self._cost is not None:
+            sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
+        return self._rates(whole) | sums
+
+    def _rates(self, sums: Counter) -> dict[str, float]:
+        seconds, tokens = sums["seconds"], sums["tokens"]
+        rates = {
             "tokens_per_s": tokens / seconds,
-            "answer_tokens_per_s": answers / seconds,
-            "padding_share": sum(rank["padding"] for rank in ranks) / max(tokens, 1),
-            "wait_share": sum(rank["waited"] for rank in ranks) / len(ranks) / seconds,
-            "memory_gb": max(rank["memory"] for rank in ranks) / GB,
-            **also,
+            "answer_tokens_per_s": sums["answers"] / seconds,
+            "padding_share": sums["padding"] / max(tokens, 1),
+            "wait_share": sums["waited"] / sums["rank_seconds"],
         }
+        if self._cost is None:
+            return rates
+        rates["tflops"] = sums["flops"] / seconds / TERA
+        if self._peak:
+            rates["utilisation"] = sums["flops"] / sums["rank_seconds"] / self._peak
+        return rates
 
 
 def _gather(ours: dict) -> list[dict]:
@@ -215,6 +255,15 @@ class Tracker:
         """Print `text` above the bar."""
         if self._active:
             tqdm.write(text)
+
+    def summary(self, figures: Mapping[str, float]) -> None:
+        """Write the figures of all steps that this process did to ``throughput.json``, and a line."""
+        if not self._active or not figures:
+            return
+        (self._metrics.parent / "throughput.json").write_text(json.dumps(dict(figures), indent=2) + "\n")
+        if self._wandb:
+            self._wandb.summary.update({f"throughput/{name}": value for name, value in figures.items()})
+        self.note(f"throughput: {_postfix(figures, _SUMMARY)}")
 
     def close(self, *, failed: bool = False) -> None:
         """End the bar and the W&B run."""
@@ -323,8 +372,22 @@ class _Bar:
             self._bar.close()
 
 
-_POSTFIX = {"loss": "loss {:.3f}", "lr": "lr {:.1e}", "tokens_per_s": "{:.0f} tok/s", "wait_share": "wait {:.0%}"}
+_POSTFIX = {
+    "loss": "loss {:.3f}",
+    "lr": "lr {:.1e}",
+    "tokens_per_s": "{:.0f} tok/s",
+    "utilisation": "{:.0%} of peak",
+    "wait_share": "wait {:.0%}",
+}
+_SUMMARY = {
+    "tokens_per_s": "{:.0f} tokens/s",
+    "answer_tokens_per_s": "{:.0f} answer tokens/s",
+    "padding_share": "padding {:.1%}",
+    "wait_share": "waiting {:.1%}",
+    "tflops": "{:.3g} model TFLOP/s",
+    "utilisation": "{:.1%} of the peak",
+}
 
 
-def _postfix(figures: Mapping[str, float]) -> str:
-    return ", ".join(text.format(figures[name]) for name, text in _POSTFIX.items() if name in figures)
+def _postfix(figures: Mapping[str, float], texts: Mapping[str, str] = _POSTFIX) -> str:
+    return ", ".join(text.format(figures[name]) for name, text in texts.items() if name in figures)

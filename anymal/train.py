@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from anymal.config import Config
+from anymal.cost import Cost
 from anymal.engine import gather, learning_rate, set_learning_rate, sum_over_ranks
 from anymal.errors import UserError
 from anymal.model import AnyMAL
@@ -27,6 +28,7 @@ def train(
     rank: int,
     tracker: Tracker,
     save: Callable[[int, dict], None],
+    cost: Cost | None = None,
 ) -> bool:
     """Run optimizer steps until ``optim.steps`` are done.
 
@@ -42,14 +44,16 @@ def train(
         tracker: Where figures go.
         save: Writes a checkpoint, given the number of steps done and the stream's bookmark; called on every rank, every
             ``run.save_every`` steps and after the last.
+        cost: Counts what the batches cost, for the figures of throughput.
 
     Returns:
         Whether all steps were done; False after SIGTERM or SIGUSR1, once the state was saved.
     """
     model: AnyMAL = engine.module
     stop = _StopSignal()
-    meter = Meter()
+    meter = Meter(cost, peak_tflops=config.run.peak_tflops)
     following = _fetch(batches, config, meter) if start < config.optim.steps else []
+    done = start
     for step in range(start, config.optim.steps):
         _seed(config.run.seed, step, rank)
         micro_batches = following
@@ -75,8 +79,9 @@ def train(
             save(done, merge_bookmarks(gather(micro_batches[-1].bookmark)))
         if stopping and done < config.optim.steps:
             tracker.note(STOPPED)
-            return False
-    return True
+            break
+    tracker.summary(meter.summary())
+    return done == config.optim.steps
 
 
 def _fetch(batches: Iterator[Batch], config: Config, meter: Meter) -> list[Batch]:

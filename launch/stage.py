@@ -15,6 +15,7 @@ from anymal import config as settings
 from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config
+from anymal.cost import Cost
 from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
@@ -56,6 +57,7 @@ def run_stage(config: Config) -> int:
     folder = Path(config.run.dir)
     if rank == 0:
         _describe(built, config, folder)
+    cost = Cost(built.model, config.model.llm.checkpointing)
     engine = make_engine(built.model, config)
     if resume is not None:
         restore_moments(engine, state.moments, state.step)
@@ -92,7 +94,8 @@ def run_stage(config: Config) -> int:
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
 
-        finished = train(engine, iter(stream), config=config, start=state.step, rank=rank, tracker=tracker, save=save)
+        loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "cost": cost}
+        finished = train(engine, iter(stream), config=config, **loop)
         if finished:
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B

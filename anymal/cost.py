@@ -1,0 +1,161 @@
+"""What a training step costs in floating-point operations (FLOPs), counted from shapes. Formulas: docs/cost.md.
+
+    T  tokens   A  answer tokens   N  parameters of the LLM's body   V, D  vocabulary and width   t  tokens of a sample
+
+The base is what the mathematics needs, whatever is recomputed: forward and gradient to the inputs through a frozen
+body (4N a token), forward and both gradients where something learns, the head at answer positions only.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from anymal.sample import Batch
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMCost:
+    """What the LLM's FLOPs depend on."""
+
+    body: int
+    """N: parameters of the decoder, without embeddings, head and LoRA. Each stands for one multiplication a token."""
+    embeddings: int
+    """Parameters of the embedding table. Looking up costs nothing."""
+    head: int
+    """V·D, whether or not its weights are the embedding table's."""
+    lora: int
+    """Parameters of LoRA, trainable or not."""
+    attention: int
+    """Layers × heads × width of a head: the multiplications of one token with one other, for scores as for values."""
+    recomputed: float
+    """Share of the body's forward pass that is computed again in the backward pass: 1 with full checkpointing."""
+
+    def model_flops(self, tokens: float, answers: float, squares: float) -> float:
+        """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt².
+
+        Args:
+            tokens: T.
+            answers: A.
+            squares: Σt² over the samples: half of all pairs of a sample's tokens attend (causally), and a pair costs
+                2 + 2 FLOPs forward and twice that backward for each unit of `attention`.
+        """
+        body = (4 * self.body + 6 * self.lora) * tokens
+        return body + 4 * self.head * answers + 6 * self.attention * squares
+
+    def recomputed_flops(self, tokens: float, squares: float) -> float:
+        """FLOPs that checkpointing adds: 2N·T, LoRA's and attention's forward pass, times the share recomputed."""
+        return self.recomputed * (2 * (self.body + self.lora) * tokens + 2 * self.attention * squares)
+
+
+def checkpointing_mode(setting: bool | str) -> str:
+    """``model.llm.checkpointing`` as one of none, selective and full; false and true are none and full."""
+    return {False: "none", True: "full"}.get(setting, setting) if isinstance(setting, bool) else setting
+
+
+def llm_cost(llm: nn.Module, checkpointing: bool | str = False) -> LLMCost:
+    """Read the counts off a causal LM of transformers: at any precision, with or without LoRA, weights or none.
+
+    Args:
+        llm: The LLM. Under ZeRO-3 it may be sharded.
+        checkpointing: ``model.llm.checkpointing``. What ``selective`` recomputes is not matrix products, hence not
+            counted.
+    """
+    config = llm.config.get_text_config()
+    table, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
+    counts = {"body": 0, "lora": 0}
+    for name, parameter in llm.named_parameters():
+        if parameter is not table and parameter is not head:
+            counts["lora" if "lora_" in name else "body"] += numel(parameter)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LLMCost(
+        **counts,
+        embeddings=numel(table),
+        head=numel(head),
+        attention=config.num_hidden_layers * heads * width,
+        recomputed=float(checkpointing_mode(checkpointing) == "full"),
+    )
+
+
+def numel(parameter: Tensor) -> int:
+    """Numbers that a parameter stands for: two in a byte at 4 bits, more than are here under ZeRO-3."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return torch.Size(state.shape).numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def forward_flops(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """FLOPs of one forward pass over an input of `shape`, of matrix products, convolutions and attention.
+
+    The module runs on the meta device, by torch's own counter: no weights are read and nothing is computed.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(module, meta, (torch.empty(shape, dtype=dtype, device="meta"),))
+    return counter.get_total_flops()
+
+
+def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    try:
+        return forward_flops(module, shape, dtype)
+    except Exception as error:  # a user's own module may need data; a run must not end for a figure about it
+        _log.warning(
+            "%s: its FLOPs are left out of the figures, since it does not run on shapes alone: %s", what, error
+        )
+        return 0
+
+
+class Cost:
+    """What the batches of a run cost.
+
+    Make it before DeepSpeed shards the model.
+
+    Args:
+        model: An `anymal.model.AnyMAL`.
+        checkpointing: ``model.llm.checkpointing``.
+    """
+
+    def __init__(self, model: Any, checkpointing: bool | str = False):
+        self.llm = llm_cost(model.llm, checkpointing)
+        self.projector = {
+            name: _counted(
+                f"projector of {name}", projector, (1, model.encoders[name].tokens, model.encoders[name].width)
+            )
+            * (3 if any(p.requires_grad for p in projector.parameters()) else 1)
+            for name, projector in model.projectors.items()
+        }
+        """FLOPs of each projector for one medium: forward, and both gradients if it learns."""
+        self.encoder: dict[str, int] = {}
+        """FLOPs of each encoder for one medium, counted when the first one comes."""
+        self._encoders = model.encoders
+
+    def media_flops(self, name: str, shape: Sequence[int]) -> int:
+        """FLOPs of encoder and projector for one medium of `shape`."""
+        if name not in self.encoder:
+            encoder = self._encoders[name]
+            floating = next((p.dtype for p in encoder.parameters()), torch.float32)
+            self.encoder[name] = _counted(f"encoder of {name}", encoder, (1, *shape), floating)
+        return self.encoder[name] + self.projector[name]
+
+    def count(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """FLOPs of a micro-batch: what it needs, and what is recomputed on top.
+
+        Returns:
+            Two float64 scalars on the batch's device; nothing waits for a GPU.
+        """
+        # The positions of a sample of t tokens are 0 to t - 1, and the odd numbers up to 2t - 1 add up to t².
+        squares = (2 * batch.positions + 1).sum().double()
+        tokens = batch.ids.numel()
+        media = sum(self.media_flops(name, tensor.shape[1:]) * len(tensor) for name, tensor in batch.media.items())
+        needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
+        return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)

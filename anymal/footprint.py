@@ -1,0 +1,194 @@
+"""Every byte that a training step keeps alive, counted on tensors without data.
+
+The modules that train run on fake tensors (shape, dtype and storage, no content): whatever autograd keeps,
+checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See `launch/rehearse.py`.
+
+A torch without CUDA cannot follow gradients through tensors that claim to be on a GPU. The fake tensors are therefore
+on the CPU, and `as_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.
+"""
+
+import functools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
+IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
+"""What autocast computes in float32 on a GPU but not on a CPU, as far as our modules use it."""
+
+
+class Footprint(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are alive, and what each phase's peak consisted of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: dict[str, Counter[str]] = {}
+        """By phase, the bytes alive at its peak by label."""
+        self.phase = "step"
+        """The phase that is going on."""
+        self._now: Counter[str] = Counter()
+        self._labels = ["other"]
+        self._known: dict[int, weakref.ref] = {}
+        self._watched: list[nn.Module] = []
+
+    def __exit__(self, *error: Any) -> None:
+        for module in self._watched:
+            del module.forward
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):  # what was there before: a view of it is nothing new
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in self._known:
+                self._known[key] = weakref.ref(leaf.untyped_storage(), functools.partial(self._forget, key))
+        out = func(*args, **(kwargs or {}))
+        if str(func) == "bitsandbytes.gemm_4bit.default":
+            self._note_workspace(args)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return out
+
+    def _note_workspace(self, args: tuple) -> None:
+        """The kernel dequantises scales and matrix inside: alive for a moment, unseen from outside."""
+        weights = math.prod(args[2])
+        self._compare({"dequantised": weights * args[0].element_size() + 4 * math.ceil(weights / BLOCK)})
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size, label = storage.nbytes(), self._label()
+        self._now[label] += size
+        self._known[key] = weakref.ref(storage, functools.partial(self._free, key, size, label))
+        self._compare({})
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._known.pop(key, None)
+
+    def _free(self, key: int, size: int, label: str, _: Any) -> None:
+        if self._known.pop(key, None) is not None:
+            self._now[label] -= size
+
+    def _compare(self, more: dict[str, int]) -> None:
+        peak = self.peaks.setdefault(self.phase, Counter())
+        if sum(self._now.values()) + sum(more.values()) > peak.total():
+            self.peaks[self.phase] = self._now + Counter(more)
+
+    def _label(self) -> str:
+        return "backward" if torch._C._current_autograd_node() is not None else self._labels[-1]
+
+    def watch(self, module: nn.Module, label: str) -> None:
+        """What `module` makes in its forward pass goes by `label`."""
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def labelled(*args: Any, **kwargs: Any) -> Any:
+            self._labels.append(label)
+            try:
+                return forward(*args, **kwargs)
+            finally:  # checkpointing leaves a layer by an exception once it has what it needs
+                self._labels.pop()
+
+        module.forward = labelled
+        self._watched.append(module)
+
+
+@contextmanager
+def as_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[None]:
+    """Inside, new tensors are fake, and modules choose what they would choose on a GPU (or on a CPU).
+
+    Args:
+        fake: The mode that the modules' own tensors belong to.
+        gpu: Which.
+        packed: Whether a row holds several samples: attention then takes a mask.
+    """
+    with ExitStack() as stack:
+        if gpu:
+            from bitsandbytes.autograd import _functions
+
+            stack.enter_context(mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
+            stack.enter_context(mock.patch("anymal.model.compute_dtype", lambda device: torch.bfloat16))
+            for name in IN_FLOAT32:
+                stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
+        # Not a TorchFunctionMode: torch suspends it in backward passes, and with it in what they recompute.
+        attention = functools.partial(_attention, gpu)
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(mock.patch.object(nn.Module, "to", _to))
+        if not packed:  # transformers looks at the positions' values
+            stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
+        # Whether the chunked loss fits the architecture is found out with real weights.
+        stack.enter_context(mock.patch("anymal.loss._agrees", lambda *_: True, create=True))
+        stack.enter_context(fake)
+        yield
+
+
+def _to(module: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
+    """``module.to`` for fake tensors, which torch cannot exchange in place; there is but one device."""
+    _, dtype, *_ = torch._C._nn._parse_to(*arguments, **named)
+    for part in module.modules() if dtype is not None else ():
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+                continue
+            new = tensor.detach().to(dtype)
+            if name in part._parameters:
+                part._parameters[name] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            else:
+                part._buffers[name] = new
+    return module
+
+
+def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` as autocast on a GPU runs it."""
+
+    def wide(*arguments: Any, **named: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments, **named)
+        with torch.autocast("cpu", enabled=False):
+            arguments, named = tree_map_only(Tensor, Tensor.float, (arguments, named))
+            return function(*arguments, **named)
+
+    return wide
+
+
+def _attention(
+    gpu: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As torch prepares its fused kernels and calls them (ATen/native/transformers/attention.cpp)."""
+    if torch.is_autocast_enabled("cpu"):
+        low = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(low), key.to(low), value.to(low)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # a bias of each call's own, kept for its backward pass
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    if not gpu:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    if attn_mask is None and query.dtype != torch.float32:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        width = attn_mask.shape[-1]
+        if width % 8:  # the kernel wants each row to begin at a multiple of 16 bytes
+            attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

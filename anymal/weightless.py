@@ -1,0 +1,147 @@
+"""The LLM without its weights: every module at its precision, from config.json alone."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from anymal.config import LLMConfig
+from anymal.errors import UserError
+from anymal.llm import set_frozen_mode
+
+BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
+
+
+def nf4_bytes(weights: int) -> int:
+    """Bytes of a matrix in nf4 with double quantisation, as bitsandbytes stores it; about 0.516 a weight.
+
+    Half a byte a weight; a scale of one byte for each block of 64; a float32 scale for each 256 of those scales; their
+    mean and tables of 16 and 256 values in float32.
+    """
+    scales = math.ceil(weights / BLOCK)
+    return math.ceil(weights / 2) + scales + 4 * (math.ceil(scales / BLOCK_OF_SCALES) + 1 + 16 + 256)
+
+
+def int8_bytes(rows: int, columns: int) -> int:
+    """Bytes of a matrix in 8 bits as bitsandbytes stores it: one a weight, and a float32 scale for each row."""
+    return rows * columns + 4 * rows
+
+
+def read_config(name: str) -> Any:
+    """The LLM's transformers config, from a folder or hub name.
+
+    Raises:
+        UserError: There is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.llm.name={name}: no config of a causal LM is to be had: {error}") from error
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """A copy of the LLM's config with only so many decoder layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+    """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `anymal.llm.load_llm` leaves.
+
+    Args:
+        settings: Precision, attention and checkpointing.
+        config: As `read_config` gives it.
+        fake: The mode that its tensors belong to.
+        dtype: What is computed in, and what is not quantised is held in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = {16: torch.bfloat16, 32: torch.float32}.get(settings.bits, dtype)
+    attention = settings.attention if settings.attention in ("sdpa", "eager") else "sdpa"  # others save as much as sdpa
+    with fake:
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    if settings.bits in (4, 8):
+        quantise_shapes(llm, settings.bits, dtype, fake)
+    llm.requires_grad_(False)
+    if settings.checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_frozen_mode(llm, recompute=True)
+    return llm
+
+
+def quantise_shapes(llm: nn.Module, bits: int, dtype: torch.dtype, fake: FakeTensorMode) -> None:
+    """Put bitsandbytes' layers where transformers puts them when it loads an LLM at 4 or 8 bits, on fake tensors."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    skipped = tuple(get_keys_to_not_convert(llm))
+    for name, module in list(llm.named_modules()):
+        if type(module) is nn.Linear and name not in skipped:
+            make = _linear4bit if bits == 4 else _linear8bit
+            llm.set_submodule(name, make(module, dtype, fake))
+    # What PEFT and transformers ask a quantised model.
+    setattr(llm, f"is_loaded_in_{bits}bit", True)
+    llm.is_quantized = True
+
+
+def _linear4bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> nn.Module:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+
+    made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
+    scales = math.ceil(linear.weight.numel() / BLOCK)
+    with fake:
+        state = QuantState(
+            absmax=torch.empty(scales, dtype=torch.uint8),
+            shape=linear.weight.shape,
+            code=torch.empty(16),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=torch.empty(()),
+            state2=QuantState(
+                absmax=torch.empty(math.ceil(scales / BLOCK_OF_SCALES)),
+                code=torch.empty(256),
+                blocksize=BLOCK_OF_SCALES,
+                dtype=torch.float32,
+            ),
+        )
+        packed = torch.empty(math.ceil(linear.weight.numel() / 2), 1, dtype=torch.uint8)
+    made.weight = nn.Parameter(packed, requires_grad=False)
+    made.weight.quant_state, made.weight.quant_type, made.weight.compress_statistics = state, "nf4", True
+    made.bias, made.quant_state, made.compute_type_is_set = linear.bias, state, True
+    return made
+
+
+def _linear8bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    made = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
+    with fake:
+        made.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.int8), requires_grad=False)
+        made.state.CB, made.state.SCB = made.weight.data, torch.empty(linear.out_features)
+    made.weight.CB = made.weight.SCB = None
+    made.bias = linear.bias
+    return made
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, quantisation's scales and tables included; shared ones count once."""
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    for part in module.modules():
+        state = getattr(getattr(part, "weight", None), "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        scales = getattr(getattr(part, "state", None), "SCB", None)
+        if isinstance(scales, Tensor):
+            tensors.append(scales)
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,214 @@
+"""What a recipe will need and cost, before anything is downloaded: memory by part, largest micro-batch, time, money.
+
+    python launch/estimate.py launch/recipes/image-llama3.1-8b.yaml data.shards=x tflops=400 price_per_hour=2.5
+    python launch/estimate.py launch/recipes/demo-finetune.yaml model.checkpoint=x gpu=false sample_tokens=64
+
+Reads the config.json of LLM and encoders (and the encoders' preprocessor_config.json), from a folder or the hub, and no
+weights: the model is built, and a step run, on tensors that have a shape but no content. How: docs/cost.md.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from adapters import describe_options
+from anymal.command_line import parse_args
+from anymal.config import Config
+from anymal.cost import checkpointing_mode
+from anymal.engine import BUCKET
+from anymal.errors import UserError
+from launch.build import run_program
+from launch.rehearse import Held, Rehearsal, Workload
+
+GB, TERA = 1e9, 1e12
+MODES = {"none": False, "full": True}
+"""What ``model.llm.checkpointing`` can be."""
+ROUNDS = 4  # of rehearsals in search of the largest micro-batch
+
+
+@dataclass(kw_only=True)
+class EstimateConfig(Config):
+    """A run, and what is to be known about it."""
+
+    gpu: bool = True
+    """Whether it is to run on a GPU (bfloat16, its kernels) or on a CPU."""
+    gpu_gb: float = 80.0
+    """Memory of the card, in 10^9 bytes."""
+    reserve_gb: float = 3.0
+    """Of it, what is not for tensors: the CUDA context, cuBLAS' workspaces, fragments."""
+    world: int = 1
+    """Processes, one a GPU, over which ZeRO divides."""
+    sample_tokens: int = 160
+    """Tokens of a sample, media included."""
+    answer_tokens: int = 40
+    """Those of them that are answers."""
+    media: list[str] = field(default_factory=list)
+    """Modalities of the media in each sample, such as [image,image]; by default one of the recipe's, in turn."""
+    tflops: float = 0.0
+    """Model TFLOP/s of one GPU, measured (`tflops` of a run's throughput.json, over its GPUs) or hoped for."""
+    price_per_hour: float = 0.0
+    """Of one GPU, in any currency."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory of one process at its peak, by part, in bytes."""
+
+    parts: Counter
+    """What is held between steps, and what a step keeps alive at the worst moment."""
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.parts.total()
+
+
+def predict(rehearsal: Rehearsal, work: Workload, samples: int, *, world: int) -> Prediction:
+    """The peak of a training step."""
+    held = rehearsal.held()
+    base = _held_parts(held, rehearsal.config, world)
+    moments = [base + _during(held, rehearsal.config, world) + peak for peak in rehearsal.peaks(work, samples).values()]
+    moments.append(base + _optimizer_step(held, rehearsal.config, world))
+    return Prediction(max(moments, key=Counter.total))
+
+
+def _held_parts(held: Held, config: Config, world: int) -> Counter:
+    """What is there all the time. ZeRO-3 divides the LLM as well, and gathers a layer while it fetches the next."""
+    zero = config.engine.zero
+    over = world if zero == 3 else 1
+    gathered = 2 * held.largest_layer if over > 1 else 0
+    moments = 8 * held.trained / (world if zero else 1)
+    # Stages 1 to 3 keep a copy of this process's share of the trained parameters for the optimizer.
+    weights = 4 * held.trained / over + (4 * held.trained / world if zero else 0)
+    return Counter(
+        {
+            f"LLM body, {config.model.llm.bits} bits": round(held.body / over) + gathered,
+            "embeddings and head": round(held.embeddings_and_head / over),
+            "encoders": held.encoders,
+            "frozen projectors": held.frozen_projectors,
+            "trained weights, float32": round(weights),
+            "AdamW's moments": round(moments),
+        }
+    )
+
+
+def _during(held: Held, config: Config, world: int) -> Counter:
+    """Gradients beside the activations: in ZeRO's bucket, and of earlier micro-batches."""
+    if not config.engine.zero:  # they are among what the step keeps, unless they were there before
+        return Counter({"gradients": 4 * held.trained if config.optim.accumulate > 1 else 0})
+    kept = 4 * held.trained / world if config.optim.accumulate > 1 else 0
+    return Counter({"gradients": round(4 * min(BUCKET, held.trained) + kept)})
+
+
+def _optimizer_step(held: Held, config: Config, world: int) -> Counter:
+    """The optimizer's step: gradients (under ZeRO once more, flat) and AdamW's two temporaries of their size."""
+    share = 4 * held.trained / (world if config.engine.zero else 1)
+    return Counter({"gradients": round(share * (2 if config.engine.zero else 1)), "AdamW at work": round(2 * share)})
+
+
+def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: int) -> int:
+    """The most samples in a micro-batch whose peak stays below `room` bytes; 0 if not even one does.
+
+    Each phase's peak grows with the samples and, by attention's masks, with their square: a parabola is laid through
+    three micro-batches, and what it says is rehearsed in its turn until it holds.
+    """
+    found: dict[int, int] = {}
+
+    def rehearse(samples: int) -> int:
+        if samples not in found:
+            found[samples] = predict(rehearsal, work, samples, world=world).total
+        return found[samples]
+
+    step = max(1, len(rehearsal.adapters))  # each modality as often as the others
+    points = [2 * step, 4 * step, 8 * step]  # from two on, a row is packed
+    for _ in range(ROUNDS):
+        curve = np.polyfit(points, [rehearse(n) for n in points], 2)
+        guess = _last_below(curve, room)
+        if guess in found or guess < 1:
+            break
+        rehearse(guess)
+        points = sorted(sorted(found, key=lambda n: abs(n - guess))[:3])
+    for samples in range(min(points) - 1, 0, -1) if min(found.values()) > room else ():
+        if rehearse(samples) <= room:
+            break
+    return max((n for n, size in found.items() if size <= room), default=0)
+
+
+def _last_below(curve: np.ndarray, room: float) -> int:
+    """The largest whole number up to which a growing parabola stays below `room`."""
+    below, above = 0, 1
+    while np.polyval(curve, above) <= room and above < 10**7:
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if np.polyval(curve, middle) <= room else (below, middle)
+    return below
+
+
+def main() -> None:
+    """Read the command line, rehearse and print."""
+    config = parse_args(EstimateConfig, __doc__, more_help=describe_options())
+    if config.sample_tokens < config.answer_tokens:
+        raise UserError(f"sample_tokens is {config.sample_tokens}, but answer_tokens {config.answer_tokens}")
+    work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
+    rehearsal = Rehearsal(config, gpu=config.gpu)
+    samples = config.data.batch_size
+    print("\n".join(_memory(rehearsal, work, samples, config)))
+    print("\n".join(_checkpointing(rehearsal, work, samples, config)))
+    print("\n".join(_arithmetic(rehearsal, work, samples, config)))
+
+
+def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+    """The table of a micro-batch's memory by part."""
+    predicted = predict(rehearsal, work, samples, world=config.world)
+    lines = [f"Memory at the peak of a step: {samples} samples of {work.tokens} tokens in a row, GB (10^9 bytes)"]
+    lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in predicted.parts.items() if size]
+    return [*lines, f"  {'in all':<34} {predicted.total / GB:>9.3f}", ""]
+
+
+def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+    """The table of what each mode of checkpointing takes, and what fits on the card with it."""
+    room = (config.gpu_gb - config.reserve_gb) * GB
+    chosen = checkpointing_mode(config.model.llm.checkpointing)
+    lines = [f"Largest micro-batch on {config.gpu_gb:g} GB, of which {config.reserve_gb:g} GB are kept free"]
+    lines += [f"  {'model.llm.checkpointing':<34} {'GB now':>9} {'samples':>9} {'tokens':>9}"]
+    for mode, setting in MODES.items():
+        tried = rehearsal.with_checkpointing(setting)
+        now = predict(tried, work, samples, world=config.world).total
+        most = largest_batch(tried, work, room, world=config.world)
+        name = f"{mode} (the recipe's)" if mode == chosen else mode
+        lines.append(f"  {name:<34} {now / GB:>9.3f} {most:>9,} {most * work.tokens:>9,}")
+    return [*lines, ""]
+
+
+def _arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+    """The table of FLOPs, and what they take in time and money."""
+    needed, recomputed = rehearsal.flops(work, samples)
+    tokens = samples * work.tokens
+    per_step = samples * config.optim.accumulate * config.world
+    lines = [f"Arithmetic: GFLOP a token, TFLOP an optimizer step of {per_step} samples on {config.world} GPU(s)"]
+    micro = config.optim.accumulate * config.world
+    parts = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
+    lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in parts.items() if n]
+    total = needed.total() * config.optim.accumulate / TERA  # of one GPU
+    rows = []
+    if config.run.peak_tflops:
+        rows.append((f"floor, at {config.run.peak_tflops:g} TFLOP/s", total / config.run.peak_tflops))
+        with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
+        rows += [("  and with what is recomputed", with_both / config.run.peak_tflops)] * bool(recomputed)
+    if config.tflops:
+        rows.append((f"at {config.tflops:g} model TFLOP/s", total / config.tflops))
+    if not rows:
+        return [*lines, "", "Set run.peak_tflops (an H100: 989) for the floor, tflops for time and cost."]
+    lines += ["", f"  {'':<34} {'s a step':>9} {'tokens/s':>12} {'hours a run':>12} {'cost':>12}"]
+    for name, seconds in rows:
+        hours = seconds * config.optim.steps / 3600
+        cost = f"{hours * config.world * config.price_per_hour:>12,.2f}" if config.price_per_hour else f"{'-':>12}"
+        rate = tokens * micro / seconds
+        lines.append(f"  {name:<34} {seconds:>9.3f} {rate:>12,.0f} {hours:>12,.1f} {cost}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,240 @@
+"""A recipe's training step on tensors without data: what its model holds, and what a step keeps alive.
+
+Decoder layers are alike, so a shallow LLM of two depths is run, and each part of each phase's peak is drawn out
+linearly to the real depth. Everything else (widths, encoders, projectors, loss, the batch) is as in the run itself.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adapters import build_adapters
+from adapters.pretrained import shapes_only
+from anymal.config import Config
+from anymal.cost import Cost, LLMCost
+from anymal.footprint import Footprint, as_on
+from anymal.llm import add_lora
+from anymal.modality import Adapter
+from anymal.model import AnyMAL, select_trainable, trainable
+from anymal.packing import pack
+from anymal.prompt import IGNORED
+from anymal.sample import Batch, Tokens
+from anymal.weightless import make_llm, read_config, stored_bytes, with_layers
+
+DEPTHS = (2, 4)
+PHASES = ("encode", "language model", "projectors backward")
+
+
+@dataclass(kw_only=True)
+class Workload:
+    """The samples of a micro-batch."""
+
+    tokens: int
+    """Tokens of a sample, media included."""
+    answers: int
+    """Those that are answered."""
+    media: list[str] = field(default_factory=list)
+    """Modalities of the media in a sample; empty takes one of the model's for each sample, in turn."""
+
+
+@dataclass(kw_only=True)
+class Held:
+    """What a process holds between steps, in bytes, and how many numbers are trained."""
+
+    body: int
+    embeddings_and_head: int
+    encoders: int
+    frozen_projectors: int
+    trained: int
+    lora: int
+    """How many of `trained` are LoRA's."""
+    largest_layer: int
+    """Bytes of a decoder layer: what ZeRO-3 gathers at once."""
+
+
+class Rehearsal:
+    """The model of a recipe without weights.
+
+    Args:
+        config: The recipe.
+        gpu: Whether it is to train on a GPU: bfloat16, autocast and other kernels.
+
+    Raises:
+        UserError: A config is not there, or settings do not fit.
+    """
+
+    def __init__(self, config: Config, *, gpu: bool, llm_config: Any = None):
+        self.config, self.gpu = config, gpu
+        self._llm_config = llm_config or read_config(config.model.llm.name)
+        self.layers = self._llm_config.get_text_config().num_hidden_layers
+        kinds = getattr(self._llm_config.get_text_config(), "layer_types", None) or ["alike"]
+        self._depths = DEPTHS if self.layers > DEPTHS[1] and len(set(kinds)) == 1 else (self.layers,)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with shapes_only(self._fake):
+            self.adapters: dict[str, Adapter] = build_adapters(
+                config.model.modalities, self._llm_config.get_text_config().hidden_size
+            )
+        self._peaks: dict[tuple, dict[str, Counter[str]]] = {}
+        self._models = {depth: self._model(depth) for depth in self._depths}
+
+    def _model(self, depth: int) -> AnyMAL:
+        dtype = torch.bfloat16 if self.gpu else torch.float32
+        llm = make_llm(self.config.model.llm, with_layers(self._llm_config, depth), self._fake, dtype)
+        with as_on(self._fake, gpu=self.gpu):
+            if "lora" in self.config.train:
+                llm = add_lora(llm, self.config.model.lora)
+            model = AnyMAL(llm, self.adapters)
+            model._low_precision = self.gpu and self.config.model.llm.bits != 32
+            select_trainable(model, self.config.train)
+        return model
+
+    def _deep(self, shallow: Mapping[int, float]) -> float:
+        """A figure at the real depth from the same at the depths that were run."""
+        if len(self._depths) == 1:
+            return shallow[self.layers]
+        low, high = self._depths
+        return shallow[low] + (shallow[high] - shallow[low]) * (self.layers - low) / (high - low)
+
+    def held(self) -> Held:
+        """Bytes that are there before a step begins; the optimizer's are `trained_bytes`."""
+
+        def over(measure: Any) -> int:
+            return round(self._deep({depth: measure(model) for depth, model in self._models.items()}))
+
+        model = self._models[self._depths[-1]]
+        base = getattr(model.llm, "get_base_model", lambda: model.llm)()
+        outside = stored_bytes(torch.nn.ModuleList([base.get_input_embeddings(), base.get_output_embeddings()]))
+        lora = over(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if "lora_" in n))
+        trained = over(lambda m: sum(p.numel() for p in trainable(m).values()))
+        whole = over(lambda m: stored_bytes(m.llm))
+        body = whole - outside - 4 * lora
+        learns = set(map(id, trainable(model).values()))
+        return Held(
+            body=body,
+            embeddings_and_head=outside,
+            encoders=sum(stored_bytes(encoder) for encoder in model.encoders.values()),
+            frozen_projectors=sum(p.numel() * 4 for p in model.projectors.parameters() if id(p) not in learns),
+            trained=trained,
+            lora=lora,
+            largest_layer=body // self.layers,
+        )
+
+    def rows(self, work: Workload, samples: int) -> list[tuple[int, list[str]]]:
+        """Length and modalities of each sample of a micro-batch."""
+        names = list(self.adapters)
+        found = []
+        for i in range(samples):
+            kinds = work.media or [names[i % len(names)]] if names else []
+            found.append((max(work.tokens, work.answers + sum(self.adapters[kind].tokens for kind in kinds)), kinds))
+        return found
+
+    def batch(self, work: Workload, samples: int, *, real: bool = False) -> Batch:
+        """A micro-batch of `samples` samples as the stream would pack it: noise if it is `real`, else shapes only."""
+        packed = []
+        for i, (length, kinds) in enumerate(self.rows(work, samples)):
+            sizes = [self.adapters[kind].tokens for kind in kinds]
+            runs = [(kind, sum(sizes[:n]), sizes[n]) for n, kind in enumerate(kinds)]
+            shapes = [self.adapters[kind].encoder.shape for kind in kinds]
+            media = [torch.randn(shape) if real else torch.zeros(()).expand(shape) for shape in shapes]
+            labels = [IGNORED] * (length - work.answers) + [0] * work.answers
+            packed.append(Tokens(key=str(i), ids=[0] * length, labels=labels, runs=runs, media=media))
+        with nullcontext() if real else self._fake:
+            return pack(packed)
+
+    def flops(self, work: Workload, samples: int) -> tuple[Counter[str], float]:
+        """FLOPs of a micro-batch by part, and those recomputed on top."""
+        rows = self.rows(work, samples)
+        tokens, squares = sum(length for length, _ in rows), sum(length**2 for length, _ in rows)
+        cost, parts = self.cost, Counter()
+        llm = cost.llm
+        parts["LLM body (4N)"] = 4 * llm.body * tokens
+        parts["its attention"] = 6 * llm.attention * squares
+        parts["head at answers"] = 4 * llm.head * work.answers * samples
+        parts["LoRA"] = 6 * llm.lora * tokens
+        for kind in (kind for _, kinds in rows for kind in kinds):
+            media = cost.media_flops(kind, self.adapters[kind].encoder.shape)
+            parts["encoders"] += media - cost.projector[kind]
+            parts["projectors"] += cost.projector[kind]
+        return parts, llm.recomputed_flops(tokens, squares)
+
+    def with_checkpointing(self, setting: bool | str) -> "Rehearsal":
+        """The same with another ``model.llm.checkpointing``."""
+        llm = replace(self.config.model.llm, checkpointing=setting)
+        config = replace(self.config, model=replace(self.config.model, llm=llm))
+        return Rehearsal(config, gpu=self.gpu, llm_config=self._llm_config)
+
+    def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
+        """What a step keeps alive beyond what is held, by phase and by label, in bytes."""
+        key = (work.tokens, work.answers, *work.media, samples)
+        if key in self._peaks:
+            return self._peaks[key]
+        batch = self.batch(work, samples)
+        runs = {depth: _step(model, batch, self) for depth, model in self._models.items()}
+        found = {}
+        for phase in PHASES:
+            labels = set().union(*(run[phase] for run in runs.values()))
+            found[phase] = Counter(
+                {label: round(self._deep({d: run[phase][label] for d, run in runs.items()})) for label in labels}
+            )
+        self._peaks[key] = found
+        return found
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs, with the LLM at its real depth."""
+        costs = {depth: Cost(model, self.config.model.llm.checkpointing) for depth, model in self._models.items()}
+        cost = costs[self._depths[-1]]
+        deep = {
+            name: round(self._deep({depth: getattr(c.llm, name) for depth, c in costs.items()}))
+            for name in ("body", "embeddings", "head", "lora", "attention")
+        }
+        cost.llm = LLMCost(**deep, recomputed=cost.llm.recomputed)
+        return cost
+
+
+def _step(model: AnyMAL, batch: Batch, rehearsal: Rehearsal) -> dict[str, Counter[str]]:
+    """Encode, forward, backward; gradients of what learns are taken away as ZeRO does, into a buffer counted apart."""
+    footprint = Footprint()
+    base = getattr(model.llm, "get_base_model", lambda: model.llm)()
+    watched = {"LLM layers": [base.get_decoder()], "head and loss": [base.get_output_embeddings()]}
+    watched |= {"projectors": list(model.projectors.values()), "encoders": list(model.encoders.values())}
+    hooks = []
+    if rehearsal.config.engine.zero:
+        for parameter in trainable(model).values():
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
+
+    def left_llm(*_: Any) -> None:
+        footprint.phase = "projectors backward"
+
+    def embed(*arguments: Any) -> Any:
+        row, absent = type(model).embed(model, *arguments)
+        if row.requires_grad:
+            row.register_hook(left_llm)
+        return row, absent
+
+    packed = len(batch.keys) > 1
+    with as_on(rehearsal._fake, gpu=rehearsal.gpu, packed=packed), footprint:
+        for label, modules in watched.items():
+            for module in modules:
+                footprint.watch(module, label)
+        model.embed = embed
+        try:
+            footprint.phase = "encode"
+            moved = batch.to("cpu")
+            features = model.encode(moved.media)
+            footprint.phase = "language model"
+            total, _ = model(moved, features)
+            total.backward()
+        finally:
+            del model.embed
+            for hook in hooks:
+                hook.remove()
+            model.zero_grad(set_to_none=True)
+    media = Counter({"batch": sum(tensor.numel() * tensor.element_size() for tensor in batch.media.values())})
+    return {phase: footprint.peaks.get(phase, Counter()) + media for phase in PHASES}

@@ -1,0 +1,114 @@
+"""FLOPs counted from shapes, against torch's own counter on the real thing; what a run says about its throughput."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny_encoders
+from anymal.config import LLMConfig, LoraConfig, ProjectorConfig
+from anymal.cost import Cost, checkpointing_mode, forward_flops, llm_cost
+from anymal.llm import add_lora, load_llm
+from anymal.packing import pack
+from anymal.prompt import IGNORED
+from anymal.sample import Tokens
+from anymal.tracking import Meter
+from conftest import make_llm
+from toys import toy_model
+
+CPU = torch.device("cpu")
+
+
+def _llm(folder, bits=32, **more):
+    return load_llm(LLMConfig(name=str(folder), bits=bits, attention="eager", **more), CPU)[0]
+
+
+def _counted(llm, tokens: int, answers: int) -> int:
+    """FLOPs of one sample's forward and backward pass, as torch counts them (attention in full, no causal half)."""
+    row = torch.randn(1, tokens, llm.config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        llm(inputs_embeds=row, logits_to_keep=torch.arange(answers), use_cache=False).logits.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("checkpointing", "tokens", "answers"), [(False, 40, 7), (True, 40, 7), (False, 9, 9)])
+def test_the_llms_flops_are_those_that_torch_counts(tiny_llm, checkpointing, tokens, answers):
+    llm = _llm(tiny_llm, checkpointing=checkpointing)
+    cost = llm_cost(llm, checkpointing)
+    whole = 2 * tokens**2  # torch counts the pairs that the causal mask hides, too
+    ours = cost.model_flops(tokens, answers, whole) + cost.recomputed_flops(tokens, whole)
+    norms = sum(p.numel() for name, p in llm.model.named_parameters() if "norm" in name)
+    ours -= norms * tokens * (6 if checkpointing else 4)  # no matrix products, yet parameters
+    if checkpointing:  # recomputing a layer stops before its last product, whose output nothing needs
+        ours -= 2 * tokens * sum(p.numel() for name, p in llm.named_parameters() if "down_proj" in name)
+    assert ours == _counted(llm, tokens, answers)
+
+
+def test_lora_costs_six_flops_a_parameter_and_token(tiny_llm):
+    wrapped = add_lora(_llm(tiny_llm), LoraConfig(rank=4))
+    lora = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
+    assert llm_cost(wrapped).lora == lora > 0
+    more = _counted(wrapped, 16, 3) - _counted(_llm(tiny_llm), 16, 3)
+    assert more == 6 * 16 * lora
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parameters_are_counted_alike_at_any_precision(tmp_path, bits):
+    folder = make_llm(tmp_path / "llm", width=128)
+    assert llm_cost(_llm(folder, bits)) == llm_cost(_llm(folder))
+
+
+def test_settings_of_checkpointing():
+    assert [checkpointing_mode(s) for s in (False, True, "selective")] == ["none", "full", "selective"]
+
+
+def _tokens(key: str, length: int, answers: int, runs: list, media: list) -> Tokens:
+    labels = [IGNORED] * (length - answers) + [5] * answers
+    return Tokens(key=key, ids=[5] * length, labels=labels, runs=runs, media=media)
+
+
+def test_a_batch_costs_what_its_samples_and_media_do(tiny_llm):
+    model, _ = toy_model(tiny_llm, smell=3)
+    cost = Cost(model)
+    batch = pack([_tokens("a", 20, 4, [("smell", 2, 3)], [torch.ones(1)]), _tokens("b", 30, 5, [], [])])
+    cost.encoder["smell"], cost.projector["smell"] = 1000, 300
+    needed, recomputed = cost.count(batch)
+    assert needed.item() == cost.llm.model_flops(50, 9, 20**2 + 30**2) + 1300
+    assert recomputed.item() == 0
+
+
+def test_an_encoder_is_counted_on_shapes(tmp_path):
+    from adapters.image import ImageOptions, load_image_encoder
+    from adapters.projectors import build_projector
+
+    encoder = load_image_encoder(tiny_encoders.clip(tmp_path), ImageOptions())
+    picture = torch.randn(1, 3, tiny_encoders.SIZE, tiny_encoders.SIZE)
+    # torch does not count its fused attention on CPUs
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encoder(picture)
+    assert forward_flops(encoder, picture.shape) == counter.get_total_flops() > 0
+    projector = build_projector(ProjectorConfig(kind="resampler", tokens=4, heads=2), encoder.width, encoder.tokens, 64)
+    features = torch.randn(1, encoder.tokens, encoder.width)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        projector(features).sum().backward()
+    # Latents and features need no gradient of their own in the first layers, hence a little less than three passes.
+    assert 2.5 < counter.get_total_flops() / forward_flops(projector, features.shape) <= 3
+
+
+def test_the_meter_reports_flops_per_second_and_utilisation(tiny_llm):
+    model, _ = toy_model(tiny_llm)
+    batch = pack([_tokens("a", 20, 4, [], [])])
+    cost = Cost(model)
+    meter = Meter(cost, peak_tflops=0.5)
+    for _ in range(2):
+        meter.add(batch, torch.tensor([[8.0, 4.0]]), padding=5)
+        figures = meter.figures()
+        assert figures["utilisation"] == pytest.approx(figures["tflops"] / 0.5)
+        assert figures["tflops"] / figures["tokens_per_s"] == pytest.approx(cost.count(batch)[0].item() / 20 / 1e12)
+    whole = meter.summary()
+    assert (whole["tokens"], whole["answers"], whole["padding_share"]) == (40, 8, 0.25)
+    assert whole["model_tflop"] == pytest.approx(2 * cost.count(batch)[0].item() / 1e12)
+    assert json.dumps(whole)
+    assert "tflops" not in Meter().figures()

@@ -1,0 +1,116 @@
+"""What is estimated without weights is what the weights then take."""
+
+import gc
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from anymal.config import Config, load
+from anymal.model import select_trainable
+from anymal.weightless import int8_bytes, nf4_bytes, stored_bytes
+from conftest import make_llm
+from launch.build import build
+from launch.estimate import largest_batch, predict
+from launch.rehearse import Rehearsal, Workload
+from small_runs import make_encoders, python
+
+KINDS = ["image", "imu"]
+WORK = Workload(tokens=48, answers=12)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_llm(folder / "llm", width=128, layers=6)
+    make_encoders(folder)
+    return folder
+
+
+def _config(folders, *more: str, zero: int = 0) -> Config:
+    given = [f"model.llm.name={folders / 'llm'}", f"engine.zero={zero}"]
+    for kind in KINDS:
+        given += [f"model.modalities.{kind}.encoder={folders / kind}", f"model.modalities.{kind}.projector.tokens=4"]
+    return load(Config, None, [*given, "model.modalities.imu.options.rate=50", *more])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 96), (300, 512)])
+def test_bytes_of_a_quantised_matrix(rows, columns):
+    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+
+    layer = Linear4bit(columns, rows, bias=False, quant_type="nf4")
+    layer.weight = Params4bit(torch.randn(rows, columns), requires_grad=False, quant_type="nf4").to("cpu")
+    assert stored_bytes(layer) == nf4_bytes(rows * columns)
+    eight = Int8Params(torch.randn(rows, columns), requires_grad=False).to("cpu")
+    assert eight.CB.numel() + 4 * eight.SCB.numel() == int8_bytes(rows, columns)
+
+
+def _measured(config: Config, batch) -> int:
+    """Peak bytes of a forward and backward pass of the real model, by torch's own profiler, weights included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = build(config, torch.device("cpu")).model
+    select_trainable(model, config.train)
+    held = stored_bytes(nn.ModuleList([part for _, part in model.parts()]))
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(batch, model.encode(batch.media))[0].backward()
+    now = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return held + most + sum(tensor.nbytes for tensor in batch.media.values())
+
+
+@pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=true"]])
+def test_the_estimate_is_what_is_allocated(folders, overrides):
+    config = _config(folders, *overrides)
+    rehearsal = Rehearsal(config, gpu=False)
+    held = rehearsal.held()
+    step = max(peak.total() for peak in rehearsal.peaks(WORK, 6).values())
+    estimated = held.body + held.embeddings_and_head + held.encoders + 4 * held.trained + step
+    assert estimated == pytest.approx(_measured(config, rehearsal.batch(WORK, 6, real=True)), rel=0.03)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=true", "train=[projectors,lora]"]])
+def test_two_depths_tell_of_a_third(folders, monkeypatch, overrides):
+    config = _config(folders, *overrides)
+    drawn_out = predict(Rehearsal(config, gpu=True), WORK, 4, world=1)
+    monkeypatch.setattr("launch.rehearse.DEPTHS", (9, 9))  # deeper than the LLM: it is run as it is
+    whole = Rehearsal(config, gpu=True)
+    assert whole._depths == (6,)
+    assert drawn_out.total == pytest.approx(predict(whole, WORK, 4, world=1).total, rel=0.01)
+
+
+def test_recomputing_and_zero_take_less(folders):
+    def total(world: int, *more: str, zero: int = 0) -> int:
+        return predict(Rehearsal(_config(folders, *more, zero=zero), gpu=True), WORK, 8, world=world).total
+
+    kept = total(1)
+    assert total(1, "model.llm.checkpointing=true") < 0.8 * kept
+    assert total(8, zero=1) < total(1, zero=1)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(folders):
+    rehearsal = Rehearsal(_config(folders), gpu=True)
+    room = predict(rehearsal, WORK, 30, world=1).total
+    most = largest_batch(rehearsal, WORK, room, world=1)
+    assert 29 <= most <= 30
+    assert largest_batch(rehearsal, WORK, 1000, world=1) == 0
+
+
+@pytest.mark.slow
+def test_the_program_needs_no_weights(folders, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folders, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = _config(bare)
+    recipe = tmp_path / "recipe.yaml"
+    from anymal.config import save
+
+    save(config, recipe)
+    done = python("launch/estimate.py", str(recipe), "sample_tokens=48", "answer_tokens=12", "run.peak_tflops=100")
+    for said in ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100"):
+        assert said in done.stdout
+    assert "Failed" not in done.stderr and "Traceback" not in done.stderr
