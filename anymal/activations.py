@@ -9,12 +9,14 @@ the output of attention; and in the MLP gate, up and act(gate). ``docs/memory.md
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from anymal.errors import UserError
@@ -34,16 +36,14 @@ def set_checkpointing(llm: nn.Module, mode: str) -> None:
 
     if mode == "none":
         return
+    # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
+    way = {"selective": keep_less, "full": partial(checkpoint, use_reentrant=False)}[mode]
     layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"model.llm.checkpointing={mode}: {type(llm).__name__} has no layers for it; set it to none")
-    if mode == "full":
-        # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
-        return
-    for layer in layers:  # the place where transformers calls torch's checkpoint
+    for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = keep_less
+        layer._gradient_checkpointing_func = way
 
 
 def keep_less(function: Callable, *arguments: Any) -> Any:

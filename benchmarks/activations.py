@@ -21,8 +21,8 @@ from torch.profiler import profile
 
 from anymal.config import LLMConfig
 from anymal.llm import load_llm, on_gpu
-from benchmarks.memory import kept_bytes
 from data_prep.demo_assets import cache_folder
+from launch.allocated import kept_bytes
 from launch.build import device, run_program
 
 TOKENS, LAYERS, ROUNDS = 512, 10, 7

@@ -11,7 +11,7 @@ from anymal.errors import UserError
 from anymal.llm import add_lora, load_llm, set_frozen_mode
 from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
-from benchmarks.memory import kept_bytes
+from launch.allocated import kept_bytes
 from toys import medium, sample, text, toy_adapters, toy_model
 
 MODES = ("none", "selective", "full")

@@ -16,7 +16,7 @@ from anymal.llm import add_lora
 from anymal.loss import Head, chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
-from benchmarks.memory import peak_bytes
+from launch.allocated import peak_bytes
 from tiny_llms import VOCABULARY, WIDTH
 from toys import medium, sample, text, toy_adapters, toy_model
 

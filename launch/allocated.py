@@ -1,4 +1,4 @@
-"""Memory as torch's allocator sees it, for the benchmarks and tests that measure it."""
+"""Memory as torch's allocator sees it, for benchmarks and tests that measure it."""
 
 from typing import Any
 

@@ -1,0 +1,213 @@
+"""Stage 1, ours against the plain Hugging Face way: real tokens per second, and peak memory.
+
+    make demo && .venv/bin/python benchmarks/stage1_vs_hf.py
+    .venv/bin/python benchmarks/stage1_vs_hf.py prompt.template=chat data.batch_size=32
+
+Both train the same fresh projectors by torch's AdamW, on the same decoded samples in batches of the same size, through
+the same frozen 4-bit LLM and the same encoders, no layer checkpointed: the demo's captions and conversations in the
+proportions of its stage 2, without LoRA. Overrides of that recipe may follow.
+
+- ours: `Stream` → `pack` → `AnyMAL` (one row, nothing padded, the head at answer positions, the loss in chunks).
+- plain: as `LlavaForConditionalGeneration` does it: samples padded to the longest, features put in place by
+  `masked_scatter`, the LLM called with `inputs_embeds`, `attention_mask` and `labels`: logits [B, T, V], its own loss.
+
+The two alternate batch by batch; which of them begins alternates from round to round. A step is collating, encoding,
+forward and backward pass and the optimizer; reading and decoding, which would be the same, are not timed. Real tokens
+are those of the samples, media included. The figure is the median of the ratios of a batch's two times. Before the
+first step, losses must be equal to 1e-5 and gradients to 1e-3 (on a GPU, in bfloat16, to 1e-2 and 1e-1).
+
+Peak memory is the most that torch's allocator held at once during a step beyond what it held before: weights, encoders
+and optimizer state are not in it. On a CPU the profiler's allocations are summed up, on a GPU `max_memory_allocated`
+less `memory_allocated`. Measured on the batch whose padded size is the largest.
+
+TRL's SFTTrainer cannot do this job. It is transformers' Trainer, which refuses a quantised LLM that has no PEFT adapter
+even if it holds a trainable projector ("You cannot perform fine-tuning on purely quantized models", tried with
+transformers 5.23); and TRL 1.16 takes media through a processor of transformers only, which audio, IMU and encoders of
+one's own do not have.
+"""
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from anymal.config import Config, load
+from anymal.errors import Quarantine
+from anymal.llm import on_gpu
+from anymal.model import AnyMAL, select_trainable
+from anymal.packing import pack
+from anymal.prompt import IGNORED
+from anymal.sample import Batch, Tokens
+from anymal.stream import Stream
+from data_prep.demo_assets import cache_folder
+from launch.allocated import peak_bytes
+from launch.build import Built, build, device, run_program, suffixes
+
+RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-finetune.yaml"
+BATCHES, ROUNDS = 5, 3
+GOAL_SPEED, GOAL_MEMORY = 3.0, 0.5
+TOLERANCES = (1e-2, 1e-1) if on_gpu() else (1e-5, 1e-3)  # of loss and gradient, relative
+
+
+class Plain(nn.Module):
+    """The plain way: padded batches, logits at every position, the LLM's own loss."""
+
+    def __init__(self, model: AnyMAL, pad: int):
+        super().__init__()
+        self.llm, self.encode, self.autocast, self.pad = model.llm, model.encode, model.autocast, pad
+        self.projectors = copy.deepcopy(model.projectors)
+
+    def forward(self, samples: list[Tokens]) -> Tensor:
+        """The mean loss of a batch's answer tokens."""
+        longest, place = max(len(sample.ids) for sample in samples), self.llm.device
+        ids = torch.full((len(samples), longest), self.pad)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        where: dict[str, Tensor] = {}
+        media: dict[str, list[Tensor]] = {}
+        for i, sample in enumerate(samples):
+            length = len(sample.ids)
+            ids[i, :length], labels[i, :length] = torch.tensor(sample.ids), torch.tensor(sample.labels)
+            mask[i, :length] = 1
+            for (name, first, count), medium in zip(sample.runs, sample.media, strict=True):
+                where.setdefault(name, torch.zeros_like(ids, dtype=torch.bool))[i, first : first + count] = True
+                media.setdefault(name, []).append(medium)
+        features = self.encode({name: torch.stack(items) for name, items in media.items()})
+        with self.autocast():
+            row = self.llm.get_input_embeddings()(ids.to(place))
+            for name, found in features.items():
+                embeddings = self.projectors[name](found).to(row.dtype)
+                row = row.masked_scatter(where[name][..., None].to(place), embeddings)
+            attended, labels = mask.to(place), labels.to(place)
+            return self.llm(inputs_embeds=row, attention_mask=attended, labels=labels, use_cache=False).loss
+
+
+def read(built: Built, config: Config) -> list[list[Tokens]]:
+    """The first batches of the stream, decoded and not yet collated."""
+    seen: list[list[Tokens]] = []
+
+    def collate(samples: list[Tokens]) -> Batch:
+        seen.append(samples)
+        return pack(samples)
+
+    quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
+    parts = {"suffixes": suffixes(), "prepare": built.prepare, "collate": collate, "quarantine": quarantine}
+    for _ in islice(Stream(config.data, **parts, seed=0), BATCHES):
+        pass
+    return seen[:BATCHES]
+
+
+def steps(model: AnyMAL, plain: Plain, config: Config) -> dict[str, Callable[[list[Tokens]], float]]:
+    """A training step of each way, by name: samples → loss."""
+
+    learners = {
+        way: torch.optim.AdamW(way.projectors.parameters(), lr=config.optim.lr, betas=tuple(config.optim.betas))
+        for way in (model, plain)
+    }
+
+    def ours(samples: list[Tokens]) -> float:
+        batch = pack(samples).to(model.device)
+        loss = model(batch, model.encode(batch.media))[0] / len(batch.targets)
+        return _learn(loss, learners[model])
+
+    def theirs(samples: list[Tokens]) -> float:
+        return _learn(plain(samples), learners[plain])
+
+    return {"ours": ours, "plain": theirs}
+
+
+def _learn(loss: Tensor, learner: torch.optim.Optimizer) -> float:
+    loss.backward()
+    learner.step()
+    learner.zero_grad()
+    return loss.item()  # waits for a GPU
+
+
+def differences(model: AnyMAL, plain: Plain, samples: list[Tokens]) -> tuple[float, float]:
+    """How far apart the two ways' losses and gradients are, relative to the plain way's."""
+    batch = pack(samples).to(model.device)
+    losses = [model(batch, model.encode(batch.media))[0] / len(batch.targets), plain(samples)]
+    gradients = []
+    for way, loss in zip((model, plain), losses, strict=True):
+        loss.backward()
+        present = [p.grad for name in batch.media for p in way.projectors[name].parameters()]
+        gradients.append(torch.cat([gradient.flatten() for gradient in present]))
+        way.projectors.zero_grad()
+    (ours, theirs), (g, h) = losses, gradients
+    return abs(ours - theirs).item() / theirs.item(), float((g - h).norm() / h.norm())
+
+
+def peak(step: Callable[[list[Tokens]], float], samples: list[Tokens]) -> int:
+    """Bytes that a step takes at most beyond what is allocated before it."""
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(samples)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as watched:
+        step(samples)
+    return peak_bytes(watched)
+
+
+def timed(step: Callable[[list[Tokens]], float], samples: list[Tokens]) -> float:
+    """Seconds of a step."""
+    start = time.perf_counter()
+    step(samples)
+    return time.perf_counter() - start
+
+
+def compare(
+    ways: dict[str, Callable[[list[Tokens]], float]], batches: list[list[Tokens]]
+) -> tuple[list[float], dict[str, float]]:
+    """How many times faster ours is, for every batch and round; and each way's median of real tokens per second."""
+    ratios: list[float] = []
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(ROUNDS):
+        for samples in batches:
+            order = list(ways) if turn % 2 else list(ways)[::-1]
+            found = {name: timed(ways[name], samples) for name in order}
+            ratios.append(found["plain"] / found["ours"])
+            for name, seconds in found.items():
+                speeds[name].append(sum(len(sample.ids) for sample in samples) / seconds)
+    return ratios, {name: statistics.median(found) for name, found in speeds.items()}
+
+
+def main() -> None:
+    """Compare, and print one line of figures."""
+    if not (cache_folder() / "models" / "imu").is_dir():
+        sys.exit("the demo's models are not there; run make demo first")
+    fixed = ["train=[projectors]", "model.checkpoint=null", "data.workers=0"]
+    config = load(Config, RECIPE, [*fixed, *(sys.argv[1:] or ["data.batch_size=16"])])
+    built = build(config, device())
+    model = built.model
+    select_trainable(model, config.train)
+    plain, batches = Plain(model, built.tokenizer.pad_token_id or 0), read(built, config)
+    apart = differences(model, plain, batches[0])
+    if any(found > allowed for found, allowed in zip(apart, TOLERANCES, strict=True)):
+        sys.exit(f"the two do not compute the same: loss and gradient differ by {apart[0]:.1e} and {apart[1]:.1e}")
+    ways = steps(model, plain, config)
+    largest = max(batches, key=lambda samples: len(samples) * max(len(sample.ids) for sample in samples))
+    peaks = {name: peak(step, largest) for name, step in ways.items()}  # also a warm-up
+    ratios, speeds = compare(ways, batches)
+    real = sum(len(sample.ids) for samples in batches for sample in samples)
+    padded = sum(len(samples) * max(len(sample.ids) for sample in samples) for samples in batches)
+    answers = sum(label != IGNORED for samples in batches for sample in samples for label in sample.labels)
+    speed, memory = statistics.median(ratios), peaks["ours"] / peaks["plain"]
+    print(
+        f"speedup={speed:.2f} slowest_ratio={min(ratios):.2f} fastest_ratio={max(ratios):.2f} memory={memory:.2f} "
+        f"ours_tokens_per_s={speeds['ours']:.0f} plain_tokens_per_s={speeds['plain']:.0f} "
+        f"ours_peak_mb={peaks['ours'] / 2**20:.0f} plain_peak_mb={peaks['plain'] / 2**20:.0f} "
+        f"loss_error={apart[0]:.1e} gradient_error={apart[1]:.1e} "
+        f"padding_share={1 - real / padded:.2f} answer_share={answers / real:.2f} "
+        f"goal={'met' if speed >= GOAL_SPEED and memory <= GOAL_MEMORY else 'missed'}"
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)
