@@ -34,15 +34,13 @@ def set_checkpointing(llm: nn.Module, mode: str) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if mode == "none":
-        return
     # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
-    way = {"selective": keep_less, "full": partial(checkpoint, use_reentrant=False)}[mode]
+    way = {"none": None, "selective": keep_less, "full": partial(checkpoint, use_reentrant=False)}[mode]
     layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+    if way is not None and not layers:
         raise UserError(f"model.llm.checkpointing={mode}: {type(llm).__name__} has no layers for it; set it to none")
     for layer in layers:
-        layer.gradient_checkpointing = True
+        layer.gradient_checkpointing = way is not None
         layer._gradient_checkpointing_func = way
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from anymal.sample import Batch
+from anymal.sample import Batch, PartlyEncoded
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +55,7 @@ class LLMCost:
         return self.recomputed * (2 * (self.body + self.lora) * tokens + 2 * self.attention * squares)
 
 
-def checkpointing_mode(setting: bool | str) -> str:
-    """``model.llm.checkpointing`` as one of none, selective and full; false and true are none and full."""
-    return {False: "none", True: "full"}.get(setting, setting) if isinstance(setting, bool) else setting
-
-
-def llm_cost(llm: nn.Module, checkpointing: bool | str = False) -> LLMCost:
+def llm_cost(llm: nn.Module, checkpointing: str = "none") -> LLMCost:
     """Read the counts off a causal LM of transformers: at any precision, with or without LoRA, weights or none.
 
     Args:
@@ -81,7 +76,7 @@ def llm_cost(llm: nn.Module, checkpointing: bool | str = False) -> LLMCost:
         embeddings=numel(table),
         head=numel(head),
         attention=config.num_hidden_layers * heads * width,
-        recomputed=float(checkpointing_mode(checkpointing) == "full"),
+        recomputed=float(checkpointing == "full"),
     )
 
 
@@ -125,7 +120,7 @@ class Cost:
         checkpointing: ``model.llm.checkpointing``.
     """
 
-    def __init__(self, model: Any, checkpointing: bool | str = False):
+    def __init__(self, model: Any, checkpointing: str = "none"):
         self.llm = llm_cost(model.llm, checkpointing)
         self.projector = {
             name: _counted(
@@ -147,6 +142,13 @@ class Cost:
             self.encoder[name] = _counted(f"encoder of {name}", encoder, (1, *shape), floating)
         return self.encoder[name] + self.projector[name]
 
+    def _held_flops(self, name: str, held: Tensor | PartlyEncoded) -> int:
+        """FLOPs for a batch's media of one modality, of which some may have been encoded before."""
+        raw, media = (held.raw, len(held.order)) if isinstance(held, PartlyEncoded) else (held, len(held))
+        if raw is None:
+            return media * self.projector[name]
+        return len(raw) * self.media_flops(name, raw.shape[1:]) + (media - len(raw)) * self.projector[name]
+
     def count(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """FLOPs of a micro-batch: what it needs, and what is recomputed on top.
 
@@ -156,6 +158,6 @@ class Cost:
         # The positions of a sample of t tokens are 0 to t - 1, and the odd numbers up to 2t - 1 add up to t².
         squares = (2 * batch.positions + 1).sum().double()
         tokens = batch.ids.numel()
-        media = sum(self.media_flops(name, tensor.shape[1:]) * len(tensor) for name, tensor in batch.media.items())
+        media = sum(self._held_flops(name, held) for name, held in batch.media.items())
         needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
         return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)

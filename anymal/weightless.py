@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig
 from anymal.errors import UserError
 from anymal.llm import set_frozen_mode
@@ -72,8 +73,7 @@ def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torc
     if settings.bits in (4, 8):
         quantise_shapes(llm, settings.bits, dtype, fake)
     llm.requires_grad_(False)
-    if settings.checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(llm, settings.checkpointing)
     set_frozen_mode(llm, recompute=True)
     return llm
 

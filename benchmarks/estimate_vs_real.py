@@ -31,12 +31,13 @@ RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 CONFIGURATIONS = {
     "4 bits, 8 x 64": ("pretrain", 64, 8, ["model.llm.bits=4"]),
     "4 bits, 4 x 256": ("pretrain", 256, 4, ["model.llm.bits=4"]),
-    "4 bits, 8 x 128, recomputed": ("pretrain", 128, 8, ["model.llm.bits=4", "model.llm.checkpointing=true"]),
+    "4 bits, 8 x 128, recomputed": ("pretrain", 128, 8, ["model.llm.bits=4", "model.llm.checkpointing=full"]),
+    "4 bits, 8 x 128, selective": ("pretrain", 128, 8, ["model.llm.bits=4", "model.llm.checkpointing=selective"]),
     "8 bits, 8 x 64": ("pretrain", 64, 8, ["model.llm.bits=8"]),
     "32 bits, 8 x 64": ("pretrain", 64, 8, ["model.llm.bits=32"]),
-    "32 bits, 2 x 512, recomputed": ("pretrain", 512, 2, ["model.llm.bits=32", "model.llm.checkpointing=true"]),
+    "32 bits, 2 x 512, recomputed": ("pretrain", 512, 2, ["model.llm.bits=32", "model.llm.checkpointing=full"]),
     "LoRA, 4 bits, 8 x 64": ("finetune", 64, 8, ["model.llm.bits=4"]),
-    "LoRA, 8 bits, 4 x 128, recomputed": ("finetune", 128, 4, ["model.llm.bits=8", "model.llm.checkpointing=true"]),
+    "LoRA, 8 bits, 4 x 128, recomputed": ("finetune", 128, 4, ["model.llm.bits=8", "model.llm.checkpointing=full"]),
 }
 """By name: recipe, tokens of a sample, samples in a row, overrides."""
 GOAL = 0.10

@@ -29,12 +29,13 @@ from torch import nn
 from adapters import MODALITIES
 from adapters.image import ImageDecoder, ImageEncoder
 from adapters.projectors import build_projector
+from anymal.activations import set_checkpointing
 from anymal.config import Config, load
 from anymal.cost import Cost
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.modality import Adapter
 from anymal.model import AnyMAL, select_trainable, trainable
-from launch.estimate import MODES, largest_batch, predict
+from launch.estimate import largest_batch, predict
 from launch.rehearse import Rehearsal, Workload
 
 RESULTS = Path(__file__).parent / "results"
@@ -200,9 +201,6 @@ class Bench:
     def run(self, modes: list[str]) -> None:
         """Measure every mode of checkpointing; what no time is left for is noted as such."""
         for mode in modes:
-            if mode not in MODES:
-                self.rows.append({"checkpointing": mode, "skipped": "not among the settings of this version"})
-                continue
             rehearsal = self._set_checkpointing(mode)
             for tokens in self.scale.samples:
                 self._in_time(
@@ -226,13 +224,9 @@ class Bench:
         print(json.dumps({"model": self.name, **found}), flush=True)
 
     def _set_checkpointing(self, mode: str) -> Rehearsal:
-        setting = MODES[mode]
-        if setting:
-            self.model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.llm.gradient_checkpointing_disable()
+        set_checkpointing(self.model.llm, mode)
         self.model.train()
-        llm = replace(self.config.model.llm, checkpointing=setting)
+        llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
         self.cost.llm = replace(self.cost.llm, recomputed=float(mode == "full"))
         return Rehearsal(config, gpu=not self.scale.dry)

@@ -15,14 +15,13 @@ import numpy as np
 from adapters import describe_options
 from anymal.command_line import parse_args
 from anymal.config import Config
-from anymal.cost import checkpointing_mode
 from anymal.engine import BUCKET
 from anymal.errors import UserError
 from launch.build import run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
 GB, TERA = 1e9, 1e12
-MODES = {"none": False, "full": True}
+MODES = ("none", "selective", "full")
 """What ``model.llm.checkpointing`` can be."""
 ROUNDS = 4  # of rehearsals in search of the largest micro-batch
 
@@ -170,11 +169,11 @@ def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: Estimate
 def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of what each mode of checkpointing takes, and what fits on the card with it."""
     room = (config.gpu_gb - config.reserve_gb) * GB
-    chosen = checkpointing_mode(config.model.llm.checkpointing)
+    chosen = config.model.llm.checkpointing
     lines = [f"Largest micro-batch on {config.gpu_gb:g} GB, of which {config.reserve_gb:g} GB are kept free"]
     lines += [f"  {'model.llm.checkpointing':<34} {'GB now':>9} {'samples':>9} {'tokens':>9}"]
-    for mode, setting in MODES.items():
-        tried = rehearsal.with_checkpointing(setting)
+    for mode in MODES:
+        tried = rehearsal.with_checkpointing(mode)
         now = predict(tried, work, samples, world=config.world).total
         most = largest_batch(tried, work, room, world=config.world)
         name = f"{mode} (the recipe's)" if mode == chosen else mode

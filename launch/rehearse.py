@@ -163,9 +163,9 @@ class Rehearsal:
             parts["projectors"] += cost.projector[kind]
         return parts, llm.recomputed_flops(tokens, squares)
 
-    def with_checkpointing(self, setting: bool | str) -> "Rehearsal":
+    def with_checkpointing(self, mode: str) -> "Rehearsal":
         """The same with another ``model.llm.checkpointing``."""
-        llm = replace(self.config.model.llm, checkpointing=setting)
+        llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
         return Rehearsal(config, gpu=self.gpu, llm_config=self._llm_config)
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_encoders
 from anymal.config import LLMConfig, LoraConfig, ProjectorConfig
-from anymal.cost import Cost, checkpointing_mode, forward_flops, llm_cost
+from anymal.cost import Cost, forward_flops, llm_cost
 from anymal.llm import add_lora, load_llm
 from anymal.packing import pack
 from anymal.prompt import IGNORED
@@ -33,15 +33,15 @@ def _counted(llm, tokens: int, answers: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("checkpointing", "tokens", "answers"), [(False, 40, 7), (True, 40, 7), (False, 9, 9)])
+@pytest.mark.parametrize(("checkpointing", "tokens", "answers"), [("none", 40, 7), ("full", 40, 7), ("none", 9, 9)])
 def test_the_llms_flops_are_those_that_torch_counts(tiny_llm, checkpointing, tokens, answers):
     llm = _llm(tiny_llm, checkpointing=checkpointing)
     cost = llm_cost(llm, checkpointing)
     whole = 2 * tokens**2  # torch counts the pairs that the causal mask hides, too
     ours = cost.model_flops(tokens, answers, whole) + cost.recomputed_flops(tokens, whole)
     norms = sum(p.numel() for name, p in llm.model.named_parameters() if "norm" in name)
-    ours -= norms * tokens * (6 if checkpointing else 4)  # no matrix products, yet parameters
-    if checkpointing:  # recomputing a layer stops before its last product, whose output nothing needs
+    ours -= norms * tokens * (6 if checkpointing == "full" else 4)  # no matrix products, yet parameters
+    if checkpointing == "full":  # recomputing a layer stops before its last product, whose output nothing needs
         ours -= 2 * tokens * sum(p.numel() for name, p in llm.named_parameters() if "down_proj" in name)
     assert ours == _counted(llm, tokens, answers)
 
@@ -58,10 +58,6 @@ def test_lora_costs_six_flops_a_parameter_and_token(tiny_llm):
 def test_parameters_are_counted_alike_at_any_precision(tmp_path, bits):
     folder = make_llm(tmp_path / "llm", width=128)
     assert llm_cost(_llm(folder, bits)) == llm_cost(_llm(folder))
-
-
-def test_settings_of_checkpointing():
-    assert [checkpointing_mode(s) for s in (False, True, "selective")] == ["none", "full", "selective"]
 
 
 def _tokens(key: str, length: int, answers: int, runs: list, media: list) -> Tokens:

@@ -64,7 +64,7 @@ def _measured(config: Config, batch) -> int:
     return held + most + sum(tensor.nbytes for tensor in batch.media.values())
 
 
-@pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=true"]])
+@pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"]])
 def test_the_estimate_is_what_is_allocated(folders, overrides):
     config = _config(folders, *overrides)
     rehearsal = Rehearsal(config, gpu=False)
@@ -74,7 +74,7 @@ def test_the_estimate_is_what_is_allocated(folders, overrides):
     assert estimated == pytest.approx(_measured(config, rehearsal.batch(WORK, 6, real=True)), rel=0.03)
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=true", "train=[projectors,lora]"]])
+@pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=full", "train=[projectors,lora]"]])
 def test_two_depths_tell_of_a_third(folders, monkeypatch, overrides):
     config = _config(folders, *overrides)
     drawn_out = predict(Rehearsal(config, gpu=True), WORK, 4, world=1)
@@ -89,7 +89,7 @@ def test_recomputing_and_zero_take_less(folders):
         return predict(Rehearsal(_config(folders, *more, zero=zero), gpu=True), WORK, 8, world=world).total
 
     kept = total(1)
-    assert total(1, "model.llm.checkpointing=true") < 0.8 * kept
+    assert total(1, "model.llm.checkpointing=full") < 0.8 * kept
     assert total(8, zero=1) < total(1, zero=1)
 
 
