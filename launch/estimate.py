@@ -23,7 +23,7 @@ from launch.rehearse import Held, Rehearsal, Workload
 GB, TERA = 1e9, 1e12
 MODES = ("none", "selective", "full")
 """What ``model.llm.checkpointing`` can be."""
-ROUNDS = 4  # of rehearsals in search of the largest micro-batch
+ROUNDS = 6  # of rehearsals in search of the largest micro-batch
 
 
 @dataclass(kw_only=True)
@@ -123,7 +123,7 @@ def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: i
     points = [2 * step, 4 * step, 8 * step]  # from two on, a row is packed
     for _ in range(ROUNDS):
         curve = np.polyfit(points, [rehearse(n) for n in points], 2)
-        guess = _last_below(curve, room)
+        guess = min(_last_below(curve, room), 8 * max(found))  # few samples say little about very many
         if guess in found or guess < 1:
             break
         rehearse(guess)
@@ -152,7 +152,9 @@ def main() -> None:
         raise UserError(f"sample_tokens is {config.sample_tokens}, but answer_tokens {config.answer_tokens}")
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
     rehearsal = Rehearsal(config, gpu=config.gpu)
-    samples = config.data.batch_size
+    samples = max(1, config.data.row_tokens // config.sample_tokens)
+    if not config.data.row_tokens:
+        samples = config.data.batch_size
     print("\n".join(_memory(rehearsal, work, samples, config)))
     print("\n".join(_checkpointing(rehearsal, work, samples, config)))
     print("\n".join(_arithmetic(rehearsal, work, samples, config)))
