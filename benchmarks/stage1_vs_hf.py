@@ -28,6 +28,7 @@ transformers 5.23); and TRL 1.16 takes media through a processor of transformers
 one's own do not have.
 """
 
+import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
 import copy
 import statistics
 import sys
