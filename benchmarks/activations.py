@@ -9,6 +9,7 @@ turn in every round, median of the ratios to `none`. Where the bytes come from i
 GPU only: bfloat16 is many times slower on CPUs. The goal is the issue's: selective and full change no gradient.
 """
 
+import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
 import statistics
 import sys
 import time
