@@ -214,6 +214,7 @@ def test_a_tar_cut_anywhere_gives_whole_samples_or_named_bad_ones(tmp_path):
         (gzip.compress(b"x" * 5000), "is compressed"),
         (bytes(10240), "holds no sample"),
     ],
+    ids=["empty", "text", "byte", "gzip", "zeros"],  # the bytes of a gzip hold the time
 )
 def test_files_that_are_no_tars(tmp_path, data, says):
     path = tmp_path / "a.tar"
