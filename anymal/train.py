@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from anymal.ahead import Ahead
 from anymal.config import Config
 from anymal.cost import Cost
 from anymal.engine import gather, learning_rate, set_learning_rate, sum_over_ranks
@@ -52,7 +53,10 @@ def train(
     model: AnyMAL = engine.module
     stop = _StopSignal()
     meter = Meter(cost, peak_tflops=config.run.peak_tflops)
+    ahead = Ahead(model)
     following = _fetch(batches, config, meter) if start < config.optim.steps else []
+    if following:
+        ahead.start(following[0])
     done = start
     for step in range(start, config.optim.steps):
         _seed(config.run.seed, step, rank)
@@ -61,14 +65,18 @@ def train(
         answers = sum_over_ranks(torch.tensor(answers, device=model.device)).item()
         rate = learning_rate(step, config)
         set_learning_rate(engine, rate)
-        for number, batch in enumerate(micro_batches, 1):
-            batch = batch.to(model.device)
-            total, per_group = engine(batch, model.encode(batch.media))
+        for number in range(1, len(micro_batches) + 1):
+            batch, features = ahead.take()
+            total, per_group = engine(batch, features)
             _require_finite(total, batch, step)
             # DeepSpeed averages gradients over ranks; times the world size, that is the sum we want.
             engine.backward(total * (engine.world_size / answers), scale_wrt_gas=False)
-            if number == len(micro_batches) and step + 1 < config.optim.steps:
-                following = _fetch(batches, config, meter)  # while a GPU is busy with the backward pass
+            # A GPU is busy with the backward pass from here to engine.step, which waits for it.
+            if number < len(micro_batches):
+                ahead.start(micro_batches[number])
+            elif step + 1 < config.optim.steps:
+                following = _fetch(batches, config, meter)
+                ahead.start(following[0])
             engine.step()
             meter.add(batch, per_group)
         done = step + 1

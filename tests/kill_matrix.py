@@ -93,6 +93,7 @@ def _rank(rank: int, world: int, port: int, given: list[str], log: Path) -> None
     os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # makes this process a pool of its own before several threads at once want one
     anymal.train.Meter = Witness
     code = 1
     with contextlib.suppress(SystemExit):
@@ -151,7 +152,7 @@ def one_cell(folder: Path, workers: int, ranks: int, packed: bool, kills: int, r
     whole, at = trained(folder, reference), []
     while len(at) < kills:
         before = Run(folder, killed, ranks, arguments(folder, killed, workers, packed))
-        goal = min(before.steps() + rng.randint(0, 5), STEPS - 1)
+        goal = min(before.steps() + rng.randint(0, 6), STEPS - 1)
         while before.running() and before.steps() < goal:
             time.sleep(0.003)
         time.sleep(rng.random() * 0.1)

@@ -26,7 +26,7 @@ FLOORS = [
     ["command_line", "modality", "activations", "features"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["stream", "model", "weightless"],
-    ["engine", "checkpoint", "tracking", "generate"],
+    ["engine", "checkpoint", "tracking", "generate", "ahead"],
     ["train", "evaluate"],
 ]
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from anymal.ahead import Ahead
 from anymal.config import LoraConfig
 from anymal.errors import UserError
 from anymal.llm import add_lora
 from anymal.model import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
 from anymal.packing import pack
 from toys import medium, sample, text, toy_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 SAMPLES = [
     sample(medium("eye", 1), text("what is this?"), answer="a dog", key="a"),
@@ -71,6 +74,25 @@ def test_packed_samples_do_not_see_one_another(tiny_llm, attention):
     together, _ = model.logits(batch, model.encode(batch.media))
     alone = [model.logits(pack([t]), model.encode(pack([t]).media))[0] for t in tokens]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_what_is_encoded_ahead_is_what_would_be_encoded(tiny_llm, device):
+    model, prompt = toy_model(tiny_llm, device=device, eye=3, ear=2)
+    tokens = [prompt.sample(s) for s in SAMPLES]
+    batches = [pack(tokens[n:] + tokens[:n]) for n in range(4)]
+    ahead = Ahead(model)
+    ahead.start(batches[0])
+    for number, batch in enumerate(batches):
+        moved, features = ahead.take()
+        if number < 3:
+            ahead.start(batches[number + 1])
+        total = model(moved, features)[0]
+        expected = batch.to(model.device)
+        torch.testing.assert_close(moved.ids, expected.ids)
+        for name, value in model.encode(expected.media).items():
+            assert torch.equal(features[name], value)
+        assert torch.equal(total, model(expected, model.encode(expected.media))[0])
 
 
 def test_loss_is_plain_cross_entropy_over_the_answers(toy):

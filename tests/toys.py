@@ -37,8 +37,8 @@ class ToyEncoder(nn.Module):
         self.one = nn.Parameter(torch.ones(1))
 
     def forward(self, media: Tensor) -> Tensor:
-        features = torch.zeros(len(media), self.tokens, self.width)
-        features[:, :, 0] = (media[:, :1] + 0.01 * torch.arange(self.tokens)) * self.one
+        features = torch.zeros(len(media), self.tokens, self.width, device=media.device)
+        features[:, :, 0] = (media[:, :1] + 0.01 * torch.arange(self.tokens, device=media.device)) * self.one
         features[:, :, 1] = 1
         return features
 
@@ -64,9 +64,11 @@ def toy_adapters(llm_width: int, **tokens: int) -> dict[str, Adapter]:
     return found
 
 
-def toy_model(folder: Path, *, bits: int = 32, attention: str = "sdpa", **tokens: int) -> tuple[AnyMAL, Prompt]:
+def toy_model(
+    folder: Path, *, bits: int = 32, attention: str = "sdpa", device: str = "cpu", **tokens: int
+) -> tuple[AnyMAL, Prompt]:
     """A model with toy adapters on the tiny LLM, and its prompt."""
-    llm, tokenizer = load_llm(LLMConfig(name=str(folder), bits=bits, attention=attention), torch.device("cpu"))
+    llm, tokenizer = load_llm(LLMConfig(name=str(folder), bits=bits, attention=attention), torch.device(device))
     adapters = toy_adapters(llm.config.hidden_size, **tokens)
     prompt = Prompt(
         tokenizer=tokenizer,

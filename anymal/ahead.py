@@ -1,0 +1,65 @@
+"""The next micro-batch, on its way to the device and through the frozen encoders while the LLM is busy with this one.
+
+Between packing and the model. On a GPU both happen on a stream of their own, so that the encoders of micro-batch n+1
+run beside the LLM's backward pass of micro-batch n; on a CPU they simply happen.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymal.model import AnyMAL
+from anymal.sample import Batch
+
+Encoded = tuple[Batch, dict[str, Tensor]]
+
+
+class Ahead:
+    """Takes one micro-batch at a time, and hands it back on the device with its features.
+
+    Args:
+        model: Its device and its frozen encoders are used.
+    """
+
+    def __init__(self, model: AnyMAL):
+        self.model = model
+        self._side = None
+        if model.device.type == "cuda":
+            self._side = torch.cuda.Stream(model.device)
+            self._side.wait_stream(torch.cuda.current_stream(model.device))  # the weights are there from now on
+        self._ready: Encoded | None = None
+
+    def start(self, batch: Batch) -> None:
+        """Queue copies and encoders of a micro-batch; return at once."""
+        with torch.cuda.stream(self._side):  # for None it does nothing
+            moved = batch.to(self.model.device)
+            self._ready = moved, self.model.encode(moved.media)
+
+    def take(self) -> Encoded:
+        """What was started, for use on the current stream."""
+        moved, features = self._ready
+        self._ready = None
+        if self._side is not None:
+            current = torch.cuda.current_stream(self.model.device)
+            current.wait_stream(self._side)
+            for tensor in _tensors((moved, features)):
+                tensor.record_stream(current)  # else its memory could be given away while the LLM still reads it
+        return moved, features
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dataclasses, dicts and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
