@@ -46,6 +46,8 @@ class EstimateConfig(Config):
     """Modalities of the media in each sample, such as [image,image]; by default one of the recipe's, in turn."""
     tflops: float = 0.0
     """Model TFLOP/s of one GPU, measured (`tflops` of a run's throughput.json, over its GPUs) or hoped for."""
+    read_mb_per_s: float = 500.0
+    """What is read from storage, in 10^6 bytes a second: says whether cached features (launch/encode.py) pay."""
     price_per_hour: float = 0.0
     """Of one GPU, in any currency."""
 
@@ -145,6 +147,26 @@ def _last_below(curve: np.ndarray, room: float) -> int:
     return below
 
 
+def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+    """The table of what features cost to make each time, and to read once they were written by launch/encode.py."""
+    rate = config.tflops or config.run.peak_tflops
+    if not rate or not rehearsal.adapters:
+        return []
+    needed, _ = rehearsal.flops(work, samples)
+    saved = needed["encoders"] / needed.total()
+    lines = [f"Cached features (bf16), for one medium at {rate:g} TFLOP/s and {config.read_mb_per_s:g} MB/s"]
+    lines += [f"  {'':<34} {'kB':>9} {'read, ms':>9} {'encode, ms':>11}"]
+    pays = []
+    for kind, adapter in rehearsal.adapters.items():
+        size = 2 * adapter.encoder.tokens * adapter.encoder.width
+        read = size / config.read_mb_per_s / 1e3
+        encode = (rehearsal.cost.media_flops(kind, adapter.encoder.shape) - rehearsal.cost.projector[kind]) / rate / 1e9
+        lines.append(f"  {kind:<34} {size / 1e3:>9,.0f} {read:>9.3f} {encode:>11.3f}")
+        pays += [kind] if read < encode else []
+    verdict = f"they pay for {', '.join(pays)}" if pays else "they do not pay: reading takes longer than encoding"
+    return [*lines, f"  Without encoders a step needs {saved:.0%} fewer FLOPs; {verdict}.", ""]
+
+
 def main() -> None:
     """Read the command line, rehearse and print."""
     config = parse_args(EstimateConfig, __doc__, more_help=describe_options())
@@ -158,6 +180,7 @@ def main() -> None:
     print("\n".join(_memory(rehearsal, work, samples, config)))
     print("\n".join(_checkpointing(rehearsal, work, samples, config)))
     print("\n".join(_arithmetic(rehearsal, work, samples, config)))
+    print("\n".join(_cache(rehearsal, work, samples, config)))
 
 
 def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
@@ -208,7 +231,7 @@ def _arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: Esti
         cost = f"{hours * config.world * config.price_per_hour:>12,.2f}" if config.price_per_hour else f"{'-':>12}"
         rate = tokens * micro / seconds
         lines.append(f"  {name:<34} {seconds:>9.3f} {rate:>12,.0f} {hours:>12,.1f} {cost}")
-    return lines
+    return [*lines, ""]
 
 
 if __name__ == "__main__":
