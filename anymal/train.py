@@ -12,10 +12,11 @@ from anymal.config import Config
 from anymal.cost import Cost
 from anymal.engine import gather, learning_rate, set_learning_rate, sum_over_ranks
 from anymal.errors import UserError
+from anymal.meter import Meter
 from anymal.model import AnyMAL
 from anymal.sample import Batch
 from anymal.stream import merge_bookmarks
-from anymal.tracking import Meter, Tracker
+from anymal.tracking import Tracker
 
 STOPPED = "stopped by a signal; start the same command again to go on"
 

@@ -28,7 +28,8 @@ from anymal.config import Config
 from anymal.errors import BadSample, UserError
 from anymal.model import place_encoder, run_encoder
 from anymal.parse import modality_of, parse
-from anymal.stream import each, reason_of, tars
+from anymal.stream import tars
+from anymal.workers import each, reason_of
 from launch.build import device, run_program, suffixes
 
 NOT_FINITE = "the encoder's features hold NaN or infinite values"

@@ -37,7 +37,7 @@ import anymal.train
 import launch.stage
 from anymal.config import Config, load
 from anymal.engine import gather
-from anymal.tracking import Meter
+from anymal.meter import Meter
 from conftest import make_llm
 from small_runs import make_encoders, metrics, settings, write_pairs
 

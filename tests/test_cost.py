@@ -11,10 +11,10 @@ import tiny_encoders
 from anymal.config import LLMConfig, LoraConfig, ProjectorConfig
 from anymal.cost import Cost, forward_flops, llm_cost
 from anymal.llm import add_lora, load_llm
+from anymal.meter import Meter
 from anymal.packing import pack
 from anymal.prompt import IGNORED
 from anymal.sample import Tokens
-from anymal.tracking import Meter
 from conftest import make_llm
 from toys import toy_model
 

@@ -25,8 +25,9 @@ FLOORS = [
     ["config", "metrics"],
     ["command_line", "modality", "activations", "features"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
+    ["workers"],
     ["stream", "model", "weightless"],
-    ["engine", "checkpoint", "tracking", "generate", "ahead"],
+    ["engine", "checkpoint", "tracking", "generate", "ahead", "meter"],
     ["train", "evaluate"],
 ]
 

@@ -24,7 +24,8 @@ from PIL import Image
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
 from anymal.sample import Batch, Sample, Tokens
-from anymal.stream import Stream, _pack, _unpack, merge_bookmarks, samples_once
+from anymal.stream import Stream, merge_bookmarks, samples_once
+from anymal.workers import _pack, _unpack
 
 SUFFIXES = {"jpg": "image", "npy": "array"}
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from anymal.config import RunConfig
+from anymal.meter import Meter
 from anymal.sample import Batch
-from anymal.tracking import Meter, Tracker
+from anymal.tracking import Tracker
 
 
 def _batch(tokens: int, groups: list[str]) -> Batch:
@@ -62,7 +63,7 @@ def test_meter_adds_up_per_group():
 _RANK = """
 import sys
 import torch, torch.distributed as dist
-from anymal.tracking import Meter
+from anymal.meter import Meter
 from tests_batch import batch
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -1,0 +1,162 @@
+"""What a run measures of itself, step by step: loss by group, tokens and FLOPs per second, waiting, memory.
+
+model ──per-group loss──▶ Meter ──figures──▶ tracking.py
+"""
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from anymal.cost import Cost
+from anymal.sample import Batch
+
+GB, TERA = 1e9, 1e12
+SUMS = ("tokens", "padding", "flops", "recomputed", "waited")
+"""What is added up over ranks."""
+
+
+class Meter:
+    """Adds up what the micro-batches report until the next line of figures.
+
+    Adding never waits for the GPU: the losses stay where they are until `figures` reads them.
+
+    Args:
+        cost: Counts a micro-batch's FLOPs; without it there are no figures about them.
+        peak_tflops: What one device can do at best, in 10^12 FLOP/s; 0 if it is not known.
+    """
+
+    def __init__(self, cost: Cost | None = None, *, peak_tflops: float = 0.0) -> None:
+        self._cost, self._peak = cost, peak_tflops * TERA
+        self._whole: Counter[str] = Counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._per_group: dict[str, Tensor] = {}
+        self._tokens = self._padding = 0
+        self._datasets: Counter[str] = Counter()
+        self._flops: Tensor | float = 0.0
+        self._recomputed: Tensor | float = 0.0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, batch: Batch, per_group: Tensor, *, padding: int = 0) -> None:
+        """Count one micro-batch.
+
+        Args:
+            batch: What the model saw, T tokens of it.
+            per_group: [G, 2] from `anymal.loss.sums_per_group`: for each of ``batch.groups``, the summed loss (nats)
+                and the number of answer tokens.
+            padding: How many of the T tokens are padding.
+        """
+        for name, pair in zip(batch.groups, per_group.detach().double(), strict=True):
+            self._per_group[name] = self._per_group.get(name, 0) + pair
+        self._tokens += batch.ids.shape[-1]
+        self._padding += padding
+        self._datasets.update(batch.datasets)
+        if self._cost is not None:
+            needed, recomputed = self._cost.count(batch)
+            self._flops, self._recomputed = self._flops + needed, self._recomputed + recomputed
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time spent inside counts as waiting for data."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
+
+    def figures(self, **also: float) -> dict[str, float]:
+        """The figures of all ranks since the last call, and start over. With several processes all must call it.
+
+        Args:
+            also: What the caller knows and wants beside them, such as ``lr`` and ``grad_norm``.
+
+        Returns:
+            ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out),
+            ``share/DATASET`` of the samples where there are several datasets, ``tokens_per_s``
+            (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
+            of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
+            together, as `anymal.cost` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
+            ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its process
+            without loader workers), and `also`.
+        """
+        ours = {
+            "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
+            "tokens": self._tokens,
+            "padding": self._padding,
+            "flops": float(self._flops),
+            "recomputed": float(self._recomputed),
+            "waited": self._waited,
+            "datasets": self._datasets,
+            "memory": _peak_memory(),
+        }
+        ranks = _gather(ours)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        self._reset()
+
+        groups: dict[str, tuple[float, float]] = {}
+        for rank in ranks:
+            for name, (loss, answers) in rank["groups"].items():
+                loss_before, answers_before = groups.get(name, (0.0, 0.0))
+                groups[name] = (loss_before + loss, answers_before + answers)
+        answers = sum(count for _, count in groups.values())
+        figures = {"loss": sum(loss for loss, _ in groups.values()) / answers} if answers else {}
+        figures |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(groups.items()) if count}
+        datasets = sum((rank["datasets"] for rank in ranks), Counter())
+        if len(datasets) > 1:
+            figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
+        sums = Counter({name: sum(rank[name] for rank in ranks) for name in SUMS})
+        sums.update(answers=answers, seconds=seconds, rank_seconds=seconds * len(ranks))
+        self._whole.update(sums)
+        return figures | self._rates(sums) | {"memory_gb": max(rank["memory"] for rank in ranks) / GB, **also}
+
+    def summary(self) -> dict[str, float]:
+        """The same figures over all that `figures` has reported since the start of this process, and the sums."""
+        whole = self._whole
+        if not whole:
+            return {}
+        sums = {name: whole[name] for name in ("seconds", "tokens", "answers")}
+        if self._cost is not None:
+            sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
+        return self._rates(whole) | sums
+
+    def _rates(self, sums: Counter) -> dict[str, float]:
+        seconds, tokens = sums["seconds"], sums["tokens"]
+        rates = {
+            "tokens_per_s": tokens / seconds,
+            "answer_tokens_per_s": sums["answers"] / seconds,
+            "padding_share": sums["padding"] / max(tokens, 1),
+            "wait_share": sums["waited"] / sums["rank_seconds"],
+        }
+        if self._cost is None:
+            return rates
+        rates["tflops"] = sums["flops"] / seconds / TERA
+        if self._peak:
+            rates["utilisation"] = sums["flops"] / sums["rank_seconds"] / self._peak
+        return rates
+
+
+def _gather(ours: dict) -> list[dict]:
+    """`ours` of every rank. Ranks may have seen different groups, so it is not a sum of tensors."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [ours]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, ours)
+    return everyones
+
+
+def _peak_memory() -> int:
+    """Bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
