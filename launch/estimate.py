@@ -148,23 +148,26 @@ def _last_below(curve: np.ndarray, room: float) -> int:
 
 
 def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
-    """The table of what features cost to make each time, and to read once they were written by launch/encode.py."""
+    """The table of what one medium's features cost to make, and to read once they were written by launch/encode.py."""
     rate = config.tflops or config.run.peak_tflops
     if not rate or not rehearsal.adapters:
         return []
     needed, _ = rehearsal.flops(work, samples)
     saved = needed["encoders"] / needed.total()
-    lines = [f"Cached features (bf16), for one medium at {rate:g} TFLOP/s and {config.read_mb_per_s:g} MB/s"]
-    lines += [f"  {'':<34} {'kB':>9} {'read, ms':>9} {'encode, ms':>11}"]
+    token = (needed.total() - needed["encoders"]) / (samples * work.tokens)
+    lines = [f"Encoding one medium at {rate:g} TFLOP/s; reading its features (bf16) at {config.read_mb_per_s:g} MB/s"]
+    lines += [f"  {'':<34} {'as tokens':>9} {'encode, ms':>11} {'read, ms':>9} {'kB':>9}"]
     pays = []
     for kind, adapter in rehearsal.adapters.items():
         size = 2 * adapter.encoder.tokens * adapter.encoder.width
         read = size / config.read_mb_per_s / 1e3
-        encode = (rehearsal.cost.media_flops(kind, adapter.encoder.shape) - rehearsal.cost.projector[kind]) / rate / 1e9
-        lines.append(f"  {kind:<34} {size / 1e3:>9,.0f} {read:>9.3f} {encode:>11.3f}")
+        flops = rehearsal.cost.media_flops(kind, adapter.encoder.shape) - rehearsal.cost.projector[kind]
+        encode = flops / rate / 1e9
+        lines.append(f"  {kind:<34} {flops / token:>9,.1f} {encode:>11.3f} {read:>9.3f} {size / 1e3:>9,.0f}")
         pays += [kind] if read < encode else []
-    verdict = f"they pay for {', '.join(pays)}" if pays else "they do not pay: reading takes longer than encoding"
-    return [*lines, f"  Without encoders a step needs {saved:.0%} fewer FLOPs; {verdict}.", ""]
+    verdict = f"caching pays for {', '.join(pays)}" if pays else "caching does not pay: reading takes longer"
+    lines.append(f"  Without encoders a step needs {saved:.0%} fewer FLOPs; {verdict}.")
+    return [*lines, "  The tokens are what data.encoder_cost takes.", ""]
 
 
 def main() -> None:

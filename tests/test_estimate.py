@@ -111,6 +111,7 @@ def test_the_program_needs_no_weights(folders, tmp_path):
 
     save(config, recipe)
     done = python("launch/estimate.py", str(recipe), "sample_tokens=48", "answer_tokens=12", "run.peak_tflops=100")
-    for said in ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100"):
+    tables = ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100", "caching")
+    for said in tables:
         assert said in done.stdout
     assert "Failed" not in done.stderr and "Traceback" not in done.stderr
