@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -144,14 +145,17 @@ def load(reader: Reader | _Each, tickets: Iterable[Ticket], data: DataConfig) ->
         generator=torch.Generator(),  # its own: else starting a loader would draw from torch's global generator
         **options,
     )
+    others = set(multiprocessing.active_children())
     chunks = iter(loader)
+    mine = set(multiprocessing.active_children()) - others
+    _started.update(mine)
     while True:
         try:
             chunk = next(chunks, None)
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
-            _kill_workers()
+            _kill(mine)
             if "timed out" in str(error):
                 why = f"nothing came within data.timeout = {data.timeout:g} s: a decoder hangs, or the storage is slow"
             else:
@@ -165,9 +169,12 @@ def load(reader: Reader | _Each, tickets: Iterable[Ticket], data: DataConfig) ->
             yield ticket, result
 
 
-def _kill_workers() -> None:
-    """End the workers, the one that hangs included: it does not hear of being terminated, and would outlive us."""
-    for worker in multiprocessing.active_children():
+_started: WeakSet[multiprocessing.Process] = WeakSet()  # every loader's workers; other children are not ours to end
+
+
+def _kill(workers: Iterable[multiprocessing.Process]) -> None:
+    """End workers, one that hangs included: it does not hear of being terminated, and would outlive us."""
+    for worker in set(workers) & set(multiprocessing.active_children()):
         with suppress(RuntimeError):  # torch's SIGCHLD handler raises over each, in whatever code it then interrupts
             worker.kill()
             worker.join()
@@ -175,7 +182,7 @@ def _kill_workers() -> None:
 
 # At exit, multiprocessing asks workers to terminate and waits for them. If an exception still holds their loader they
 # were not told to stop, they do not hear of being terminated, and the process would wait for ever.
-atexit.register(_kill_workers)
+atexit.register(_kill, _started)
 
 
 def _same(value: Any) -> Any:
