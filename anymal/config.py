@@ -9,7 +9,7 @@ OmegaConf merges and checks them against the dataclasses below; unknown keys are
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,10 @@ class DatasetConfig:
     epochs: float = 0.0
     """In place of ratio: its share is this times its number of samples, so that datasets with 1 and 2 are through at
     the same time, the second for the second time. All datasets have it, or none."""
+
+    def __post_init__(self):
+        _require(self.epochs >= 0, f"a dataset's epochs is {self.epochs}; it cannot be negative")
+        _require(not self.epochs or self.ratio == 1.0, "a dataset takes a ratio or epochs, not both")
 
 
 @dataclass(kw_only=True)
@@ -299,6 +303,16 @@ class Config:
     """DeepSpeed."""
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run lives and how it is followed."""
+
+    def __post_init__(self):
+        self.require_modalities("data.encoder_cost", self.data.encoder_cost)
+
+    def require_modalities(self, setting: str, names: Iterable[str]) -> None:
+        """Refuse a setting that speaks of a modality that the model does not have, and name the nearest."""
+        for name in names:
+            near = difflib.get_close_matches(name, self.model.modalities, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(self.model.modalities) or 'none'}"
+            _require(name in self.model.modalities, f"{setting}: the model has no modality {name!r}; {hint}")
 
 
 def load(

@@ -51,6 +51,15 @@ class EstimateConfig(Config):
     price_per_hour: float = 0.0
     """Of one GPU, in any currency."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_modalities("media", self.media)
+        for name in ("gpu_gb", "world", "sample_tokens", "answer_tokens", "read_mb_per_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.sample_tokens < self.answer_tokens:
+            raise UserError(f"sample_tokens is {self.sample_tokens}, but answer_tokens {self.answer_tokens}")
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -173,8 +182,6 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 def main() -> None:
     """Read the command line, rehearse and print."""
     config = parse_args(EstimateConfig, __doc__, more_help=describe_options())
-    if config.sample_tokens < config.answer_tokens:
-        raise UserError(f"sample_tokens is {config.sample_tokens}, but answer_tokens {config.answer_tokens}")
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
     rehearsal = Rehearsal(config, gpu=config.gpu)
     samples = max(1, config.data.row_tokens // config.sample_tokens)

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from anymal.config import Config, load
+from anymal.errors import UserError
 from anymal.model import select_trainable
 from anymal.weightless import int8_bytes, nf4_bytes, stored_bytes
 from conftest import make_llm
 from launch.build import build
-from launch.estimate import largest_batch, predict
+from launch.estimate import EstimateConfig, largest_batch, predict
 from launch.rehearse import Rehearsal, Workload
 from small_runs import make_encoders, python
 
@@ -102,6 +103,20 @@ def test_the_largest_batch_fits_and_one_more_does_not(folders):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("media=[imgae]", r"media: the model has no modality 'imgae'; did you mean image\?"),
+        ("world=0", "world is 0; it must be positive"),
+        ("sample_tokens=8", "sample_tokens is 8, but answer_tokens 40"),
+    ],
+)
+def test_what_cannot_be_estimated_is_named(setting, said):
+    given = ["model.llm.name=x", "model.modalities.image.encoder=x", setting]
+    with pytest.raises(UserError, match=said):
+        load(EstimateConfig, None, given)
+
+
 def test_the_program_needs_no_weights(folders, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folders, bare, ignore=shutil.ignore_patterns("*.safetensors"))
