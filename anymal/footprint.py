@@ -129,7 +129,7 @@ def as_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[N
         if not packed:  # transformers looks at the positions' values
             stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
         # Whether the chunked loss fits the architecture is found out with real weights.
-        stack.enter_context(mock.patch("anymal.loss._agrees", lambda *_: True, create=True))
+        stack.enter_context(mock.patch("anymal.loss._agrees", lambda *_: True))
         stack.enter_context(fake)
         yield
 

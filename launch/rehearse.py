@@ -102,7 +102,7 @@ class Rehearsal:
         return shallow[low] + (shallow[high] - shallow[low]) * (self.layers - low) / (high - low)
 
     def held(self) -> Held:
-        """Bytes that are there before a step begins; the optimizer's are `trained_bytes`."""
+        """What is there before a step begins."""
 
         def over(measure: Any) -> int:
             return round(self._deep({depth: measure(model) for depth, model in self._models.items()}))
