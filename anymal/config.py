@@ -65,8 +65,9 @@ class LLMConfig:
     """Hub name or local folder of any causal LM of transformers."""
     bits: int = 4
     """4 (nf4, double quantisation), 8, 16 (bfloat16) or 32 (float32)."""
-    attention: str = "sdpa"
-    """transformers' attention implementation: eager, sdpa, flash_attention_2, flex_attention."""
+    attention: str = "packed"
+    """packed (each sample of a row by itself; where the LLM's architecture does not let it, sdpa), or one of
+    transformers' implementations: eager, sdpa, flash_attention_2, flex_attention."""
     checkpointing: str = "none"
     """What the backward pass recomputes: none, selective (elementwise results) or full (each decoder layer)."""
     license: str = ""

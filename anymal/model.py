@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymal import attention
 from anymal.errors import UserError
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
@@ -100,7 +101,7 @@ class AnyMAL(nn.Module):
         return row, absent
 
     def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:
-        # Positions restart with every sample: that is what isolates samples.
+        more |= attention.arguments(self.llm, batch.lengths)
         return reader(inputs_embeds=row, position_ids=batch.positions, use_cache=False, **more)
 
     def logits(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
     Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
 
-Samples stand end to end in a row of T tokens. Positions begin at zero with every sample; transformers' mask functions
-read the borders off the positions, so that no token attends to another sample.
+Samples stand end to end in a row of T tokens, and `anymal.attention` runs over each by itself. Positions begin at zero
+with every sample; transformers' own attention implementations read the borders off the positions.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Packer:
         self._put(bin, item)
         rows = []
         while bin.used == self.budget or len(bin.missed) > self.data.look_ahead:
-            rows.append(bin.row)
+            rows.append(sorted(bin.row, key=lambda item: len(item.tokens.ids)))  # see anymal.attention
             missed, bin.row, bin.used, bin.missed = bin.missed, [], 0, []
             for waiting in missed:
                 self._put(bin, waiting)
@@ -126,6 +126,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     return Batch(
         ids=long(ids)[None],
         positions=long(positions)[None],
+        lengths=[len(sample.ids) for sample in samples],
         rows=long(rows),
         targets=long(targets),
         group_of_row=long(group_of_row),

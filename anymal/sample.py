@@ -116,7 +116,9 @@ class Batch:
     ids: Tensor
     """[1, T] int64 token ids, zero where a medium stands."""
     positions: Tensor
-    """[1, T] int64, counting from zero again with every sample: this is what keeps samples from seeing one another."""
+    """[1, T] int64, counting from zero again with every sample: what transformers tells samples apart by."""
+    lengths: list[int]
+    """Tokens of each sample, T in all: what `anymal.attention` tells them apart by."""
     rows: Tensor
     """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
     targets: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from anymal import attention
 from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig
 from anymal.errors import UserError
@@ -67,9 +68,11 @@ def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torc
     from transformers import AutoModelForCausalLM
 
     dtype = {16: torch.bfloat16, 32: torch.float32}.get(settings.bits, dtype)
-    attention = settings.attention if settings.attention in ("sdpa", "eager") else "sdpa"  # others save as much as sdpa
+    known = settings.attention in ("packed", "sdpa", "eager")
+    name = settings.attention if known else "sdpa"  # others save as much as sdpa
     with fake:
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.at_loading(name))
+    attention.choose(llm, name)
     if settings.bits in (4, 8):
         quantise_shapes(llm, settings.bits, dtype, fake)
     llm.requires_grad_(False)

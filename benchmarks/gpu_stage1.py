@@ -29,6 +29,7 @@ from torch import nn
 from adapters import MODALITIES
 from adapters.image import ImageDecoder, ImageEncoder
 from adapters.projectors import build_projector
+from anymal import attention
 from anymal.activations import set_checkpointing
 from anymal.config import Config, load
 from anymal.cost import Cost
@@ -143,6 +144,7 @@ def random_llm(folder: Path, device: torch.device) -> nn.Module:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    attention.choose(llm, attention.PACKED)
     head = llm.get_output_embeddings()
     for name, module in list(llm.named_modules()):
         if type(module) is nn.Linear and module is not head:

@@ -24,6 +24,7 @@ GB, TERA = 1e9, 1e12
 MODES = ("none", "selective", "full")
 """What ``model.llm.checkpointing`` can be."""
 ROUNDS = 6  # of rehearsals in search of the largest micro-batch
+MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
 @dataclass(kw_only=True)
@@ -120,8 +121,8 @@ def _optimizer_step(held: Held, config: Config, world: int) -> Counter:
 def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: int) -> int:
     """The most samples in a micro-batch whose peak stays below `room` bytes; 0 if not even one does.
 
-    Each phase's peak grows with the samples and, by attention's masks, with their square: a parabola is laid through
-    three micro-batches, and what it says is rehearsed in its turn until it holds.
+    Each phase's peak grows with the samples and, where attention takes a mask, with their square: a parabola is laid
+    through three micro-batches, and what it says is rehearsed in its turn until it holds.
     """
     found: dict[int, int] = {}
 
@@ -134,7 +135,8 @@ def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: i
     points = [2 * step, 4 * step, 8 * step]  # from two on, a row is packed
     for _ in range(ROUNDS):
         curve = np.polyfit(points, [rehearse(n) for n in points], 2)
-        guess = min(_last_below(curve, room), 8 * max(found))  # few samples say little about very many
+        few = 8 * max(found)  # few samples say little about very many
+        guess = min(_last_below(curve, room), few, MOST_TOKENS // work.tokens)
         if guess in found or guess < 1:
             break
         rehearse(guess)

@@ -125,7 +125,9 @@ def test_the_program_needs_no_weights(folders, tmp_path):
     from anymal.config import save
 
     save(config, recipe)
-    done = python("launch/estimate.py", str(recipe), "sample_tokens=48", "answer_tokens=12", "run.peak_tflops=100")
+    done = python(
+        "launch/estimate.py", str(recipe), "sample_tokens=48", "answer_tokens=12", "run.peak_tflops=100", "gpu_gb=0.5"
+    )
     tables = ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100", "caching")
     for said in tables:
         assert said in done.stdout

@@ -66,7 +66,7 @@ def toy_tokens_with(tokens, value):
     return replace(tokens, media=[value])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["packed", "eager", "sdpa"])
 def test_packed_samples_do_not_see_one_another(tiny_llm, attention):
     model, prompt = toy_model(tiny_llm, attention=attention, eye=3, ear=2)
     tokens = [prompt.sample(s) for s in SAMPLES]

@@ -35,7 +35,7 @@ def rows(packer: Packer, items: list[Item]) -> list[list[int]]:
 def test_samples_that_do_not_fit_begin_the_next_row():
     packer = Packer(DataConfig(row_tokens=10, max_tokens=10, look_ahead=2))
     items = [item(p, n) for p, n in enumerate([6, 5, 3, 5, 1, 4, 4])]
-    assert rows(packer, items) == [[0, 2, 4], [1, 3]]  # 6 + 3 + 1 and 5 + 5: full to the last token
+    assert rows(packer, items) == [[4, 2, 0], [1, 3]]  # 1 + 3 + 6 and 5 + 5: full to the last token
     assert packer.held() == [5, 6]
 
 
@@ -95,7 +95,7 @@ OTHER = sample(medium("eye", 90), text("what is this?"), answer="a dog", key="a"
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["packed", "eager", "sdpa", "flex_attention"])
 def test_another_sample_changes_no_bit_of_a_logit(tiny_llm, attention, bits):
     model, prompt = toy_model(tiny_llm, attention=attention, bits=bits, eye=3, ear=2)
     found = []
@@ -125,7 +125,7 @@ def test_an_llm_that_mixes_packed_samples_is_found_out(name, more, isolates):
     assert isolates_packed_samples(transformers.AutoModelForCausalLM.from_config(config).eval()) == isolates
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["packed", "eager", "sdpa"])
 def test_no_gradient_crosses_from_one_sample_to_another(tiny_llm, attention):
     model, prompt = toy_model(tiny_llm, attention=attention, eye=3, ear=2)
     batch = pack([prompt.sample(s) for s in SEEN])

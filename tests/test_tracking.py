@@ -26,6 +26,7 @@ def _batch(tokens: int, groups: list[str]) -> Batch:
     return Batch(
         ids=row,
         positions=row,
+        lengths=[tokens],
         rows=nothing,
         targets=nothing,
         group_of_row=nothing,

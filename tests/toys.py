@@ -65,7 +65,7 @@ def toy_adapters(llm_width: int, **tokens: int) -> dict[str, Adapter]:
 
 
 def toy_model(
-    folder: Path, *, bits: int = 32, attention: str = "sdpa", device: str = "cpu", **tokens: int
+    folder: Path, *, bits: int = 32, attention: str = "packed", device: str = "cpu", **tokens: int
 ) -> tuple[AnyMAL, Prompt]:
     """A model with toy adapters on the tiny LLM, and its prompt."""
     llm, tokenizer = load_llm(LLMConfig(name=str(folder), bits=bits, attention=attention), torch.device(device))

@@ -1,0 +1,99 @@
+"""Attention over a packed row: each sample by itself, so that no work is done across borders.
+
+    lengths of a row's samples ──anymal.model──▶ every attention layer of transformers ──▶ packed_attention
+
+A mask over a row of T tokens costs T² products, most of them masked: for rows of many short samples more than the rest
+of the layer. Here it is the sum of t² over the samples; there is no mask to keep, and nothing to see one another by.
+Samples of one length that stand side by side (`anymal.packing.Packer` sorts them) go through torch's kernel together.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKED = "packed"
+"""Its name among transformers' attention implementations."""
+
+
+def choose(llm: nn.Module, name: str) -> None:
+    """Give the LLM the attention implementation that ``model.llm.attention`` names.
+
+    "packed" leaves SDPA where an architecture does not hand its attention what it needs for it, or attends in chunks
+    that it does not tell about.
+    """
+    if name != PACKED:
+        return
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)  # for rows that are not packed: generation
+    if llm._supports_attention_backend and not hasattr(llm.config.get_text_config(), "attention_chunk_size"):
+        llm.set_attn_implementation(PACKED)
+
+
+def at_loading(name: str) -> str:
+    """The implementation of transformers' own that an LLM is loaded with before `choose`."""
+    return "sdpa" if name == PACKED else name
+
+
+def arguments(llm: nn.Module, lengths: Sequence[int]) -> dict[str, Any]:
+    """What the LLM's ``forward`` is given beside embeddings and positions, so that its samples are kept apart.
+
+    Args:
+        llm: A causal LM or its decoder.
+        lengths: Tokens of each sample of the row.
+    """
+    if llm.config._attn_implementation != PACKED:
+        return {}
+    # transformers hands a mask of four dimensions on as it is, instead of making one; nobody reads this one.
+    return {"sample_lengths": tuple(lengths), "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sample_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """One layer's causal attention, as transformers calls it.
+
+    Args:
+        module: The layer.
+        query: [1, H, T, d].
+        key: [1, H or fewer, T, d].
+        value: As `key`.
+        attention_mask: Of no meaning beside `sample_lengths`; else as SDPA takes it.
+        sample_lengths: Tokens of each sample; T in all. None: not a packed row.
+        sliding_window: How many tokens back a token sees, itself included, if that is limited.
+        **more: What else SDPA takes: scaling, dropout.
+
+    Returns:
+        [1, T, H, d], and no weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if sample_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    if sum(sample_lengths) != query.shape[2]:
+        raise ValueError(f"samples of {sum(sample_lengths)} tokens in a row of {query.shape[2]}")
+    runs = [(length, len(list(alike))) for length, alike in groupby(sample_lengths)]
+    sizes = [length * count for length, count in runs]
+    # split: its backward pass is one concatenation, where each slice's would fill a whole row with zeros
+    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    found = []
+    for (length, count), part in zip(runs, parts, strict=True):
+        samples = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+            mask = ((back >= 0) & (back < sliding_window))[None, None]
+        found.append(sdpa_attention_forward(module, *samples, mask, **more)[0].flatten(0, 1))
+    return torch.cat(found)[None], None

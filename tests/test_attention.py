@@ -1,0 +1,82 @@
+"""Attention over a packed row: the same as transformers' own, for every architecture that it is used with."""
+
+import pytest
+import torch
+import transformers
+
+from anymal import attention
+from tiny_llms import ARCHITECTURES, SMALL, WIDTH
+
+LENGTHS = [5, 5, 7, 2]
+MORE = {
+    "Mistral": {"sliding_window": 3},
+    "Starcoder2": {"sliding_window": 3},
+    "Qwen3": {},
+    "GPTNeoX": {},
+    "Olmo2": {},
+    "Phi3": {},
+    "SmolLM3": {},
+}
+WITHOUT = ("Gemma2", "OPT")  # one caps its scores, which SDPA cannot; the other tells its attention nothing
+
+
+def make(name: str, implementation: str, **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL | ARCHITECTURES.get(name, {}) | MORE.get(name, {}) | more)
+    llm = getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation=attention.at_loading(implementation)
+    )
+    attention.choose(llm, implementation)
+    return llm.eval().requires_grad_(False)
+
+
+def logits_and_gradient(llm, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    row = torch.randn(1, sum(lengths), WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    more = attention.arguments(llm, lengths)
+    out = llm(inputs_embeds=row, position_ids=positions, use_cache=False, **more).logits[0]
+    (gradient,) = torch.autograd.grad(out.square().mean(), row)
+    return out.detach(), gradient
+
+
+@pytest.mark.parametrize("name", sorted((set(ARCHITECTURES) | set(MORE)) - set(WITHOUT)))
+def test_it_is_what_eager_attention_computes(name):
+    ours = make(name, "packed")
+    assert ours.config._attn_implementation == "packed"
+    for found, expected in zip(
+        logits_and_gradient(ours, LENGTHS), logits_and_gradient(make(name, "eager"), LENGTHS), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "more"), [("StableLm", {}), ("Llama4", {"attention_chunk_size": 8})])
+def test_architectures_that_cannot_have_it_keep_sdpa(name, more):
+    if name == "Llama4":
+        config = transformers.Llama4TextConfig(**SMALL, num_local_experts=1, intermediate_size_mlp=48, **more)
+        llm = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="sdpa")
+        attention.choose(llm, "packed")
+    else:
+        llm = make(name, "packed", **more)
+    assert llm.config._attn_implementation == "sdpa"
+
+
+def test_lengths_that_are_not_the_rows_are_refused():
+    llm = make("Llama", "packed")
+    with pytest.raises(ValueError, match="samples of 18 tokens in a row of 19"):
+        more = attention.arguments(llm, [5, 5, 7, 1])
+        llm(inputs_embeds=torch.randn(1, 19, WIDTH), use_cache=False, **more)
+
+
+def test_work_grows_with_the_samples_not_with_the_row(monkeypatch):
+    """Scores computed: the sum of t² over the samples of a row, in one call for samples of one length side by side."""
+    shapes = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *rest, **more):
+        shapes.append((query.shape[0], query.shape[2], key.shape[2]))
+        return kernel(query, key, *rest, **more)
+
+    llm = make("Llama", "packed")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    logits_and_gradient(llm, LENGTHS)
+    assert shapes == 2 * [(2, 5, 5), (1, 7, 7), (1, 2, 2)]  # two layers
