@@ -17,7 +17,7 @@ from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
 from anymal.config import ModalityConfig, options
 from anymal.errors import UserError
-from anymal.modality import Adapter, Encoder, Modality
+from anymal.modality import Adapter, Encoder, Modality, parts
 
 __all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options", "load_encoder"]
 
@@ -56,7 +56,7 @@ def build_adapters(
     for name, config in modalities.items():
         modality, encoder = _find(name), load_encoder(name, config)
         with new_tensors():
-            projector = build_projector(config.projector, encoder.width, encoder.tokens, llm_width, scale=embedding_std)
+            projector = build_projector(config.projector, parts(encoder), llm_width, scale=embedding_std)
         adapters[name] = Adapter(modality, encoder, projector)
     return adapters
 

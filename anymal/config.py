@@ -30,27 +30,30 @@ class ProjectorConfig:
     """How an encoder's features become embeddings of the LLM."""
 
     kind: str = "mlp"
-    """A name in `adapters.projectors.PROJECTORS`: linear, mlp or resampler."""
+    """A name in `adapters.projectors.PROJECTORS`, such as linear, mlp or resampler."""
     tokens: int = 32
-    """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others."""
+    """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others. 0: as many as the kind
+    makes of the encoder's features by itself."""
     layers: int = 2
     """Layers of an mlp, or blocks of a resampler (AnyMAL: 6 for images, 4 for video)."""
     width: int = 0
     """Inner width of an mlp or resampler; 0 takes the LLM's width for an mlp, the encoder's for a resampler."""
     heads: int = 8
     """Attention heads of a resampler."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this kind alone (listed by --help under its name)."""
 
     def __post_init__(self):
-        least = min(self.tokens, self.layers, self.heads)
-        _require(least > 0, "a projector needs at least one token, one layer and one head")
+        _require(min(self.layers, self.heads) > 0, "a projector needs at least one layer and one head")
+        _require(self.tokens >= 0, f"projector.tokens is {self.tokens}; it cannot be negative")
 
 
 @dataclass(kw_only=True)
 class ModalityConfig:
     """One modality of the model."""
 
-    encoder: str = MISSING
-    """Hub name or local folder of the frozen encoder."""
+    encoder: Any = MISSING
+    """Hub name or local folder of the frozen encoder, or a composition of several."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     """What is trained between the encoder and the LLM."""
     options: dict[str, Any] = field(default_factory=dict)

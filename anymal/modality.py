@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from anymal.sample import Views
+
 
 class Encoder(Protocol):
     """A frozen pretrained network (an ``nn.Module``) that owns its preprocessing, width and token count."""
@@ -23,8 +25,8 @@ class Encoder(Protocol):
     """Of one decoded medium, without N. Only ``launch/estimate.py`` asks for it."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
-    decode: Callable[[bytes], Tensor]
-    """Turns the bytes of one shard member into the encoder's input for one medium.
+    decode: Callable[[bytes], Tensor | Views]
+    """Turns the bytes of one shard member into the encoder's input for one medium, or for several views of it.
 
     Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
     with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
@@ -33,6 +35,15 @@ class Encoder(Protocol):
     def __call__(self, media: Tensor) -> Tensor:
         """[N, ...] decoded media → [N, tokens, width] features."""
         ...
+
+
+def parts(encoder: Encoder) -> tuple[tuple[int, int], ...]:
+    """(tokens, width) of each kind of features that an encoder gives of one medium: mostly one.
+
+    An encoder that gives several, one after another in [N, tokens, width], has an attribute ``parts``; narrower ones
+    are filled up with zeros to its width. A projector that takes several tells them apart by these numbers.
+    """
+    return getattr(encoder, "parts", ((encoder.tokens, encoder.width),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,7 @@ class Adapter:
     """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K)."""
 
     @property
-    def decode(self) -> Callable[[bytes], Tensor]:
+    def decode(self) -> Callable[[bytes], Tensor | Views]:
         """The encoder's own decoding and preprocessing (picklable, holds no weights)."""
         return self.encoder.decode
 

@@ -92,12 +92,16 @@ class AnyMAL(nn.Module):
                 continue
             embeddings = projector(features[name]).to(row.dtype)
             slots, counts = batch.slots[name], batch.counts[name]
-            if embeddings.shape[:2].numel() != len(slots) or len(counts) != len(embeddings):
+            media, tokens = embeddings.shape[:2]
+            embeddings = embeddings.flatten(0, 1)
+            if media == len(counts) and len(slots) < len(embeddings):  # some keep fewer than K
+                embeddings = embeddings[(torch.arange(tokens, device=counts.device) < counts[:, None]).flatten()]
+            if media != len(counts) or len(slots) != len(embeddings):
                 raise ValueError(
-                    f"{name}: {len(embeddings)} media of {embeddings.shape[1]} embeddings for {len(counts)} "
+                    f"{name}: {media} media of {tokens} embeddings for {len(counts)} "
                     f"placeholder runs of {len(slots)} positions in all; samples {', '.join(batch.keys)}"
                 )
-            row = row.index_copy(1, slots, embeddings.flatten(0, 1)[None])
+            row = row.index_copy(1, slots, embeddings[None])
         return row, absent
 
     def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:

@@ -17,7 +17,7 @@ from anymal import features
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens
+from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Views
 
 IGNORED = -100  # label of a token that is given, not answered
 
@@ -158,18 +158,26 @@ class Prompt:
                 f"{len(found)} placeholders ({', '.join(found)}) for {len(wanted)} media ({', '.join(wanted)}): "
                 "the chat template dropped or moved some"
             )
-        tokens = Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[part.content for part in sample.media()])
+        tokens, media = Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[]), iter(sample.media())
         for token, label in zip(ids, labels, strict=True):
             modality = self._modality_of_id.get(token)
             if modality is None:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            length = self.length[modality]
-            tokens.runs.append((modality, len(tokens.ids), length))
-            tokens.ids += [0] * length
-            tokens.labels += [IGNORED] * length
+            for view, length in self._views(next(media).content, self.length[modality]):
+                tokens.runs.append((modality, len(tokens.ids), length))
+                tokens.media.append(view)
+                tokens.ids += [0] * length
+                tokens.labels += [IGNORED] * length
         return tokens
+
+    @staticmethod
+    def _views(medium: Tensor | Views | Features, length: int) -> list[tuple[Tensor | Features, int]]:
+        """What is encoded of a medium, and how many tokens each takes."""
+        if not isinstance(medium, Views):
+            return [(medium, length)]
+        return list(zip(medium.tensor, medium.tokens or [length] * len(medium.tensor), strict=True))
 
 
 @dataclass(kw_only=True)
@@ -178,8 +186,8 @@ class Prepare:
 
     prompt: Prompt
     """How it becomes tokens."""
-    decoders: dict[str, Callable[[bytes], Tensor]]
-    """How the bytes of each modality become the tensor that its encoder takes."""
+    decoders: dict[str, Callable[[bytes], Tensor | Views]]
+    """How the bytes of each modality become what its encoder takes."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """[tokens, width] of each modality's features, for those that are read in place of media."""
 

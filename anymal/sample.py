@@ -25,8 +25,8 @@ class Part:
     kind: str
     """``"text"``, or the name of a modality."""
     content: Any
-    """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N), or
-    `Features`."""
+    """The text; for a medium its encoded bytes, and once decoded the tensor that its encoder takes (without N),
+    `Views` of it, or `Features`."""
     member: str = ""
     """For a medium: the suffix of the shard member that it came from, such as ``"0.jpg"``."""
 
@@ -42,6 +42,20 @@ class Features:
     def shape(self) -> tuple[int, ...]:
         """Of the tensor."""
         return tuple(self.tensor.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """A medium that its encoder takes in pieces, such as the tiles of a large picture.
+
+    Each view is encoded and projected as if it were a medium of its own; their embeddings follow one another where the
+    medium stands.
+    """
+
+    tensor: Tensor
+    """[V, ...] what the encoder takes of each."""
+    tokens: tuple[int, ...] = ()
+    """[V] how many of the K embeddings of each view are kept, its first ones; empty keeps all."""
 
 
 @dataclass(kw_only=True)
@@ -100,9 +114,10 @@ class Tokens:
     labels: list[int]
     """[t] the token at each position that must be predicted, or -100 where it is given."""
     runs: list[tuple[str, int, int]]
-    """For each medium in reading order: its modality, the position of its first token, and its number of tokens."""
+    """For each medium (or view of one) in reading order: its modality, the position of its first token, and its number
+    of tokens."""
     media: list[Tensor | Features]
-    """For each medium in reading order: the tensor that its encoder takes, or the features that it once gave."""
+    """For each of `runs`: the tensor that its encoder takes, or the features that it once gave."""
 
     def group(self) -> str:
         """The name under which its loss is reported: its modalities, or ``"text"``."""
@@ -130,9 +145,9 @@ class Batch:
     media: dict[str, Tensor | PartlyEncoded]
     """For each modality present, [N, ...] what its encoder takes; or less, where features were read."""
     slots: dict[str, Tensor]
-    """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
+    """For each modality present, [sum of counts] int64: the positions (in T) of its embeddings, medium after medium."""
     counts: dict[str, Tensor]
-    """For each modality present, [N] int64: the number of tokens K of each medium."""
+    """For each modality present, [N] int64: the number of tokens of each medium, K or fewer."""
     keys: list[str]
     """The samples' keys, for error messages."""
     datasets: dict[str, int] = field(default_factory=dict)

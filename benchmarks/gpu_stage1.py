@@ -34,7 +34,7 @@ from anymal.activations import set_checkpointing
 from anymal.config import Config, load
 from anymal.cost import Cost
 from anymal.llm import compute_dtype, set_frozen_mode
-from anymal.modality import Adapter
+from anymal.modality import Adapter, parts
 from anymal.model import AnyMAL, select_trainable, trainable
 from launch.estimate import largest_batch, predict
 from launch.rehearse import Rehearsal, Workload
@@ -180,7 +180,7 @@ def random_model(config: Config, scale: Scale) -> AnyMAL:
     processor = AutoImageProcessor.from_pretrained(image.encoder, backend="pil")
     encoder = ImageEncoder(network, ImageDecoder(processor=processor, max_pixels=10**6), 0, "random weights")
     llm = random_llm(Path(config.model.llm.name), scale.device)
-    projector = build_projector(image.projector, encoder.width, encoder.tokens, llm.config.hidden_size, scale=0.02)
+    projector = build_projector(image.projector, parts(encoder), llm.config.hidden_size, scale=0.02)
     model = AnyMAL(llm, {"image": Adapter(MODALITIES["image"], encoder, projector)})
     select_trainable(model, ["projectors"])
     return model

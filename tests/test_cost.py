@@ -85,7 +85,9 @@ def test_an_encoder_is_counted_on_shapes(tmp_path):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(picture)
     assert forward_flops(encoder, picture.shape) == counter.get_total_flops() > 0
-    projector = build_projector(ProjectorConfig(kind="resampler", tokens=4, heads=2), encoder.width, encoder.tokens, 64)
+    projector = build_projector(
+        ProjectorConfig(kind="resampler", tokens=4, heads=2), [(encoder.tokens, encoder.width)], 64
+    )
     features = torch.randn(1, encoder.tokens, encoder.width)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         projector(features).sum().backward()

@@ -10,6 +10,7 @@ from anymal.errors import UserError
 from anymal.llm import add_lora
 from anymal.model import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
 from anymal.packing import pack
+from anymal.sample import Part, Views
 from toys import medium, sample, text, toy_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -206,3 +207,15 @@ def test_reading_without_gradient_first_does_not_cut_later_gradients(tiny_llm, b
     model(batch, model.encode(batch.media))[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in trainable(model).values())
     assert fingerprint(model.llm) == before
+
+
+def test_views_follow_one_another_and_may_keep_fewer_tokens(tiny_llm):
+    model, prompt = toy_model(tiny_llm, eye=3, ear=2)
+    views = Part(kind="eye", content=Views(tensor=torch.tensor([[1.0], [2.0], [4.0]]), tokens=(3, 1, 2)))
+    tokens = prompt.sample(sample(medium("ear", 5), text("see "), views, text(" and "), medium("eye", 9)))
+    assert [length for name, _, length in tokens.runs if name == "eye"] == [3, 1, 2, 3]
+    batch = pack([tokens])
+    row, _ = model.embed(batch, model.encode(batch.media))
+    places = [i for name, first, length in tokens.runs if name == "eye" for i in range(first, first + length)]
+    expected = [1.0, 1.01, 1.02, 2.0, 4.0, 4.01, 9.0, 9.01, 9.02]
+    torch.testing.assert_close(row[0, places, 0], torch.tensor(expected))

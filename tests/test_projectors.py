@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from adapters.projectors import PROJECTORS, PooledProjector, Resampler, build_projector
+from adapters.projectors import PROJECTORS, build_projector
+from adapters.projectors.pooled import PooledProjector
+from adapters.projectors.resampler import Resampler
 from anymal.config import ProjectorConfig
 from anymal.errors import UserError
 
@@ -79,7 +81,7 @@ def test_resampler_equals_plain_loops():
 def test_shapes_and_gradients(kind, features):
     torch.manual_seed(0)
     config = ProjectorConfig(kind=kind, tokens=8, layers=2, heads=4)
-    projector = build_projector(config, width=16, tokens=features, llm_width=24)
+    projector = build_projector(config, [(features, 16)], llm_width=24)
     embeddings = projector(torch.randn(3, features, 16))
     assert projector.tokens == 8
     assert embeddings.shape == (3, 8, 24)
@@ -97,7 +99,7 @@ def test_shapes_and_gradients(kind, features):
 def test_starts_at_the_scale_of_the_embeddings_whatever_the_encoder_gives(kind):
     torch.manual_seed(0)
     config = ProjectorConfig(kind=kind, tokens=8, layers=2, heads=4)
-    projector = build_projector(config, width=64, tokens=16, llm_width=48, scale=0.1)
+    projector = build_projector(config, [(16, 64)], llm_width=48, scale=0.1)
     for level in (0.01, 1.0, 100.0):
         std = projector(level * (torch.randn(16, 16, 64) + 3)).std().item()
         assert 0.08 < std < 0.12, f"{std} for features of scale {level}"
@@ -107,7 +109,7 @@ def test_starts_at_the_scale_of_the_embeddings_whatever_the_encoder_gives(kind):
 def test_takes_bf16_features_with_and_without_autocast(kind):
     torch.manual_seed(0)
     config = ProjectorConfig(kind=kind, tokens=4, layers=2, heads=4)
-    projector = build_projector(config, width=16, tokens=9, llm_width=24)
+    projector = build_projector(config, [(9, 16)], llm_width=24)
     features = torch.randn(2, 9, 16)
     exact = projector(features)
     rounded = projector(features.bfloat16())
@@ -147,7 +149,7 @@ def test_resampler_tells_the_order_of_features():
 
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="did you mean resampler"):
-        build_projector(ProjectorConfig(kind="resample"), 8, 4, 16)
+        build_projector(ProjectorConfig(kind="resample"), [(4, 8)], 16)
     with pytest.raises(UserError, match="width 10 cannot be split into 8 heads"):
-        build_projector(ProjectorConfig(kind="resampler"), 10, 4, 16)
-    assert build_projector(ProjectorConfig(kind="resampler", width=16), 10, 4, 16).tokens == 32
+        build_projector(ProjectorConfig(kind="resampler"), [(4, 10)], 16)
+    assert build_projector(ProjectorConfig(kind="resampler", width=16), [(4, 10)], 16).tokens == 32

@@ -1,0 +1,54 @@
+"""Projectors: the small trained networks that turn an encoder's features into embeddings of the LLM.
+
+    features [N, T, W] ──projector──▶ embeddings [N, K, D]
+
+    N media   T features of one medium   W their width   K tokens of one medium   D the LLM's width   I inner width
+
+One file for each family; `PROJECTORS` has them by the names that recipes use.
+
+Scale. A frozen LLM has only ever seen embeddings of its own table's scale, and elements of those tables are small
+(about 0.1 in SmolLM2, 0.01 in Llama-3). Each kind normalises its last activations and draws its last layer so that
+embeddings start with elements of standard deviation `scale`, whatever the encoder's own scale is; training may leave
+it. Whoever builds the model reads `scale` off the LLM's embedding table.
+
+Precision. Parameters are fp32; features of any floating type are taken in the parameters' type, and autocast works.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from adapters.projectors.fit import Fit
+from adapters.projectors.pooled import linear, mlp
+from adapters.projectors.resampler import resampler
+from anymal.config import ProjectorConfig
+from anymal.errors import UserError
+
+PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "resampler": resampler,
+}
+"""Makers of projectors by the name that ``projector.kind`` gives."""
+
+
+def build_projector(
+    config: ProjectorConfig, parts: Sequence[tuple[int, int]], llm_width: int, scale: float = 1.0
+) -> nn.Module:
+    """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
+
+    Args:
+        config: Its kind, K, layers, inner width and heads.
+        parts: (T, W) of each kind of features that the encoder gives of one medium (`anymal.modality.parts`).
+        llm_width: D.
+        scale: Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table.
+
+    Raises:
+        UserError: An unknown kind (the nearest is named), or settings that do not fit the features.
+    """
+    if config.kind not in PROJECTORS:
+        near = difflib.get_close_matches(config.kind, PROJECTORS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(PROJECTORS)}"
+        raise UserError(f"projector.kind is {config.kind!r}; {hint}")
+    return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale))

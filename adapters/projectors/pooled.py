@@ -1,0 +1,67 @@
+"""``linear`` and ``mlp``: pool the features to a fixed number, then a linear layer or several.
+
+N media   T features of one medium   W their width   K tokens of one medium   D the LLM's width   I inner width
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.projectors.fit import Fit, scaled_linear
+from anymal.config import ProjectorConfig
+
+GELU_STD = 0.652
+"""Root of the mean square of GELU(x) for standard normal x."""
+
+
+class PooledProjector(nn.Module):
+    """Average pooling over the features, LayerNorm, then a linear layer or an mlp.
+
+    One rule for any number of features: S is the largest divisor of K that is not above T. The T features are
+    averaged to S (adaptive average pooling over the feature axis, so neighbours in the encoder's order are pooled),
+    and each of them makes K / S embeddings. With T ≥ K that is one embedding for each pooled feature; with one feature
+    for the whole medium it is one linear layer W → K·D, which is how a single vector becomes AnyMAL's 32 tokens.
+
+    Args:
+        width, tokens, llm_width: W, K and D.
+        features: T.
+        inner: Widths of the hidden layers, none for a plain linear projector; GELU after each.
+        scale: Standard deviation of an embedding's elements at the start.
+    """
+
+    def __init__(
+        self, *, width: int, features: int, tokens: int, llm_width: int, inner: tuple[int, ...] = (), scale: float = 1.0
+    ):
+        super().__init__()
+        self.tokens, self.llm_width = tokens, llm_width
+        self.pooled = max(s for s in range(1, tokens + 1) if tokens % s == 0 and s <= features)
+        self.norm = nn.LayerNorm(width)
+        layers: list[nn.Module] = []
+        before, std = width, 1.0
+        for after in inner:
+            layers += [scaled_linear(before, after, 1.0 / std), nn.GELU()]
+            before, std = after, GELU_STD
+        layers.append(scaled_linear(before, tokens // self.pooled * llm_width, scale / std))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, T, W] → [N, K, D]."""
+        features = features.to(self.norm.weight.dtype)
+        if features.shape[1] != self.pooled:
+            features = F.adaptive_avg_pool1d(features.transpose(1, 2), self.pooled).transpose(1, 2)
+        return self.layers(self.norm(features)).reshape(len(features), self.tokens, self.llm_width)
+
+
+def linear(config: ProjectorConfig, fit: Fit) -> nn.Module:
+    """AnyMAL's, for audio and IMU."""
+    return _pooled(config, fit, inner=())
+
+
+def mlp(config: ProjectorConfig, fit: Fit) -> nn.Module:
+    """LLaVA-1.5's."""
+    return _pooled(config, fit, inner=(config.width or fit.llm_width,) * (config.layers - 1))
+
+
+def _pooled(config: ProjectorConfig, fit: Fit, inner: tuple[int, ...]) -> nn.Module:
+    features, width = fit.only(config)
+    sizes = {"width": width, "features": features, "tokens": config.tokens, "llm_width": fit.llm_width}
+    return PooledProjector(**sizes, inner=inner, scale=fit.scale)
