@@ -114,8 +114,8 @@ def isolates_packed_samples(llm: nn.Module) -> bool:
     def read(*samples: int) -> Tensor:
         positions = torch.arange(border, device=device).repeat(len(samples))[None]
         row = table(ids[list(samples)].to(device)).flatten(0, 1)[None]
-        more = attention.arguments(llm, [border] * len(samples))
-        return llm(inputs_embeds=row, position_ids=positions, use_cache=False, **more).logits[0, -border:].float()
+        packed = attention.arguments(llm, [border] * len(samples)) if len(samples) > 1 else {}
+        return llm(inputs_embeds=row, position_ids=positions, use_cache=False, **packed).logits[0, -border:].float()
 
     with torch.no_grad():
         after_one, after_other, alone, another = read(0, 1), read(2, 1), read(1), read(2)

@@ -404,11 +404,12 @@ def test_user_errors_of_a_decoder_stop_the_run(tmp_path, workers):
 
 @pytest.mark.filterwarnings("error")  # the death of a worker that we kill is nobody else's news
 def test_a_worker_that_hangs_stops_the_run(tmp_path):
+    others = multiprocessing.active_children()  # of streams that another test left to the garbage collector
     with pytest.raises(UserError, match=r"data\.timeout = 1 s"):
         batches(stream(folder(tmp_path / "d", 5), with_=hang, workers=2, timeout=1), 1)
     for _ in range(100):  # torch's handler of a child's death could still raise here
         time.sleep(0.002)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
 
 
 CRASH = """

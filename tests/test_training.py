@@ -227,8 +227,9 @@ def test_an_llm_that_mixes_packed_samples_is_refused_but_for_rows_of_one(stage, 
     for file in [*tiny_llm.glob("token*"), *tiny_llm.glob("chat_template*")]:
         (folder / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match=r"see one another; .* data\.batch_size=1"):
-        stage(optim__steps=1, model__llm__name=folder)
-    stage("alone", optim__steps=1, model__llm__name=folder, data__batch_size=1)
+        stage(optim__steps=1, model__llm__name=folder, model__llm__attention="sdpa")
+    stage("alone", optim__steps=1, model__llm__name=folder, model__llm__attention="sdpa", data__batch_size=1)
+    stage("packed", optim__steps=1, model__llm__name=folder)
 
 
 def test_accumulation_divides_by_all_answers(stage):
