@@ -85,6 +85,8 @@ class AnyMAL(nn.Module):
         row = self.llm.get_input_embeddings()(batch.ids)
         absent = row.new_zeros((), dtype=torch.float32)
         for name, projector in self.projectors.items():
+            if hasattr(projector, "skip") and name not in batch.skips:
+                absent = absent + projector.skip.sum().float() * 0.0
             if name not in features:
                 encoder = self.encoders[name]
                 nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
@@ -92,16 +94,15 @@ class AnyMAL(nn.Module):
                 continue
             embeddings = projector(features[name]).to(row.dtype)
             slots, counts = batch.slots[name], batch.counts[name]
-            media, tokens = embeddings.shape[:2]
-            embeddings = embeddings.flatten(0, 1)
-            if media == len(counts) and len(slots) < len(embeddings):  # some keep fewer than K
-                embeddings = embeddings[(torch.arange(tokens, device=counts.device) < counts[:, None]).flatten()]
-            if media != len(counts) or len(slots) != len(embeddings):
+            if embeddings.shape[:2].numel() != len(slots) or len(counts) != len(embeddings):
                 raise ValueError(
-                    f"{name}: {media} media of {tokens} embeddings for {len(counts)} "
+                    f"{name}: {len(embeddings)} media of {embeddings.shape[1]} embeddings for {len(counts)} "
                     f"placeholder runs of {len(slots)} positions in all; samples {', '.join(batch.keys)}"
                 )
-            row = row.index_copy(1, slots, embeddings[None])
+            row = row.index_copy(1, slots, embeddings.flatten(0, 1)[None])
+            if name in batch.skips:
+                places = batch.skips[name]
+                row = row.index_copy(1, places, projector.skip.to(row.dtype).expand(1, len(places), -1))
         return row, absent
 
     def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:

@@ -96,6 +96,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     media: dict[str, list[torch.Tensor | Features]] = {}
     slots: dict[str, list[int]] = {}
     counts: dict[str, list[int]] = {}
+    skips: dict[str, list[int]] = {}
     for sample in samples:
         start, group = len(ids), sample.group()
         if group not in groups:
@@ -119,6 +120,8 @@ def pack(samples: Sequence[Tokens]) -> Batch:
             known.append(medium)
             slots.setdefault(modality, []).extend(range(start + first, start + first + length))
             counts.setdefault(modality, []).append(length)
+        for modality, place in sample.skips:
+            skips.setdefault(modality, []).append(start + place)
 
     def long(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
@@ -134,6 +137,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         media={name: _stack(items) for name, items in media.items()},
         slots={name: long(items) for name, items in slots.items()},
         counts={name: long(items) for name, items in counts.items()},
+        skips={name: long(items) for name, items in skips.items()},
         keys=[sample.key for sample in samples],
     )
 

@@ -165,19 +165,24 @@ class Prompt:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            for view, length in self._views(next(media).content, self.length[modality]):
-                tokens.runs.append((modality, len(tokens.ids), length))
-                tokens.media.append(view)
+            for view in _views(next(media).content):
+                length = 1 if view is None else self.length[modality]
+                if view is None:
+                    tokens.skips.append((modality, len(tokens.ids)))
+                else:
+                    tokens.runs.append((modality, len(tokens.ids), length))
+                    tokens.media.append(view)
                 tokens.ids += [0] * length
                 tokens.labels += [IGNORED] * length
         return tokens
 
-    @staticmethod
-    def _views(medium: Tensor | Views | Features, length: int) -> list[tuple[Tensor | Features, int]]:
-        """What is encoded of a medium, and how many tokens each takes."""
-        if not isinstance(medium, Views):
-            return [(medium, length)]
-        return list(zip(medium.tensor, medium.tokens or [length] * len(medium.tensor), strict=True))
+
+def _views(medium: Tensor | Views | Features) -> list[Tensor | Features | None]:
+    """What is encoded of a medium, one after another; None for what is skipped."""
+    if not isinstance(medium, Views):
+        return [medium]
+    views = iter(medium.tensor)
+    return [None if skipped else next(views) for skipped in medium.skipped or [False] * len(medium.tensor)]
 
 
 @dataclass(kw_only=True)

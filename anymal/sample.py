@@ -54,8 +54,9 @@ class Views:
 
     tensor: Tensor
     """[V, ...] what the encoder takes of each."""
-    tokens: tuple[int, ...] = ()
-    """[V] how many of the K embeddings of each view are kept, its first ones; empty keeps all."""
+    skipped: tuple[bool, ...] = ()
+    """For each place in reading order, whether there is nothing to see: the projector's one learnt skip embedding
+    stands there, and no view. V places are not skipped; empty skips none."""
 
 
 @dataclass(kw_only=True)
@@ -116,6 +117,8 @@ class Tokens:
     runs: list[tuple[str, int, int]]
     """For each medium (or view of one) in reading order: its modality, the position of its first token, and its number
     of tokens."""
+    skips: list[tuple[str, int]] = field(default_factory=list)
+    """Modality and position of every skipped view's embedding."""
     media: list[Tensor | Features]
     """For each of `runs`: the tensor that its encoder takes, or the features that it once gave."""
 
@@ -145,9 +148,11 @@ class Batch:
     media: dict[str, Tensor | PartlyEncoded]
     """For each modality present, [N, ...] what its encoder takes; or less, where features were read."""
     slots: dict[str, Tensor]
-    """For each modality present, [sum of counts] int64: the positions (in T) of its embeddings, medium after medium."""
+    """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
     counts: dict[str, Tensor]
-    """For each modality present, [N] int64: the number of tokens of each medium, K or fewer."""
+    """For each modality present, [N] int64: the number of tokens K of each medium."""
+    skips: dict[str, Tensor]
+    """For each modality with skipped views, int64: the positions (in T) of their embeddings."""
     keys: list[str]
     """The samples' keys, for error messages."""
     datasets: dict[str, int] = field(default_factory=dict)

@@ -209,13 +209,21 @@ def test_reading_without_gradient_first_does_not_cut_later_gradients(tiny_llm, b
     assert fingerprint(model.llm) == before
 
 
-def test_views_follow_one_another_and_may_keep_fewer_tokens(tiny_llm):
+def test_views_follow_one_another_and_a_skipped_one_takes_a_single_token(tiny_llm):
     model, prompt = toy_model(tiny_llm, eye=3, ear=2)
-    views = Part(kind="eye", content=Views(tensor=torch.tensor([[1.0], [2.0], [4.0]]), tokens=(3, 1, 2)))
+    model.projectors["eye"].skip = torch.nn.Parameter(torch.full((model.llm.config.hidden_size,), 7.0))
+    views = Part(kind="eye", content=Views(tensor=torch.tensor([[1.0], [4.0]]), skipped=(False, True, False, True)))
     tokens = prompt.sample(sample(medium("ear", 5), text("see "), views, text(" and "), medium("eye", 9)))
-    assert [length for name, _, length in tokens.runs if name == "eye"] == [3, 1, 2, 3]
+    assert [length for name, _, length in tokens.runs if name == "eye"] == [3, 3, 3]
+    (_, first, _), (_, second, _), (_, third, _) = (run for run in tokens.runs if run[0] == "eye")
+    assert tokens.skips == [("eye", first + 3), ("eye", second + 3)] and second == first + 4
     batch = pack([tokens])
     row, _ = model.embed(batch, model.encode(batch.media))
-    places = [i for name, first, length in tokens.runs if name == "eye" for i in range(first, first + length)]
-    expected = [1.0, 1.01, 1.02, 2.0, 4.0, 4.01, 9.0, 9.01, 9.02]
-    torch.testing.assert_close(row[0, places, 0], torch.tensor(expected))
+    channel = row[0, [*range(first, first + 8), *range(third, third + 3)], 0]
+    torch.testing.assert_close(channel, torch.tensor([1, 1.01, 1.02, 7, 4, 4.01, 4.02, 7, 9, 9.01, 9.02]))
+    model.zero_grad()
+    model(batch, model.encode(batch.media))[0].backward()
+    assert model.projectors["eye"].skip.grad.abs().sum() > 0
+    model.zero_grad()
+    model(pack([prompt.sample(SAMPLES[2])]), {})[0].backward()
+    assert model.projectors["eye"].skip.grad.abs().sum() == 0

@@ -34,6 +34,7 @@ def _batch(tokens: int, groups: list[str]) -> Batch:
         media={},
         slots={},
         counts={},
+        skips={},
         keys=[],
     )
 
