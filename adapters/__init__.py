@@ -12,6 +12,9 @@ import difflib
 from collections.abc import Mapping
 from importlib import import_module
 
+import torch
+from torch import nn
+
 from adapters.pretrained import new_tensors
 from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
@@ -57,6 +60,8 @@ def build_adapters(
         modality, encoder = _find(name), load_encoder(name, config)
         with new_tensors():
             projector = build_projector(config.projector, parts(encoder), llm_width, scale=embedding_std)
+            if getattr(encoder, "skips", False):  # what stands where a view was skipped
+                projector.skip = nn.Parameter(embedding_std * torch.randn(llm_width))
         adapters[name] = Adapter(modality, encoder, projector)
     return adapters
 

@@ -10,7 +10,7 @@ so that results do not depend on whether torchvision is installed).
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from adapters.pretrained import call, license_of, load_network
+from adapters.tiles import cut, grid_rule
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
+from anymal.sample import Viewable, Views
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow knows more; some of those start other programs, and none holds photos on the web."""
+PADDING = (127, 127, 127)
+"""Colour beside a picture that does not fill its tiles."""
 MAX_ASPECT = 50
 """Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
 
@@ -36,8 +40,19 @@ class ImageOptions:
     last layer only serves its class token (as LLaVA does), and -1 for others."""
     max_pixels: int = 64_000_000
     """A picture with more pixels than this (or 179 million) is a bad sample. Judged by its header, not decoded."""
+    tiles: str = "none"
+    """Large pictures as several views, the whole one first: none, columns x rows such as 2x2 (SPHINX, Mini-Gemini-HD),
+    any_resolution (LLaVA-NeXT) or area (Eagle 2.5). A view takes projector.tokens; where data.max_tokens would be
+    passed, pictures get fewer views."""
+    max_tiles: int = 12
+    """Most tiles of a picture, beside the whole one (any_resolution and area)."""
+    pad: bool = True
+    """Whether a picture of another shape than its grid of tiles is padded with grey, or squashed. A tile that holds
+    nothing but padding is not encoded: one learnt embedding stands in its place."""
 
     def __post_init__(self):
+        if self.max_tiles < 1:
+            raise UserError(f"max_tiles is {self.max_tiles}; it must be at least 1")
         if self.layer > 0:
             raise UserError(f"layer is {self.layer}; it counts from the end, so it is negative (or 0 for the default)")
 
@@ -114,6 +129,37 @@ class ImageDecoder:
         made = self.processor(images=list(pictures), return_tensors="pt")
         tensors = {key: torch.as_tensor(value) for key, value in made.items()}
         return tensors | {"pixel_values": tensors["pixel_values"].float()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilesDecoder:
+    """bytes → a picture that can be cut into views [V, 3, H, W]."""
+
+    images: ImageDecoder
+    """Prepares each view."""
+    rule: Callable[[tuple[int, int], int, int], tuple[int, int]]
+    """As `adapters.tiles.grid_rule` gives it."""
+    side: int
+    """Pixels of a view's side."""
+    most: int
+    """Most tiles."""
+    pad: tuple[int, int, int] | None
+    """As in `adapters.tiles.cut`."""
+
+    def __call__(self, data: bytes) -> Viewable:
+        """Raises `BadSample`."""
+        picture = read_image(data, self.images.max_pixels)
+        grids = {1: (1, 1)}  # by the number of views
+        for most in range(1, self.most + 1):
+            columns, rows = self.rule(picture.size, self.side, most)
+            grids[columns * rows + (columns * rows > 1)] = (columns, rows)
+
+        def views(count: int) -> Views:
+            found = cut(picture, grids[count], self.side, pad=self.pad)
+            made = self.images.prepare([view for view in found if view is not None])["pixel_values"]
+            return Views(tensor=made, skipped=tuple(view is None for view in found))
+
+        return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
 
 
 class ImageEncoder(nn.Module):
@@ -197,7 +243,23 @@ def load_image_encoder(name: str, options: ImageOptions) -> ImageEncoder:
     processor = call("image processor", name, AutoImageProcessor.from_pretrained, backend="pil")
     flexible = network.config.model_type.startswith("siglip2")
     decode = ImageDecoder(processor=processor, max_pixels=options.max_pixels, square=flexible)
-    return ImageEncoder(network, decode, options.layer, license_of(name))
+    return with_tiles(ImageEncoder(network, decode, options.layer, license_of(name)), options)
+
+
+def with_tiles(encoder: ImageEncoder, options: ImageOptions) -> ImageEncoder:
+    """The encoder with a decoding that makes views of large pictures, if the options ask for it.
+
+    Raises:
+        UserError: There is no such rule.
+    """
+    if options.tiles != "none":
+        rule = grid_rule(options.tiles)
+        side = encoder.shape[-1]
+        encoder.decode = TilesDecoder(
+            images=encoder.decode, rule=rule, side=side, most=options.max_tiles, pad=PADDING if options.pad else None
+        )
+        encoder.skips = options.pad
+    return encoder
 
 
 MODALITY = Modality(

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from adapters.pretrained import call, license_of, load_config, load_network
 from adapters.video_frames import read_frames
 from anymal.errors import UserError
 from anymal.modality import Modality
+from anymal.sample import Viewable, Views
 
 IMAGE_ENCODER_FRAMES = 4
 
@@ -35,6 +37,9 @@ class VideoOptions:
     of so many cells, so it is a square number. 0 keeps all."""
     layer: int = 0
     """Whose output is used of an image encoder, as for images."""
+    views: bool = False
+    """Whether each frame is projected by itself (image encoders only): a clip takes projector.tokens a frame, and fewer
+    frames where data.max_tokens would be passed (as Eagle 2.5)."""
     max_seconds: float = 600.0
     """A longer clip is a bad sample."""
     max_pixels: int = 16_000_000
@@ -67,6 +72,23 @@ class VideoDecoder:
         """PIL images → [F, 3, H, W]."""
         pixels = self.images.prepare(pictures)["pixel_values"]
         return pixels[0] if pixels.ndim == 5 else pixels  # a video network's processor takes the frames as one clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameViewsDecoder:
+    """bytes → a clip that can be shown in any number of frames up to F, spread evenly over it, [V, 3, H, W]."""
+
+    clips: VideoDecoder
+    """Reads F frames."""
+
+    def __call__(self, data: bytes) -> Viewable:
+        """Raises `BadSample`."""
+        frames = self.clips(data)
+
+        def views(count: int) -> Views:
+            return Views(tensor=frames[((torch.arange(count) + 0.5) * len(frames) / count).long()])
+
+        return Viewable(choices=tuple(range(len(frames), 0, -1)), views=views)
 
 
 class FramesEncoder(nn.Module):
@@ -135,7 +157,14 @@ def load_video_encoder(name: str, options: VideoOptions) -> nn.Module:
         encoder = load_image_encoder(name, image_options)
         frames = options.frames or IMAGE_ENCODER_FRAMES
         decode = VideoDecoder(images=encoder.decode, frames=frames, max_seconds=options.max_seconds)
+        if options.views:
+            if options.pool:
+                raise UserError("pool has no meaning with views=true: projector.tokens says what a frame takes")
+            encoder.decode = FrameViewsDecoder(clips=decode)
+            return encoder
         return FramesEncoder(encoder, decode, options.pool)
+    if options.views:
+        raise UserError(f"views=true is for image encoders; {name!r} takes whole clips")
     if options.frames not in (0, config.num_frames):
         raise UserError(f"frames is {options.frames}, but {name!r} takes {config.num_frames}")
     network = load_network(name)

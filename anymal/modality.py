@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from anymal.sample import Views
+from anymal.sample import Viewable
 
 
 class Encoder(Protocol):
@@ -25,8 +25,8 @@ class Encoder(Protocol):
     """Of one decoded medium, without N. Only ``launch/estimate.py`` asks for it."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
-    decode: Callable[[bytes], Tensor | Views]
-    """Turns the bytes of one shard member into the encoder's input for one medium, or for several views of it.
+    decode: Callable[[bytes], Tensor | Viewable]
+    """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 
     Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
     with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
@@ -77,7 +77,7 @@ class Adapter:
     """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K)."""
 
     @property
-    def decode(self) -> Callable[[bytes], Tensor | Views]:
+    def decode(self) -> Callable[[bytes], Tensor | Viewable]:
         """The encoder's own decoding and preprocessing (picklable, holds no weights)."""
         return self.encoder.decode
 

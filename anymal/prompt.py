@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from anymal import features
+from anymal.budget import degrade
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Views
+from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Viewable, Views
 
 IGNORED = -100  # label of a token that is given, not answered
 
@@ -77,6 +78,12 @@ class Prompt:
             spans = [list(span) for given, span in groupby(labels, key=lambda label: label == IGNORED) if not given]
             found.append(spans[-1])
         return found
+
+    def text_tokens(self, sample: Sample) -> int:
+        """How many tokens a sample has without its media."""
+        messages = self._complete(sample.messages)
+        ids = self._plain(messages)[0] if self.config.template == "plain" else self._render(messages, asks=False)
+        return len(ids) - len(sample.media())
 
     def _complete(self, messages: list[Message]) -> list[Message]:
         """Add the system message, and the instruction wherever a user sent media without a word."""
@@ -191,13 +198,13 @@ class Prepare:
 
     prompt: Prompt
     """How it becomes tokens."""
-    decoders: dict[str, Callable[[bytes], Tensor | Views]]
+    decoders: dict[str, Callable[[bytes], Tensor | Viewable]]
     """How the bytes of each modality become what its encoder takes."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """[tokens, width] of each modality's features, for those that are read in place of media."""
 
     def decode(self, sample: Sample) -> Sample:
-        """The sample with every medium's bytes decoded.
+        """The sample with every medium's bytes decoded, and cut into views where it has several.
 
         Raises:
             BadSample: A medium does not decode, or the model lacks its modality.
@@ -206,7 +213,9 @@ class Prepare:
         for message in sample.messages:
             parts = [part if part.kind == TEXT else self._decoded(part) for part in message.parts]
             messages.append(Message(role=message.role, parts=parts))
-        return replace(sample, messages=messages)
+        decoded = replace(sample, messages=messages)
+        self._cut(decoded)
+        return decoded
 
     def _decoded(self, part: Part) -> Part:
         if part.kind not in self.decoders:
@@ -214,6 +223,18 @@ class Prepare:
         if isinstance(part.content, features.Stored):
             return replace(part, content=Features(tensor=features.load(part.content, *self.shapes[part.kind])))
         return replace(part, content=self.decoders[part.kind](part.content))
+
+    def _cut(self, sample: Sample) -> None:
+        """Cut what can be cut into views, into as many as the text and the other media leave room for."""
+        viewable = [part for part in sample.media() if isinstance(part.content, Viewable)]
+        if not viewable:
+            return
+        length = self.prompt.length
+        fixed = sum(length[part.kind] for part in sample.media() if not isinstance(part.content, Viewable))
+        room = self.prompt.max_tokens - self.prompt.text_tokens(sample) - fixed
+        choices = [[length[part.kind] * n for n in part.content.choices] for part in viewable]
+        for part, tokens in zip(viewable, degrade(choices, room), strict=True):
+            part.content = part.content.views(tokens // length[part.kind])
 
     def __call__(self, sample: Sample) -> Tokens:
         """Encoded media and texts → what the packing takes."""

@@ -9,6 +9,7 @@ Legend of shapes, used everywhere:
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,16 @@ class Views:
     skipped: tuple[bool, ...] = ()
     """For each place in reading order, whether there is nothing to see: the projector's one learnt skip embedding
     stands there, and no view. V places are not skipped; empty skips none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Viewable:
+    """A decoded medium that can be shown in more or fewer views; `anymal.budget` says in how many."""
+
+    choices: tuple[int, ...]
+    """The possible numbers of views, the largest first."""
+    views: Callable[[int], Views]
+    """Cuts it into one of these numbers of views."""
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from anymal.config import Config
 from anymal.errors import BadSample, UserError
 from anymal.model import place_encoder, run_encoder
 from anymal.parse import modality_of, parse
-from anymal.sample import Views
+from anymal.sample import Viewable
 from anymal.stream import tars
 from anymal.workers import each, reason_of
 from launch.build import device, run_program, suffixes
@@ -117,7 +117,7 @@ class Reader:
             began = time.perf_counter()
             try:
                 found = self.decoders[kind](data)
-                if isinstance(found, Views):
+                if isinstance(found, Viewable):
                     raise UserError(f"{kind}: features of media in several views are not written; leave it out")
             except UserError as error:
                 return error

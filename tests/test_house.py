@@ -21,7 +21,7 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 # Inside anymal: a module may import only from floors below its own.
 FLOORS = [
     ["cpu", "footprint"],
-    ["errors", "sample"],
+    ["budget", "errors", "sample"],
     ["config", "metrics"],
     ["attention", "command_line", "modality", "activations", "features"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],

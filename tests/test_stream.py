@@ -83,7 +83,9 @@ def collate(tokens: list[Tokens]) -> Batch:
     empty = torch.zeros(0)
     media = {"array": torch.cat([medium.flatten() for t in tokens for medium in t.media]) if tokens else empty}
     rest = dict.fromkeys(("ids", "positions", "rows", "targets", "group_of_row"), empty)
-    return Batch(media=media, lengths=[], groups=[], slots={}, counts={}, skips={}, keys=[t.key for t in tokens], **rest)
+    return Batch(
+        media=media, lengths=[], groups=[], slots={}, counts={}, skips={}, keys=[t.key for t in tokens], **rest
+    )
 
 
 def stream(shards, *, path=None, rows=10**9, share=1.0, seed=0, rank=0, world=1, bookmark=None, with_=prepare, **data):

@@ -205,6 +205,13 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (48, 40), kind: str = "PN
     return stream.getvalue()
 
 
+def opened(data: bytes):
+    """The picture that `picture` encoded."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that promises width x height pixels and holds none."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
