@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.pretrained import call, license_of, load_network
-from adapters.tiles import cut, grid_rule
+from adapters.tiles import cut, grid_rule, largest_grid
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 from anymal.sample import Viewable, Views
@@ -145,6 +145,12 @@ class TilesDecoder:
     """Most tiles."""
     pad: tuple[int, int, int] | None
     """As in `adapters.tiles.cut`."""
+
+    @property
+    def most_views(self) -> int:
+        """The largest grid's tiles, and the whole picture."""
+        tiles = largest_grid(self.rule, self.side, self.most)
+        return tiles + (tiles > 1)
 
     def __call__(self, data: bytes) -> Viewable:
         """Raises `BadSample`."""

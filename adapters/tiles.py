@@ -85,6 +85,13 @@ GRIDS: dict[str, Callable[[Size, int, int], Grid]] = {"any_resolution": _any_res
 """Rules by name, beside the fixed grids."""
 
 
+def largest_grid(rule: Callable[[Size, int, int], Grid], side: int, most: int) -> int:
+    """The most tiles that a rule gives any picture: tried on the shapes that fill each grid of at most `most` tiles."""
+    shapes = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)]
+    grids = [rule((columns * side, rows * side), side, most) for columns, rows in shapes]
+    return max(columns * rows for columns, rows in grids)
+
+
 def cut(picture: Any, grid: Grid, side: int, *, pad: tuple[int, int, int] | None) -> list[Any]:
     """The picture as a whole view, followed by its tiles in reading order; by itself if the grid has a single tile.
 

@@ -81,6 +81,11 @@ class FrameViewsDecoder:
     clips: VideoDecoder
     """Reads F frames."""
 
+    @property
+    def most_views(self) -> int:
+        """F."""
+        return self.clips.frames
+
     def __call__(self, data: bytes) -> Viewable:
         """Raises `BadSample`."""
         frames = self.clips(data)

@@ -28,6 +28,7 @@ class Encoder(Protocol):
     decode: Callable[[bytes], Tensor | Viewable]
     """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 
+    If that is a `Viewable`, it has an attribute ``most_views``: the most views of any medium.
     Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
     with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
     """
@@ -83,5 +84,10 @@ class Adapter:
 
     @property
     def tokens(self) -> int:
-        """K, the tokens that one medium takes in the LLM."""
+        """K, the tokens that one medium, or a view of it, takes in the LLM."""
         return self.projector.tokens
+
+    @property
+    def views(self) -> int:
+        """In how many views a medium is shown at most."""
+        return getattr(self.decode, "most_views", 1)

@@ -126,11 +126,12 @@ class Rehearsal:
         )
 
     def rows(self, work: Workload, samples: int) -> list[tuple[int, list[str]]]:
-        """Length and modalities of each sample of a micro-batch."""
+        """Length, and modality of each view of its media, of each sample of a micro-batch."""
         names = list(self.adapters)
         found = []
         for i in range(samples):
-            kinds = work.media or [names[i % len(names)]] if names else []
+            media = work.media or [names[i % len(names)]] if names else []
+            kinds = [kind for kind in media for _ in range(self.adapters[kind].views)]
             found.append((max(work.tokens, work.answers + sum(self.adapters[kind].tokens for kind in kinds)), kinds))
         return found
 

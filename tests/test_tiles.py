@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import tiny_encoders
-from adapters.tiles import any_resolution, area_preserving, cut, grid_rule
+from adapters.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
 from anymal.budget import degrade
 from anymal.config import Config, load
 from anymal.errors import UserError
@@ -65,6 +65,11 @@ def test_rules_have_names():
     assert grid_rule("any_resolution")((672, 336), 336, 2) == (2, 1)
     with pytest.raises(UserError, match="tiles is 'twobytwo'; it can be any_resolution, area, or columns x rows"):
         grid_rule("twobytwo")
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("2x2", 4), ("1x1", 1), ("any_resolution", 4), ("area", 12)])
+def test_the_most_tiles_that_a_rule_gives(name, tiles):
+    assert largest_grid(grid_rule(name), 336, 12) == tiles
 
 
 def picture(width: int, height: int) -> Image.Image:
