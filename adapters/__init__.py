@@ -9,6 +9,7 @@ by the functions that use them, so that listing a modality costs nothing to thos
 
 import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
 import difflib
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from adapters.pretrained import new_tensors
+from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
 from anymal.config import ModalityConfig, options
@@ -78,12 +80,17 @@ def load_encoder(name: str, config: ModalityConfig) -> Encoder:
 
 
 def describe_options() -> list[str]:
-    """Lines of ``--help``: the decoding options of each modality."""
+    """Lines of ``--help``: the decoding options of each modality, and the kinds of projectors with theirs."""
     lines = []
     for name, modality in MODALITIES.items():
         endings = ", ".join(f".{suffix}" for suffix in modality.suffixes)
         lines += ["", f"Options of {name} (shard members ending in {endings}):"]
         lines += describe(modality.options, f"model.modalities.{name}.options.")
+    lines += ["", "Kinds of projectors (model.modalities.NAME.projector.kind), and their options:"]
+    for kind, maker in PROJECTORS.items():
+        lines.append(f"  {kind}: {inspect.getdoc(maker).splitlines()[0]}")
+        if kind in PROJECTOR_OPTIONS:
+            lines += describe(PROJECTOR_OPTIONS[kind], "  model.modalities.NAME.projector.options.")
     return lines
 
 

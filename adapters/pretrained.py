@@ -41,6 +41,11 @@ def new_tensors() -> AbstractContextManager:
     return _SHAPES_ONLY.get() or contextlib.nullcontext()
 
 
+def without_weights() -> bool:
+    """Whether this is inside `shapes_only`: no weights are to be read."""
+    return _SHAPES_ONLY.get() is not None
+
+
 def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(name, *args, **kwargs)``, its errors turned into one that tells the user what could not be loaded.
 
@@ -94,8 +99,10 @@ def load_network(name: str, *, tower: str | None = None) -> nn.Module:
     config = load_config(name)
     from transformers import AutoModel
 
-    if _SHAPES_ONLY.get() is not None:
-        with quiet(), new_tensors():
+    if without_weights():
+        from transformers.initialization import no_init_weights
+
+        with quiet(), no_init_weights(), new_tensors():  # truncated normals (SigLIP, DINOv2) look at what they draw
             model = AutoModel.from_config(config, dtype=torch.float32)
         return getattr(model, tower or "", model).eval().requires_grad_(False)
     with quiet():

@@ -35,11 +35,12 @@ class ProjectorConfig:
     """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others. 0: as many as the kind
     makes of the encoder's features by itself."""
     layers: int = 2
-    """Layers of an mlp, or blocks of a resampler (AnyMAL: 6 for images, 4 for video)."""
+    """Layers of an mlp, pixel_shuffle or qformer; blocks of a resampler (AnyMAL: 6 for images, 4 for video), or of an
+    abstractor on either side of its pooling."""
     width: int = 0
-    """Inner width of an mlp or resampler; 0 takes the LLM's width for an mlp, the encoder's for a resampler."""
+    """Inner width. 0 takes the LLM's for an mlp or pixel_shuffle, the encoder's for the others."""
     heads: int = 8
-    """Attention heads of a resampler."""
+    """Attention heads of a resampler or qformer."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of this kind alone (listed by --help under its name)."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
+from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from anymal.command_line import field_docs
 from anymal.config import ModalityConfig, ProjectorConfig, options
 from anymal.errors import BadSample, UserError
@@ -162,6 +163,13 @@ def test_options_are_described():
     for name, modality in MODALITIES.items():
         for field in fields(modality.options):
             assert f"model.modalities.{name}.options.{field.name}" in text
+    for kind in PROJECTORS:
+        assert f"  {kind}: " in text
+    for cls in PROJECTOR_OPTIONS.values():
+        documented = field_docs(cls)
+        for field in fields(cls):
+            assert f"model.modalities.NAME.projector.options.{field.name} " in text
+            assert documented[field.name].split()[0] in text
 
 
 def test_listing_the_modalities_imports_no_heavy_library():

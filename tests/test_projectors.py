@@ -1,15 +1,34 @@
-"""Projectors: the resampler against plain loops, pooling by its rule, scale, precision, gradients."""
+"""Projectors of every kind: shapes, scale, gradients, precision. The resampler against plain loops, pooling's rule."""
 
 import math
+import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from adapters import build_adapters
+from adapters.pretrained import shapes_only
 from adapters.projectors import PROJECTORS, build_projector
 from adapters.projectors.pooled import PooledProjector
 from adapters.projectors.resampler import Resampler
-from anymal.config import ProjectorConfig
+from anymal.config import ModalityConfig, ProjectorConfig
+from anymal.cost import forward_flops
 from anymal.errors import UserError
+from tiny_encoders import siglip
+
+# No gradient reaches these: softmax does not see what all keys have in common, and one key leaves it no choice.
+UNSEEN = {"qformer": r"\.key\.bias$"}
+UNSEEN_ALONE = {"qformer": r"\.key\.bias$|\.crossattention\.attention\.(query|key)\."}
+
+
+def suited(kind: str, features: int, tokens: int) -> tuple[ProjectorConfig, int]:
+    """Settings for about so many tokens, and about so many features, as the kind takes them."""
+    if kind == "abstractor":
+        features, tokens = math.ceil(math.sqrt(features)) ** 2, math.ceil(math.sqrt(tokens)) ** 2
+    if kind == "pixel_shuffle":  # a square grid of an even side
+        features, tokens = 4 * math.ceil(math.sqrt(features) / 2) ** 2, 0
+    return ProjectorConfig(kind=kind, tokens=tokens, layers=2, heads=4), features
 
 
 def _norm(vector, layer):
@@ -80,43 +99,93 @@ def test_resampler_equals_plain_loops():
 @pytest.mark.parametrize("features", [1, 7, 8, 9, 50])
 def test_shapes_and_gradients(kind, features):
     torch.manual_seed(0)
-    config = ProjectorConfig(kind=kind, tokens=8, layers=2, heads=4)
+    config, features = suited(kind, features, 8)
     projector = build_projector(config, [(features, 16)], llm_width=24)
     embeddings = projector(torch.randn(3, features, 16))
-    assert projector.tokens == 8
-    assert embeddings.shape == (3, 8, 24)
+    if config.tokens:
+        assert projector.tokens == config.tokens
+    assert embeddings.shape == (3, projector.tokens, 24)
     embeddings.pow(2).sum().backward()
+    unseen = (UNSEEN if features > 1 else UNSEEN_ALONE).get(kind, "$.")
     without = [
         name
         for name, p in projector.named_parameters()
-        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+        if p.grad is None or not p.grad.isfinite().all() or not (p.grad.any() or re.search(unseen, name))
     ]
     assert without == []
     assert all(p.dtype == torch.float32 for p in projector.parameters())
+    assert list(projector.state_dict()) == [name for name, _ in projector.named_parameters()], (
+        "checkpoints hold no more"
+    )
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_starts_at_the_scale_of_the_embeddings_whatever_the_encoder_gives(kind):
     torch.manual_seed(0)
-    config = ProjectorConfig(kind=kind, tokens=8, layers=2, heads=4)
-    projector = build_projector(config, [(16, 64)], llm_width=48, scale=0.1)
+    config, features = suited(kind, 16, 8)
+    projector = build_projector(config, [(features, 64)], llm_width=48, scale=0.1)
     for level in (0.01, 1.0, 100.0):
-        std = projector(level * (torch.randn(16, 16, 64) + 3)).std().item()
+        std = projector(level * (torch.randn(16, features, 64) + 3)).std().item()
         assert 0.08 < std < 0.12, f"{std} for features of scale {level}"
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_takes_bf16_features_with_and_without_autocast(kind):
     torch.manual_seed(0)
-    config = ProjectorConfig(kind=kind, tokens=4, layers=2, heads=4)
-    projector = build_projector(config, [(9, 16)], llm_width=24)
-    features = torch.randn(2, 9, 16)
+    config, count = suited(kind, 9, 4)
+    projector = build_projector(config, [(count, 16)], llm_width=24)
+    features = torch.randn(2, count, 16)
     exact = projector(features)
     rounded = projector(features.bfloat16())
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().max() < 0.05
     with torch.autocast("cpu", torch.bfloat16):
         assert (projector(features.bfloat16()).float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_medium_has_the_same_embeddings_in_any_batch_every_time(kind):
+    torch.manual_seed(0)
+    config, count = suited(kind, 9, 4)
+    projector = build_projector(config, [(count, 16)], llm_width=24).train()
+    features = torch.randn(3, count, 16)
+    together = projector(features)
+    assert torch.equal(together, projector(features)), "a run that goes on would go elsewhere"
+    assert (projector(features[1:2]) - together[1:2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_is_made_and_run_without_weights(kind, tmp_path):
+    config, count = suited(kind, 16, 4)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recipe = {"image": ModalityConfig(encoder=siglip(tmp_path), projector=config)}
+    with shapes_only(fake):
+        adapter = build_adapters(recipe, llm_width=24)["image"]
+    assert adapter.encoder.tokens == count
+    assert all(isinstance(p, FakeTensor) for p in adapter.projector.parameters())
+    with fake:
+        assert adapter.projector(torch.empty(2, count, 16)).shape == (2, adapter.tokens, 24)
+    assert forward_flops(adapter.projector, (1, count, 16)) > 0
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_an_option_that_a_kind_does_not_have_is_named(kind):
+    config, count = suited(kind, 9, 4)
+    config.options = {"depth_of_field": 3}
+    with pytest.raises(UserError, match=f"projector.options of {kind}: unknown option 'depth_of_field'"):
+        build_projector(config, [(count, 16)], llm_width=24)
+
+
+def test_no_number_of_tokens_means_one_for_each_feature():
+    for kind in ("linear", "mlp"):
+        projector = build_projector(ProjectorConfig(kind=kind, tokens=0), [(7, 16)], llm_width=24)
+        features = torch.randn(2, 7, 16)
+        assert projector.tokens == 7
+        one_by_one = torch.stack([projector.layers(projector.norm(feature)) for feature in features.unbind(1)], 1)
+        assert (projector(features) - one_by_one).abs().max() < 1e-5
+    for kind in ("resampler", "qformer", "abstractor"):
+        with pytest.raises(UserError, match=f"projector.tokens is 0, .* {kind} makes as many as it is asked for"):
+            build_projector(ProjectorConfig(kind=kind, tokens=0), [(9, 16)], llm_width=24)
 
 
 def test_pooling_follows_its_rule():
@@ -150,6 +219,10 @@ def test_resampler_tells_the_order_of_features():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="did you mean resampler"):
         build_projector(ProjectorConfig(kind="resample"), [(4, 8)], 16)
-    with pytest.raises(UserError, match="width 10 cannot be split into 8 heads"):
-        build_projector(ProjectorConfig(kind="resampler"), [(4, 10)], 16)
+    for kind in ("resampler", "qformer"):
+        with pytest.raises(UserError, match=f"a {kind} of width 10 cannot be split into 8 heads"):
+            build_projector(ProjectorConfig(kind=kind), [(4, 10)], 16)
+    for kind in ("abstractor", "pixel_shuffle"):
+        with pytest.raises(UserError, match=f"{kind} takes features of a square grid, .* gives 50 .* 7 x 7 is 49"):
+            build_projector(ProjectorConfig(kind=kind, tokens=4), [(50, 10)], 16)
     assert build_projector(ProjectorConfig(kind="resampler", width=16), [(4, 10)], 16).tokens == 32

@@ -4,7 +4,8 @@
 
     N media   T features of one medium   W their width   K tokens of one medium   D the LLM's width   I inner width
 
-One file for each family; `PROJECTORS` has them by the names that recipes use.
+One file for each family; `PROJECTORS` has them by the names that recipes use, and `OPTIONS` the settings that a kind
+has for itself.
 
 Scale. A frozen LLM has only ever seen embeddings of its own table's scale, and elements of those tables are small
 (about 0.1 in SmolLM2, 0.01 in Llama-3). Each kind normalises its last activations and draws its last layer so that
@@ -16,21 +17,40 @@ Precision. Parameters are fp32; features of any floating type are taken in the p
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
+from adapters.projectors.abstractor import AbstractorOptions, abstractor
 from adapters.projectors.fit import Fit
 from adapters.projectors.pooled import linear, mlp
+from adapters.projectors.qformer import QFormerOptions, qformer
 from adapters.projectors.resampler import resampler
-from anymal.config import ProjectorConfig
+from adapters.projectors.shuffle import PixelShuffleOptions, pixel_shuffle
+from anymal.config import ProjectorConfig, options
 from anymal.errors import UserError
 
 PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "linear": linear,
     "mlp": mlp,
     "resampler": resampler,
+    "qformer": qformer,
+    "abstractor": abstractor,
+    "pixel_shuffle": pixel_shuffle,
 }
 """Makers of projectors by the name that ``projector.kind`` gives."""
+
+OPTIONS: dict[str, type] = {
+    "qformer": QFormerOptions,
+    "abstractor": AbstractorOptions,
+    "pixel_shuffle": PixelShuffleOptions,
+}
+"""What ``projector.options`` can hold, for the kinds that have settings of their own."""
+
+
+@dataclass(kw_only=True)
+class NoOptions:
+    """Of the other kinds."""
 
 
 def build_projector(
@@ -39,7 +59,7 @@ def build_projector(
     """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
 
     Args:
-        config: Its kind, K, layers, inner width and heads.
+        config: Its kind, K, layers, inner width, heads and options.
         parts: (T, W) of each kind of features that the encoder gives of one medium (`anymal.modality.parts`).
         llm_width: D.
         scale: Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table.
@@ -51,4 +71,5 @@ def build_projector(
         near = difflib.get_close_matches(config.kind, PROJECTORS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(PROJECTORS)}"
         raise UserError(f"projector.kind is {config.kind!r}; {hint}")
+    options(OPTIONS.get(config.kind, NoOptions), config.options, f"projector.options of {config.kind}")
     return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale))

@@ -6,11 +6,8 @@ N media   T features of one medium   W their width   K tokens of one medium   D 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit, scaled_linear
+from adapters.projectors.fit import Fit, scaled_mlp
 from anymal.config import ProjectorConfig
-
-GELU_STD = 0.652
-"""Root of the mean square of GELU(x) for standard normal x."""
 
 
 class PooledProjector(nn.Module):
@@ -35,13 +32,7 @@ class PooledProjector(nn.Module):
         self.tokens, self.llm_width = tokens, llm_width
         self.pooled = max(s for s in range(1, tokens + 1) if tokens % s == 0 and s <= features)
         self.norm = nn.LayerNorm(width)
-        layers: list[nn.Module] = []
-        before, std = width, 1.0
-        for after in inner:
-            layers += [scaled_linear(before, after, 1.0 / std), nn.GELU()]
-            before, std = after, GELU_STD
-        layers.append(scaled_linear(before, tokens // self.pooled * llm_width, scale / std))
-        self.layers = nn.Sequential(*layers)
+        self.layers = scaled_mlp(width, inner, tokens // self.pooled * llm_width, scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, T, W] → [N, K, D]."""
@@ -52,16 +43,17 @@ class PooledProjector(nn.Module):
 
 
 def linear(config: ProjectorConfig, fit: Fit) -> nn.Module:
-    """AnyMAL's, for audio and IMU."""
+    """Pool, then one linear layer: AnyMAL's for audio and IMU."""
     return _pooled(config, fit, inner=())
 
 
 def mlp(config: ProjectorConfig, fit: Fit) -> nn.Module:
-    """LLaVA-1.5's."""
+    """Pool, then linear layers with GELU between: LLaVA-1.5's."""
     return _pooled(config, fit, inner=(config.width or fit.llm_width,) * (config.layers - 1))
 
 
 def _pooled(config: ProjectorConfig, fit: Fit, inner: tuple[int, ...]) -> nn.Module:
     features, width = fit.only(config)
-    sizes = {"width": width, "features": features, "tokens": config.tokens, "llm_width": fit.llm_width}
+    tokens = config.tokens or features  # 0: one for each, as in LLaVA
+    sizes = {"width": width, "features": features, "tokens": tokens, "llm_width": fit.llm_width}
     return PooledProjector(**sizes, inner=inner, scale=fit.scale)

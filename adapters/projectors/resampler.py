@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit, scaled_linear
+from adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
 from anymal.config import ProjectorConfig
-from anymal.errors import UserError
 
 
 class ResamplerBlock(nn.Module):
@@ -90,24 +89,20 @@ class Resampler(nn.Module):
 
 
 def resampler(config: ProjectorConfig, fit: Fit) -> nn.Module:
-    """Its inner width is `config.width`, or the encoder's.
+    """Flamingo's Perceiver resampler: AnyMAL's for images and video.
+
+    Its inner width is `config.width`, or the encoder's.
 
     Raises:
-        UserError: Heads do not divide the inner width.
+        UserError: No tokens are asked for, or heads do not divide the inner width.
     """
     features, width = fit.only(config)
-    inner = config.width or width
-    if inner % config.heads:
-        raise UserError(
-            f"a resampler of width {inner} cannot be split into {config.heads} heads; set projector.heads to a divisor "
-            "or projector.width to a multiple"
-        )
     return Resampler(
         width=width,
         features=features,
-        tokens=config.tokens,
+        tokens=asked_tokens(config),
         llm_width=fit.llm_width,
-        inner=inner,
+        inner=inner_width(config, width),
         blocks=config.layers,
         heads=config.heads,
         scale=fit.scale,
