@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from adapters.projectors.fit import Fit
+from adapters.projectors.mining import mining
+from adapters.projectors.parts import each
 from adapters.projectors.pooled import linear, mlp
 from adapters.projectors.resampler import resampler
 from anymal.config import ProjectorConfig
@@ -29,6 +31,8 @@ PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "linear": linear,
     "mlp": mlp,
     "resampler": resampler,
+    "each": each,
+    "mining": mining,
 }
 """Makers of projectors by the name that ``projector.kind`` gives."""
 
