@@ -2,7 +2,7 @@
 
 Any vision encoder of transformers: CLIP, SigLIP, SigLIP 2, DINOv2, …, by hub name or local folder. From a
 two-tower model only the vision tower is kept. The encoder's own image processor prepares the pixels (its PIL variant,
-so that results do not depend on whether torchvision is installed).
+so that results do not depend on whether torchvision is installed). Several encoders together: `adapters.mixture`.
 
     N images   H, W pixels after preprocessing   tokens features of an image   width channels of a feature
 """
@@ -10,7 +10,7 @@ so that results do not depend on whether torchvision is installed).
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,25 @@ class TilesDecoder:
         return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
 
 
+def default_layer(network: nn.Module) -> int:
+    """Whose output is used where a recipe does not say: see `ImageOptions`."""
+    return -2 if network.config.model_type.startswith("clip") else -1
+
+
+def output_of(network: nn.Module, layer: int, **inputs: Any) -> Tensor:
+    """What a layer, counted from the end, makes of the inputs: [N, tokens, width], or a map [N, width, h, w].
+
+    Raises:
+        UserError: The network has fewer layers.
+    """
+    if layer == -1:
+        return network(**inputs).last_hidden_state
+    states = network(output_hidden_states=True, **inputs).hidden_states
+    if len(states) < -layer:
+        raise UserError(f"layer is {layer}, but the encoder has only {len(states) - 1} layers")
+    return states[layer]
+
+
 class ImageEncoder(nn.Module):
     """A frozen vision network that gives patch features: class and register tokens are dropped.
 
@@ -182,7 +201,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, network: nn.Module, decode: ImageDecoder, layer: int, license: str):
         super().__init__()
         self.network, self.decode, self.license = network, decode, license
-        self.layer = layer or (-2 if network.config.model_type.startswith("clip") else -1)
+        self.layer = layer or default_layer(network)
         self.constants: list[str] = []
         sample = decode.prepare([_blank()])
         self.shape = tuple(sample["pixel_values"].shape[1:])
@@ -212,12 +231,7 @@ class ImageEncoder(nn.Module):
         for key in self.constants:
             value = getattr(self, f"constant_{key}")
             constants[key] = value.expand(len(pixels), *value.shape[1:])
-        if self.layer == -1:
-            return self.network(pixel_values=pixels, **constants).last_hidden_state
-        states = self.network(pixel_values=pixels, output_hidden_states=True, **constants).hidden_states
-        if len(states) < -self.layer:
-            raise UserError(f"layer is {self.layer}, but the encoder has only {len(states) - 1} layers")
-        return states[self.layer]
+        return output_of(self.network, self.layer, pixel_values=pixels, **constants)
 
     def _tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features[:, self.prefix :]
@@ -237,12 +251,16 @@ def _blank() -> Any:
     return Image.new("RGB", (256, 256))
 
 
-def load_image_encoder(name: str, options: ImageOptions) -> ImageEncoder:
-    """A vision encoder by hub name or local folder, frozen, in fp32 on the CPU, with its own preprocessing.
+def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> nn.Module:
+    """A vision encoder by hub name or local folder, or a composition; frozen, in fp32 on the CPU, with its decoding.
 
     Raises:
         UserError: It cannot be loaded, has no image processor, or not as many layers as `options.layer` asks for.
     """
+    if not isinstance(name, str):
+        from adapters.mixture import load_mixture
+
+        return with_tiles(load_mixture(name, options), options)
     network = load_network(name, tower="vision_model")
     from transformers import AutoImageProcessor
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anymal.errors import UserError
 
 _SHAPES_ONLY: ContextVar[AbstractContextManager | None] = ContextVar("shapes_only", default=None)
 
-UNUSED = ("pooler", "head.", "_fc.")
+UNUSED = ("pooler", "head.", "_fc.", "vision_projection")
 """Parts of names of weights that no encoder here uses, so a folder may lack them."""
 
 
@@ -44,6 +45,11 @@ def new_tensors() -> AbstractContextManager:
 def without_weights() -> bool:
     """Whether this is inside `shapes_only`: no weights are to be read."""
     return _SHAPES_ONLY.get() is not None
+
+
+def on_shapes() -> AbstractContextManager:
+    """Inside, networks run on shapes alone, whatever their weights are: nothing is computed."""
+    return _SHAPES_ONLY.get() or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +83,13 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(name: str) -> Any:
-    """The encoder's transformers config; registers the architectures that this package adds."""
+    """The encoder's transformers config; registers the architectures that this package adds.
+
+    Raises:
+        UserError: There is none, or `name` is not one name: not every modality takes a composition of encoders.
+    """
+    if not isinstance(name, str):
+        raise UserError(f"encoder is {name!r}; here it is one hub name or local folder (see docs/encoders.md)")
     from transformers import AutoConfig
 
     import adapters.efficientnet_lite
@@ -86,12 +98,13 @@ def load_config(name: str) -> Any:
     return call("config", name, AutoConfig.from_pretrained)
 
 
-def load_network(name: str, *, tower: str | None = None) -> nn.Module:
+def load_network(name: str, *, tower: str | None = None, cls: type | None = None) -> nn.Module:
     """A pretrained network in fp32 on the CPU, in eval mode, without gradients.
 
     Args:
         name: Hub name or local folder.
         tower: The attribute to keep where the model has it: ``"vision_model"`` of a CLIP.
+        cls: The transformers model to load it as, if it is not what AutoModel would.
 
     Raises:
         UserError: It cannot be loaded, or weights that the encoder needs are missing (transformers would make them up).
@@ -100,13 +113,13 @@ def load_network(name: str, *, tower: str | None = None) -> nn.Module:
     from transformers import AutoModel
 
     if without_weights():
-        from transformers.initialization import no_init_weights
-
-        with quiet(), no_init_weights(), new_tensors():  # truncated normals (SigLIP, DINOv2) look at what they draw
-            model = AutoModel.from_config(config, dtype=torch.float32)
+        with quiet(), torch.device("meta"):  # where numbers that are no weights can be read, as ConvNeXt does
+            model = cls(config) if cls else AutoModel.from_config(config, dtype=torch.float32)
+        with new_tensors():
+            model.to_empty(device="cpu")
         return getattr(model, tower or "", model).eval().requires_grad_(False)
     with quiet():
-        load = AutoModel.from_pretrained
+        load = (cls or AutoModel).from_pretrained
         model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True)
     keep = tower is not None and hasattr(model, tower)
     missing = [key for key in report["missing_keys"] if not any(part in key for part in UNUSED)]

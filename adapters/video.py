@@ -8,6 +8,7 @@ frames are decoded is in `adapters.video_frames`.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from adapters.image import ImageDecoder, ImageEncoder, ImageOptions, load_image_
 from adapters.pretrained import call, license_of, load_config, load_network
 from adapters.video_frames import read_frames
 from anymal.errors import UserError
-from anymal.modality import Modality
+from anymal.modality import Modality, parts
 from anymal.sample import Viewable, Views
 
 IMAGE_ENCODER_FRAMES = 4
@@ -150,16 +151,18 @@ def _pool(features: Tensor, grid: tuple[int, int] | None, pool: int) -> Tensor:
     return F.adaptive_avg_pool2d(maps, math.isqrt(pool)).flatten(2).transpose(1, 2)
 
 
-def load_video_encoder(name: str, options: VideoOptions) -> nn.Module:
-    """A video network, or an image encoder for each frame, by hub name or local folder; frozen, in fp32 on the CPU.
+def load_video_encoder(name: str | Mapping[str, Any], options: VideoOptions) -> nn.Module:
+    """A video network, or an image encoder (a composition, too) for each frame; frozen, in fp32 on the CPU.
 
     Raises:
         UserError: It cannot be loaded, or takes another number of frames than `options.frames`.
     """
-    config = load_config(name)
+    config = load_config(name) if isinstance(name, str) else None
     if not hasattr(config, "tubelet_size"):
         image_options = ImageOptions(layer=options.layer, max_pixels=options.max_pixels)
         encoder = load_image_encoder(name, image_options)
+        if len(parts(encoder)) > 1:
+            raise UserError("the encoder appends several kinds of features; those of frames have to be of one kind")
         frames = options.frames or IMAGE_ENCODER_FRAMES
         decode = VideoDecoder(images=encoder.decode, frames=frames, max_seconds=options.max_seconds)
         if options.views:

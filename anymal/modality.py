@@ -7,7 +7,7 @@ A modality is one file in ``adapters/`` that makes a `Modality`, and one line in
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -57,8 +57,8 @@ class Modality:
     """Endings of the shard members that hold it, longest first, without the leading dot: ``("imu.npy",)``."""
     options: type
     """A keyword-only dataclass of its decoding settings, a docstring under each field (shown by ``--help``)."""
-    load: Callable[[str, object], Encoder]
-    """(hub name or local folder, options) → the encoder, on the CPU in fp32, in eval mode."""
+    load: Callable[[Any, object], Encoder]
+    """(hub name, local folder or a composition's mapping; options) → the encoder, on the CPU in fp32, in eval mode."""
 
     @property
     def placeholder(self) -> str:

@@ -17,6 +17,7 @@ import torch
 import anymal  # noqa: F401  before anything imports transformers or torchaudio
 
 SIZE = 32
+PATCH = {"height": 4, "width": 4}
 PIXELS = {"size": {"height": SIZE, "width": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
 VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": SIZE}
 
@@ -88,6 +89,88 @@ def efficientnet_lite(folder: Path) -> str:
         if parameter.ndim == 4:
             torch.nn.init.kaiming_normal_(parameter)
     return _save(folder, model, {"image_processor_type": "ViTImageProcessor", "size": size})
+
+
+def convnext(folder: Path) -> str:
+    """A ConvNeXt of four stages, 4 to 32 channels wide: maps of 8, 4, 2 and 1 rows for 32 pixels."""
+    from transformers import ConvNextConfig, ConvNextModel
+
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[4, 8, 16, 32], depths=[1, 1, 2, 1], layer_scale_init_value=0.5)
+    processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": SIZE}}
+    model = ConvNextModel(config)
+    for parameter in model.parameters():  # as below
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return _save(folder, model, processor)
+
+
+def sam(folder: Path) -> str:
+    """SAM's image encoder: a map of 8 x 8, 12 wide."""
+    from transformers import SamVisionConfig, SamVisionModel
+
+    config = SamVisionConfig(
+        hidden_size=16,
+        output_channels=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=4,
+        window_size=3,
+        global_attn_indexes=[1],
+        mlp_dim=32,
+    )
+    torch.manual_seed(0)
+    return _save(
+        folder, SamVisionModel(config), {"image_processor_type": "SamImageProcessor", "size": {"longest_edge": SIZE}}
+    )
+
+
+def pix2struct(folder: Path) -> str:
+    """A whole Pix2Struct, of which the vision model is of use: at most 30 patches of 4 x 4, so 5 x 5 of a square."""
+    from transformers import Pix2StructConfig, Pix2StructForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "d_ff": 32, "d_kv": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"patch_embed_hidden_size": 48, "seq_len": 32, "initializer_range": 0.5}
+    text = {"hidden_size": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    config = Pix2StructConfig(vision_config=vision, text_config=text)
+    processor = {"image_processor_type": "Pix2StructImageProcessor", "max_patches": 30}
+    return _save(folder, Pix2StructForConditionalGeneration(config), processor | {"patch_size": PATCH})
+
+
+def blip2(folder: Path) -> str:
+    """A whole BLIP-2, of which vision model and Q-Former are of use: 6 queries, 16 wide."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config=VIT | {"patch_size": 8},
+        qformer_config=sizes | {"encoder_hidden_size": 16, "vocab_size": 64},
+        text_config=text | {"vocab_size": 64, "word_embed_proj_dim": 16},
+        num_query_tokens=6,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.query_tokens)
+    return _save(folder, model, {"image_processor_type": "BlipImageProcessor", "size": PIXELS["size"]})
+
+
+def mixture(folder: Path) -> dict:
+    """Four encoders joined channel by channel, as Eagle does: 8 x 8 features, 112 wide."""
+    parts = [
+        {"name": clip(folder / "clip"), "size": 40},
+        {"name": convnext(folder / "convnext"), "size": 64},
+        {"name": sam(folder / "sam"), "unshuffle": 2},
+        pix2struct(folder / "pix2struct"),
+    ]
+    return {"channels": parts, "grid": 8, "keep_global": True}
+
+
+def appended(folder: Path) -> dict:
+    """A map and a Q-Former's queries one after another, as SPHINX does: 16 + 6 features."""
+    return {"append": [siglip(folder / "siglip"), blip2(folder / "blip2")], "fit": "squash"}
 
 
 def videomae(folder: Path) -> str:
@@ -171,7 +254,7 @@ def imu(folder: Path) -> str:
     return str(folder)
 
 
-ENCODERS: dict[str, dict[str, Callable[[Path], str]]] = {
+ENCODERS: dict[str, dict[str, Callable[[Path], str | dict]]] = {
     "image": {
         "clip": clip,
         "clip_vision": clip_vision,
@@ -179,8 +262,15 @@ ENCODERS: dict[str, dict[str, Callable[[Path], str]]] = {
         "siglip2": siglip2,
         "dinov2": dinov2,
         "efficientnet_lite": efficientnet_lite,
+        "mixture": mixture,
+        "appended": appended,
     },
-    "video": {"clip": clip, "efficientnet_lite": efficientnet_lite, "videomae": videomae},
+    "video": {
+        "clip": clip,
+        "efficientnet_lite": efficientnet_lite,
+        "videomae": videomae,
+        "mixture": lambda folder: {"channels": [clip(folder / "clip"), dinov2(folder / "dinov2")]},
+    },
     "audio": {
         "whisper": whisper,
         "ast": ast,
@@ -189,7 +279,7 @@ ENCODERS: dict[str, dict[str, Callable[[Path], str]]] = {
     },
     "imu": {"imu": imu},
 }
-"""Makers of encoders of each modality: folder → folder as a string."""
+"""Makers of encoders of each modality: folder → what a recipe's ``encoder`` is."""
 
 OPTIONS: dict[str, dict] = {"imu": {"rate": 50.0}}
 """Options without which a modality cannot be loaded."""

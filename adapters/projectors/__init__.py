@@ -23,6 +23,8 @@ from torch import nn
 
 from adapters.projectors.abstractor import AbstractorOptions, abstractor
 from adapters.projectors.fit import Fit
+from adapters.projectors.mining import mining
+from adapters.projectors.parts import EachOptions, each
 from adapters.projectors.pooled import linear, mlp
 from adapters.projectors.qformer import QFormerOptions, qformer
 from adapters.projectors.resampler import resampler
@@ -37,10 +39,13 @@ PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "qformer": qformer,
     "abstractor": abstractor,
     "pixel_shuffle": pixel_shuffle,
+    "each": each,
+    "mining": mining,
 }
 """Makers of projectors by the name that ``projector.kind`` gives."""
 
 OPTIONS: dict[str, type] = {
+    "each": EachOptions,
     "qformer": QFormerOptions,
     "abstractor": AbstractorOptions,
     "pixel_shuffle": PixelShuffleOptions,

@@ -1,0 +1,173 @@
+"""Compositions of image encoders: a tree in the recipe → one encoder. In place of a name in ``encoder``.
+
+    node  =  NAME
+          |  {name: NAME, size: 448, layer: -2, ...}          one encoder                       (LeafConfig)
+          |  {channels: [node, ...], grid: 32, ...}           maps joined channel by channel    (ChannelsConfig)
+          |  {append: [node, ...]}                            features one after another        (AppendConfig)
+
+The outermost node may also say how pictures become square: ``fit: pad`` or ``fit: squash``. All encoders are fed from
+one canonical picture (see `adapters.pictures`). Examples, and what each published model does, are in docs/encoders.md.
+
+    N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of a map
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.image import ImageOptions
+from adapters.pictures import FITS, SquareDecoder
+from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
+from anymal.config import options
+from anymal.errors import UserError
+
+RESIZES = ("bilinear", "nearest")
+
+
+@dataclass(kw_only=True)
+class ChannelsConfig:
+    """Maps of several encoders, resized to one grid and joined channel by channel."""
+
+    channels: list[Any] = field(default_factory=list)
+    """The nodes, in the order of their channels."""
+    grid: int = 0
+    """Rows and columns of the joined map; 0 takes the first node's."""
+    resize: str = "bilinear"
+    """bilinear (Eagle), or nearest (SPHINX, which repeats features)."""
+    keep_global: bool = False
+    """Put a feature of the whole picture before the map's: each node's class token or average, joined as well."""
+
+    def __post_init__(self):
+        if self.resize not in RESIZES or self.grid < 0:
+            raise UserError(
+                f"resize is {self.resize!r} and grid {self.grid}; resize is {' or '.join(RESIZES)}, grid at least 1"
+            )
+
+
+@dataclass(kw_only=True)
+class AppendConfig:
+    """Features of several nodes, one after another; the projector tells them apart (`anymal.modality.parts`)."""
+
+    append: list[Any] = field(default_factory=list)
+    """The nodes, in the order of their features."""
+
+
+class Channels(nn.Module):
+    """See `ChannelsConfig`. `nodes` have maps."""
+
+    def __init__(self, nodes: Sequence[nn.Module], config: ChannelsConfig):
+        super().__init__()
+        self.nodes, self.resize, self.keep_global = nn.ModuleList(nodes), config.resize, config.keep_global
+        self.size = max(node.size for node in nodes)
+        self.side = config.grid or nodes[0].side
+        self.tokens = self.side**2 + self.keep_global
+        self.width = sum(node.width for node in nodes)
+        self.parts = ((self.tokens, self.width),)
+        self.license = _joined(nodes)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[N, 3, S, S] → [N, tokens, W]."""
+        return as_tokens(*self.maps(pictures), self.keep_global)
+
+    def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, S, S] → the joined map [N, W, h, w], and one feature of the whole picture [N, W]."""
+        maps, whole = zip(*(node.maps(pictures) for node in self.nodes), strict=True)
+        return torch.cat([resized(m, self.side, self.resize) for m in maps], 1), torch.cat(whole, 1)
+
+
+class Append(nn.Module):
+    """See `AppendConfig`. Narrower features are filled up with zeros to the widest."""
+
+    side = None
+    """Its features form no map."""
+
+    def __init__(self, nodes: Sequence[nn.Module]):
+        super().__init__()
+        self.nodes = nn.ModuleList(nodes)
+        self.size = max(node.size for node in nodes)
+        self.parts = tuple(part for node in nodes for part in node.parts)
+        self.tokens, self.width = sum(node.tokens for node in nodes), max(node.width for node in nodes)
+        self.license = _joined(nodes)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[N, 3, S, S] → [N, tokens, W]."""
+        features = [node(pictures) for node in self.nodes]
+        return torch.cat([F.pad(one, (0, self.width - one.shape[-1])) for one in features], 1)
+
+
+class Mixture(nn.Module):
+    """A frozen composition of image encoders, with its decoding.
+
+    Args:
+        tree: A `Leaf`, `Channels` or `Append`.
+        decode: Its decoding.
+    """
+
+    def __init__(self, tree: nn.Module, decode: SquareDecoder):
+        super().__init__()
+        self.tree, self.decode, self.license = tree, decode, tree.license
+        self.tokens, self.width, self.parts = tree.tokens, tree.width, tree.parts
+        self.grid = (tree.side, tree.side) if tree.side and tree.tokens == tree.side**2 else None
+        self.shape = (3, decode.size, decode.size)
+        self.eval()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[N, 3, S, S] uint8 (or values 0 to 255 of any type) → [N, tokens, W]."""
+        return self.tree(pictures)
+
+
+def load_mixture(tree: Any, options: ImageOptions) -> Mixture:
+    """A composition of image encoders as a recipe states it; frozen, in fp32 on the CPU.
+
+    Raises:
+        UserError: The tree is not one (an unknown key's nearest is named), or an encoder of it cannot be loaded or does
+            not fit its settings.
+    """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"encoder is {tree!r}; it is a name, or a mapping with name, channels or append")
+    if options.layer:
+        raise UserError("options.layer is for an encoder that is named alone; in a composition each has its layer")
+    tree = dict(tree)
+    fit = tree.pop("fit", FITS[0])
+    if fit not in FITS:
+        raise UserError(f"encoder.fit is {fit!r}; it is {' or '.join(FITS)}")
+    made = _node(tree, "encoder")
+    return Mixture(made, SquareDecoder(size=made.size, fit=fit, max_pixels=options.max_pixels))
+
+
+_KINDS = {"name": LeafConfig, "channels": ChannelsConfig, "append": AppendConfig}
+
+
+def _node(tree: Any, where: str) -> Leaf | Channels | Append:
+    tree = {"name": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{where} is {tree!r}; it is a name, or a mapping with name, channels or append")
+    kinds = [kind for kind in _KINDS if kind in tree]
+    if len(kinds) != 1:
+        near = [close for key in tree for close in difflib.get_close_matches(str(key), _KINDS, n=1)]
+        hint = f"; did you mean {near[0]}?" if near and not kinds else ""
+        raise UserError(f"{where} has the keys {', '.join(map(str, tree))}; one of them is {' or '.join(_KINDS)}{hint}")
+    kind = kinds[0]
+    config = options(_KINDS[kind], dict(tree), where)
+    if kind == "name":
+        return load_leaf(config, where)
+    listed = getattr(config, kind)
+    if not listed:
+        raise UserError(f"{where}.{kind} lists no encoder")
+    nodes = [_node(node, f"{where}.{kind}[{index}]") for index, node in enumerate(listed)]
+    if kind == "append":
+        return Append(nodes)
+    for index, node in enumerate(nodes):
+        if node.side is None or node.keep_global:
+            fault = "gives no map" if node.side is None else "has keep_global; put that beside channels"
+            raise UserError(f"{where}.channels[{index}] {fault}: only maps can be joined channel by channel")
+    return Channels(nodes, config)
+
+
+def _joined(nodes: Sequence[nn.Module]) -> str:
+    return ", ".join(dict.fromkeys(part for node in nodes for part in node.license.split(", ")))
