@@ -1,12 +1,14 @@
-"""IMU: a window of accelerometer and gyroscope (``.imu.npy``) → standardised channels → features of our own encoder.
+"""IMU: a window of accelerometer and gyroscope (``.imu.npy``) → standardised channels → features of an IMU encoder.
 
 A member holds a float array [samples, 6]: accelerometer x, y, z in m/s² (gravity included), then gyroscope x, y, z in
-rad/s. The encoder's config states the rate and the length that it takes (see `adapters.imu_encoder`).
+rad/s. An encoder in a folder is of our own, and its config states the rate and the length that it takes (see
+`adapters.imu_encoder`); in a file it is one of the published networks, whose rate is known (`adapters.imu_trunks`).
 
     S samples of a window   tokens features of a window   width channels of a feature
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ from adapters.signals import hold_last, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 
+FILES = (".pth", ".pt", ".safetensors")
+"""Endings of encoders that are files."""
 WANTED = "wanted is a float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s"
 MAX_ACCELERATION = 1000.0
 """m/s²: a hundred times gravity. Sensors reach 16 or 32."""
@@ -34,6 +38,15 @@ class IMUOptions:
     to the encoder's rate."""
     max_seconds: float = 600.0
     """A longer recording is a bad sample."""
+    trunk: str = ""
+    """Whose network an encoder that is a file holds, imagebind, onellm or imu2clip; empty reads it off the file."""
+    trunk_rate: float = 0.0
+    """Samples per second (Hz) that an encoder that is a file was trained at. 0 takes the published rate: 400 for
+    imagebind (2000 samples are 5 s), 200 for the others."""
+
+    def __post_init__(self):
+        if min(self.rate, self.trunk_rate) < 0:
+            raise UserError(f"rate is {self.rate:g} and trunk_rate {self.trunk_rate:g}; they are samples per second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,30 +136,44 @@ class IMUEncoder(nn.Module):
 
 
 def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:
-    """Our IMU encoder from a local folder or hub name, frozen, in fp32 on the CPU.
+    """An IMU encoder, frozen, in fp32 on the CPU: ours from a local folder or hub name, others' from a local file.
 
     Raises:
         UserError: It cannot be loaded, is another kind of network, or the recordings' rate is not given.
     """
+    if str(name).endswith(FILES):
+        from adapters.imu_trunks import load_trunk
+
+        trunk = load_trunk(name, options.trunk)
+        decode = _decoder(options, options.trunk_rate or trunk.rate, trunk.samples, mean=[0.0] * 6, std=[1.0] * 6)
+        return IMUEncoder(trunk, decode, trunk.license)
     config = load_config(name)
     if config.model_type != "anymal_imu":
         raise UserError(
             f"{name!r} holds a {config.model_type}, not an IMU encoder; launch/pretrain_imu_encoder.py makes one"
         )
+    if options.trunk or options.trunk_rate:
+        raise UserError(f"model.modalities.imu.options.trunk and trunk_rate are for files, but {name!r} is none")
+    decode = _decoder(options, config.rate, config.samples, mean=config.mean, std=config.std)
+    return IMUEncoder(load_network(name), decode, license_of(name))
+
+
+def _decoder(
+    options: IMUOptions, rate: float, samples: int, *, mean: Sequence[float], std: Sequence[float]
+) -> IMUDecoder:
     if options.rate <= 0:
         raise UserError(
             "model.modalities.imu.options.rate must state the recordings' samples per second: .npy files do not hold it"
-            f" (this encoder takes {config.rate:g} Hz; others are resampled)"
+            f" (this encoder takes {rate:g} Hz; others are resampled)"
         )
-    decode = IMUDecoder(
+    return IMUDecoder(
         rate=options.rate,
-        encoder_rate=config.rate,
-        samples=config.samples,
+        encoder_rate=rate,
+        samples=samples,
         max_seconds=options.max_seconds,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
+        mean=tuple(mean),
+        std=tuple(std),
     )
-    return IMUEncoder(load_network(name), decode, license_of(name))
 
 
 MODALITY = Modality(name="imu", suffixes=("imu.npy",), options=IMUOptions, load=load_imu_encoder)

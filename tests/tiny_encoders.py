@@ -8,6 +8,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av  # before anything imports decord, whose old libvpx would take the place of the one that av brings
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import anymal  # noqa: F401  before anything imports transformers or torchaudio
+import tiny_imu_trunks
 
 SIZE = 32
 PATCH = {"height": 4, "width": 4}
@@ -254,6 +256,13 @@ def imu(folder: Path) -> str:
     return str(folder)
 
 
+def trunk(folder: Path, kind: str) -> str:
+    """A published IMU network: a file, not a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tiny_imu_trunks.STATE_DICTS[kind](), folder / f"{kind}.pth")
+    return str(folder / f"{kind}.pth")
+
+
 ENCODERS: dict[str, dict[str, Callable[[Path], str | dict]]] = {
     "image": {
         "clip": clip,
@@ -277,7 +286,7 @@ ENCODERS: dict[str, dict[str, Callable[[Path], str | dict]]] = {
         "clap": clap,
         "clap_fusion": lambda folder: clap(folder, fusion=True),
     },
-    "imu": {"imu": imu},
+    "imu": {"imu": imu} | {kind: partial(trunk, kind=kind) for kind in tiny_imu_trunks.STATE_DICTS},
 }
 """Makers of encoders of each modality: folder → what a recipe's ``encoder`` is."""
 
@@ -358,7 +367,7 @@ MEDIA: dict[str, Callable[[], bytes]] = {
     "image": picture,
     "video": clip_bytes,
     "audio": sound,
-    "imu": lambda: npy(motion()),
+    "imu": lambda: npy(motion(250)),  # IMU2CLIP takes 5 s and no less
 }
 """One good medium of each modality."""
 

@@ -1,0 +1,272 @@
+"""Mix the weights of two models: θ = beta · a + (1 - beta) · b, as SPHINX does (arXiv 2311.07575).
+
+    python launch/mix.py a=runs/real b=runs/synthetic beta=0.5 out=mixed                 # two runs or checkpoints
+    python launch/mix.py a=models/real b=models/synthetic beta=0.5 out=models/mixed      # two whole LLMs
+
+Of two checkpoints, projectors and LoRA are mixed; `out` is one more checkpoint, without the state of training. Of two
+LLMs in transformers' format every tensor is, one after another: memory holds one of each, however large they are.
+Both need the same encoders, projectors, LLM and shapes; what differs is named.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adapters.pretrained import license_of
+from anymal import checkpoint
+from anymal import config as settings
+from anymal.command_line import parse_args
+from anymal.errors import UserError
+from anymal.weightless import read_config
+from launch.build import run_program
+
+NAMES = ("_name_or_path", "transformers_version")
+"""What may differ between the configs of two LLMs."""
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What an LLM's folder holds beside its weights, as far as it is no code."""
+LORA_OWN = ("r", "lora_alpha", "lora_dropout", "inference_mode", "base_model_name_or_path", "peft_version")
+"""What may differ between two LoRAs: the mix takes care of rank and scale, and the rest leaves the update as it is."""
+
+
+@dataclass(kw_only=True)
+class Mix:
+    """What is mixed."""
+
+    a: str = MISSING
+    """A run, a checkpoint, or a folder with an LLM (config.json and .safetensors)."""
+    b: str = MISSING
+    """Another of the same kind."""
+    beta: float = 0.5
+    """The share of a, from 0 (all b) to 1 (all a)."""
+    out: str = MISSING
+    """The folder that is written; there must be none yet."""
+
+    def __post_init__(self):
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"beta is {self.beta}; it is a share from 0 to 1")
+
+
+def mixed(a: Tensor, b: Tensor, beta: float, name: str) -> Tensor:
+    """beta · a + (1 - beta) · b, computed in float32 at least, in the dtype of both.
+
+    Raises:
+        UserError: Shapes or dtypes differ, or they are integers that do.
+    """
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        raise UserError(f"{name} is {list(a.shape)} of {a.dtype} in a, and {list(b.shape)} of {b.dtype} in b")
+    if not a.is_floating_point():
+        if not torch.equal(a, b):
+            raise UserError(f"{name} is of {a.dtype} and differs: only floating point can be mixed")
+        return a
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide, copy=True).mul_(beta).add_(b.to(wide), alpha=1 - beta).to(a.dtype)
+
+
+def require_alike(a: Mapping[str, Any], b: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` with the first key at which two JSON objects differ, and both values."""
+    for key in sorted({*a, *b}):
+        if a.get(key) != b.get(key):
+            raise UserError(f"{where}: {key} is {a.get(key)!r} in a and {b.get(key)!r} in b; they cannot be mixed")
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` at the end, and is removed if it is not reached."""
+    if out.exists():
+        raise UserError(f"out={out} is there already")
+    partial = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def note(mix: Mix) -> str:
+    """What the README.md of the result says of its making."""
+    return (
+        f"\n## A mix of two\n\nWeights = {mix.beta:g} · a + {1 - mix.beta:g} · b (`launch/mix.py`), with a from "
+        f"`{mix.a}` and b from `{mix.b}`.\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ two checkpoints
+
+
+def mix_checkpoints(mix: Mix) -> None:
+    """Write `mix.out` as a checkpoint that `anymal.checkpoint.existing` finds."""
+    a, b = checkpoint.existing(mix.a), checkpoint.existing(mix.b)
+    config = checkpoint.recipe(a)
+    modalities = [sorted(path.name for path in (folder / "adapters").iterdir()) for folder in (a, b)]
+    require_alike(*({"modalities": found} for found in modalities), where="adapters")
+    require_alike(*({"LoRA": (folder / "lora").is_dir()} for folder in (a, b)), where="checkpoints")
+    with written_whole(Path(mix.out)) as out:
+        for name in modalities[0]:
+            mix_projectors(*(folder / "adapters" / name for folder in (a, b, out)), mix.beta)
+        if (a / "lora").is_dir():
+            lora = config.model.lora
+            lora.rank, lora.alpha = mix_lora(
+                config.model.llm.name, *(folder / "lora" for folder in (a, b, out)), mix.beta
+            )
+        settings.save(config, out / "recipe.yaml")
+        shutil.copytree(a / "tokenizer", out / "tokenizer")
+        (out / "README.md").write_text((a / "README.md").read_text() + note(mix))
+
+
+def mix_projectors(a: Path, b: Path, out: Path, beta: float) -> None:
+    """Mix the projectors of one modality, from ``adapters/MODALITY`` of two checkpoints into that of a third."""
+    described = [json.loads((folder / "adapter_config.json").read_text()) for folder in (a, b)]
+    require_alike(*described, where=f"adapters/{a.name}")
+    weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
+    require_alike(*({key: list(tensor.shape) for key, tensor in held.items()} for held in weights), where=str(a))
+    out.mkdir(parents=True)
+    shutil.copy(a / "adapter_config.json", out)
+    found = {
+        key: mixed(tensor, weights[1][key], beta, f"adapters/{a.name}: {key}") for key, tensor in weights[0].items()
+    }
+    save_file(found, out / "model.safetensors")
+
+
+def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, float]:
+    """Mix two LoRAs so that the update of every layer is the weighted sum of both updates.
+
+    The matrices cannot be mixed one by one: (βA₁ + (1-β)A₂)(βB₁ + (1-β)B₂) has cross terms. PEFT's "cat" puts them side
+    by side, which is exact at the price of the sum of both ranks; its "svd" would keep the rank and lose what does not
+    fit into it.
+
+    Returns:
+        Rank and alpha of the result; alpha is the rank, since PEFT puts beta and both scales into the matrices.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    described = [json.loads((folder / "adapter_config.json").read_text()) for folder in (a, b)]
+    kept = [
+        {k: sorted(v) if isinstance(v, list) else v for k, v in one.items() if k not in LORA_OWN} for one in described
+    ]
+    require_alike(*kept, where="lora")
+    try:
+        both = PeftModel.from_pretrained(hollow_llm(llm), str(a), adapter_name="a", torch_device="cpu")
+        both.load_adapter(str(b), "b", torch_device="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the LoRAs {a} and {b} do not fit {llm}: {error}") from error
+    both.base_model.add_weighted_adapter(["a", "b"], [beta, 1 - beta], "mix", combination_type="cat")
+    out.mkdir()
+    weights = get_peft_model_state_dict(both, adapter_name="mix", save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
+    found = both.peft_config["mix"]
+    found.save_pretrained(out)
+    return found.r, float(found.lora_alpha)
+
+
+def hollow_llm(name: str) -> nn.Module:
+    """The LLM with all its modules and shapes, each weight one zero seen many times: PEFT needs no more of it.
+
+    Nothing of the LLM is read. Over meta tensors PEFT would drop the LoRA's values as well.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(read_config(name), dtype=torch.float32)
+    for module in llm.modules():
+        for key, weight in list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return llm
+
+
+# ------------------------------------------------------------------------------------------------- two whole LLMs
+
+
+def mix_llms(mix: Mix) -> None:
+    """Write `mix.out` as an LLM's folder, with the shards and all other files of a."""
+    a, b = Path(mix.a), Path(mix.b)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (a, b)]
+    require_alike(*({k: v for k, v in one.items() if k not in NAMES} for one in configs), where="config.json")
+    if "quantization_config" in configs[0]:
+        raise UserError(f"{a} is quantised (quantization_config in config.json): mix the LLMs it was made from")
+    places = [weight_map(folder) for folder in (a, b)]
+    require_alike(*(dict.fromkeys(held, "there") for held in places), where="tensors")
+    with written_whole(Path(mix.out)) as out, contextlib.ExitStack() as stack:
+        theirs = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places[1].values())}
+        bar = stack.enter_context(tqdm(total=len(places[0]), unit="tensor", desc="mix", disable=None))
+        for shard in sorted(set(places[0].values())):
+            with shard_like(shard, out / shard.name) as (names, write), safe_open(shard, "pt") as ours:
+                for name in names:
+                    write(mixed(ours.get_tensor(name), theirs[places[1][name]].get_tensor(name), mix.beta, name))
+                    bar.update()
+        for path in {path for pattern in COPIED for path in a.glob(pattern)}:
+            shutil.copy(path, out)
+        licenses = {license_of(str(folder)) for folder in (a, b)}
+        head = f"---\nlicense: {licenses.pop()}\n---\n" if len(licenses) == 1 else ""
+        (out / "README.md").write_text(f"{head}# {Path(mix.out).name}\n{note(mix)}")
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Which file of an LLM's folder holds each tensor.
+
+    Raises:
+        UserError: There are no .safetensors, one of those that the index names is missing, or one is damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = {single.name}
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    found = {}
+    for file in sorted(files):
+        path = folder / Path(file).name
+        if not path.is_file():
+            raise UserError(f"{folder} lacks {file}: its weights are not all there, or not in .safetensors")
+        try:
+            with safe_open(path, "pt") as held:
+                found |= dict.fromkeys(held.keys(), path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+    return found
+
+
+@contextlib.contextmanager
+def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Any]]:
+    """Write a .safetensors with the header of another, tensor by tensor: the library writes whole files from memory.
+
+    The format is eight bytes with the header's length, the header (JSON), and the tensors' bytes in its order.
+
+    Returns:
+        The tensors' names in the order in which they are to be written, and the function that writes one.
+    """
+    with model.open("rb") as source, out.open("wb") as file:
+        length = source.read(8)
+        header = source.read(int.from_bytes(length, "little"))
+        file.write(length + header)
+        places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+
+        def write(tensor: Tensor) -> None:
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+        yield sorted(places, key=places.get), write
+
+
+def main() -> None:
+    """Read the command line, and mix checkpoints or LLMs."""
+    mix = parse_args(Mix, __doc__)
+    are_llms = [(Path(place) / "config.json").is_file() for place in (mix.a, mix.b)]
+    if are_llms[0] != are_llms[1]:
+        one, other = (mix.a, mix.b) if are_llms[0] else (mix.b, mix.a)
+        raise UserError(f"{one} is an LLM (it has a config.json) and {other} is none; they cannot be mixed")
+    (mix_llms if all(are_llms) else mix_checkpoints)(mix)
+    print(f"{mix.out}: {mix.beta:g} · {mix.a} + {1 - mix.beta:g} · {mix.b}")
+
+
+if __name__ == "__main__":
+    run_program(main)
