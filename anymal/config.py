@@ -129,10 +129,14 @@ class DatasetConfig:
     epochs: float = 0.0
     """In place of ratio: its share is this times its number of samples, so that datasets with 1 and 2 are through at
     the same time, the second for the second time. All datasets have it, or none."""
+    instructions: list[str] = field(default_factory=list)
+    """In place of prompt.instruction for this dataset's media-caption pairs: one of these, drawn for each sample anew
+    in every epoch. Empty leaves prompt.instruction."""
 
     def __post_init__(self):
         _require(self.epochs >= 0, f"a dataset's epochs is {self.epochs}; it cannot be negative")
         _require(not self.epochs or self.ratio == 1.0, "a dataset takes a ratio or epochs, not both")
+        _require(all(text.strip() for text in self.instructions), "a dataset's instructions: one of them is empty")
 
 
 @dataclass(kw_only=True)

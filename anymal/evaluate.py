@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anymal.errors import BadSample, UserError
 from anymal.generate import embed_prompt, generate, log_likelihoods
-from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval
+from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, yes_no
 from anymal.model import AnyMAL
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
@@ -47,24 +47,14 @@ def evaluate(
         progress: Called with the number of finished pieces of work; `pieces(samples)` in all.
 
     Returns:
-        ``n``, ``accuracy`` with its 95% ``interval``, ``blank``, ``shuffled``, ``chance`` (1 / options), ``exact``
-        (free answers that are right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and ``predictions``: for each
-        sample its key, shard, question, answer, choice, and what the model said. Figures that need options are None
-        without them.
+        As `figures`, and ``predictions``: for each sample its key, shard, question, answer, choice, and what the model
+        said.
 
     Raises:
         UserError: A sample is bad. Names shard and key.
     """
-    decoded, questions = [], []
-    for sample in samples:
-        try:
-            decoded.append(prepare.decode(sample))
-            questions.append(prepare.prompt.question(decoded[-1]))
-        except BadSample as error:
-            raise UserError(f"{sample.shard}, key {sample.key!r}: {error}; held-out data must be whole") from error
+    decoded, questions = _read(prepare, samples)
     real = _encode(model, questions, batch_size)
-    answers = [sample.answer() for sample in samples]
-
     said: list[str] = []
     for start in range(0, len(samples), batch_size):
         chosen = slice(start, start + batch_size)
@@ -73,34 +63,74 @@ def evaluate(
         progress(len(prompts))
 
     conditions = {"accuracy": real, "blank": _blank(model, questions), "shuffled": _shuffled(questions, real, seed)}
-    closed = [i for i, sample in enumerate(samples) if sample.options]
-    result: dict[str, Any] = {"n": len(samples), **dict.fromkeys([*conditions, "chance", "interval"])}
-    options = {i: prepare.prompt.answers(decoded[i], samples[i].options) for i in closed}
+    options = {
+        i: prepare.prompt.answers(decoded[i], sample.options) for i, sample in enumerate(samples) if sample.options
+    }
     choices = {}
     for name, features in conditions.items():
         asked = {i: ids for i, ids in options.items() if features[i] is not None}
         likeliest = _likeliest(model, questions, features, asked, batch_size, progress)
         choices[name] = {i: samples[i].options[number] for i, number in likeliest.items()}
-        if asked:
-            result[name] = accuracy(list(choices[name].values()), [answers[i] for i in asked])
-    if closed:
-        result["chance"] = float(np.mean([1 / len(samples[i].options) for i in closed]))
+    return figures(samples, said, choices) | {
+        "predictions": [
+            {
+                "key": sample.key,
+                "shard": sample.shard,
+                "question": _asked(sample),
+                "answer": sample.answer(),
+                "choice": choices["accuracy"].get(i),
+                "said": text,
+            }
+            for i, (sample, text) in enumerate(zip(samples, said, strict=True))
+        ]
+    }
+
+
+def figures(samples: Sequence[Sample], said: Sequence[str], choices: dict[str, dict[int, str]]) -> dict[str, Any]:
+    """What the answers of a set are worth.
+
+    Args:
+        samples: The set.
+        said: The free answer to each.
+        choices: For ``accuracy`` (its own media), ``blank`` and ``shuffled``: number of a closed question in `samples`
+            → the chosen option.
+
+    Returns:
+        ``n``, ``accuracy`` with its 95% ``interval``, ``blank``, ``shuffled``, ``chance`` (1 / options), ``exact``
+        (free answers that are right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``. Figures that need options are
+        None without them. If all samples are yes/no questions, ``yes_no`` has `anymal.metrics.yes_no` of what was
+        ``said``, of what was ``chosen``, and of the choices with ``blank`` and ``shuffled`` media.
+    """
+    answers = [sample.answer() for sample in samples]
+    result: dict[str, Any] = {"n": len(samples), **dict.fromkeys([*choices, "chance", "interval"])}
+    for name, chosen in choices.items():
+        if chosen:
+            result[name] = accuracy(list(chosen.values()), [answers[i] for i in chosen])
+    if closed := [len(sample.options) for sample in samples if sample.options]:
+        result["chance"] = float(np.mean([1 / options for options in closed]))
         result["interval"] = wilson_interval(round(result["accuracy"] * len(closed)), len(closed))
     result["exact"] = accuracy(said, answers)
     right = [[answer] for answer in answers]
     result |= {"cider_d": cider_d(said, right), "rouge_l": rouge_l(said, right), "bleu_4": bleu(said, right)}
-    result["predictions"] = [
-        {
-            "key": sample.key,
-            "shard": sample.shard,
-            "question": _asked(sample),
-            "answer": answer,
-            "choice": choices["accuracy"].get(i),
-            "said": text,
-        }
-        for i, (sample, answer, text) in enumerate(zip(samples, answers, said, strict=True))
-    ]
+    if all(sorted(option.strip().lower() for option in sample.options) == ["no", "yes"] for sample in samples):
+        result["yes_no"] = {"said": yes_no(said, answers)}
+        for name, chosen in choices.items():
+            label = "chosen" if name == "accuracy" else name
+            options = [option.lower() for option in chosen.values()]
+            result["yes_no"][label] = yes_no(options, [answers[i] for i in chosen]) if chosen else None
     return result
+
+
+def _read(prepare: Prepare, samples: Sequence[Sample]) -> tuple[list[Sample], list[Tokens]]:
+    """The samples decoded, and each one's question."""
+    decoded, questions = [], []
+    for sample in samples:
+        try:
+            decoded.append(prepare.decode(sample))
+            questions.append(prepare.prompt.question(decoded[-1]))
+        except BadSample as error:
+            raise UserError(f"{sample.shard}, key {sample.key!r}: {error}; held-out data must be whole") from error
+    return decoded, questions
 
 
 def _likeliest(

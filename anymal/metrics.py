@@ -154,6 +154,51 @@ def accuracy(predicted: Sequence[str], answers: Sequence[str]) -> float:
     return right / len(answers)
 
 
+def says_no(answer: str) -> bool:
+    """Whether a free answer to a yes/no question is a no, read as POPE's evaluation reads it.
+
+    It is if one of the words "No", "no" or "not" stands in the first sentence, commas aside. Everything else counts as
+    a yes, as there: "isn't", and an empty answer too.
+    """
+    first = answer.split(".")[0].replace(",", "")
+    return not {"No", "no", "not"}.isdisjoint(first.split())
+
+
+def yes_no(said: Sequence[str], answers: Sequence[str]) -> dict[str, float | None]:
+    """POPE's figures of the answers to yes/no questions; yes is what is counted as found.
+
+    Li and others: "Evaluating Object Hallucination in Large Vision-Language Models", 2023 (arXiv 2305.10355). Who says
+    yes to everything has an accuracy of the share of right yes, recall 1 and yes_ratio 1.
+
+    Args:
+        said: Answers in any words; see `says_no`.
+        answers: The right ones, "yes" or "no" in any case.
+
+    Returns:
+        ``n``; ``accuracy``; ``precision``, the share of said yes that are right (None if none is said); ``recall``, the
+        share of right yes that are said (None if there is none); ``f1``, 2 TP / (2 TP + FP + FN) (None if no yes is
+        said or right); ``yes_ratio``, the share of said yes.
+
+    Raises:
+        ValueError: There are none, their numbers differ, or a right answer is neither yes nor no.
+    """
+    if not answers or len(said) != len(answers):
+        raise ValueError(f"{len(said)} predictions and {len(answers)} answers; there must be as many, and some")
+    right = [answer.strip().lower() for answer in answers]
+    if unknown := set(right) - {"yes", "no"}:
+        raise ValueError(f"{', '.join(map(repr, sorted(unknown)))} is neither yes nor no")
+    seen = Counter((not says_no(s), r == "yes") for s, r in zip(said, right, strict=True))
+    found, claimed, there = seen[True, True], seen[True, True] + seen[True, False], right.count("yes")
+    return {
+        "n": len(right),
+        "accuracy": (found + seen[False, False]) / len(right),
+        "precision": found / claimed if claimed else None,
+        "recall": found / there if there else None,
+        "f1": 2 * found / (claimed + there) if claimed + there else None,
+        "yes_ratio": claimed / len(right),
+    }
+
+
 def wilson_interval(k: int, n: int, *, z: float = 1.96) -> tuple[float, float]:
     """Between which shares the true one lies (95% at the default `z`), having seen `k` of `n`.
 

@@ -21,7 +21,7 @@ from anymal.errors import UserError
 
 VERSION = 2  # of the order and of the bookmarks: a change of either must refuse older bookmarks
 LONGEST_CYCLE = 10_000
-_CYCLE, _SHARDS, _SAMPLES = range(3)  # tells apart the random numbers of the three permutations
+_CYCLE, _SHARDS, _SAMPLES, _CHOICE = range(4)  # tells apart the random numbers of the permutations and of `choice`
 
 
 @lru_cache(maxsize=64)
@@ -38,6 +38,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
         found = raw.argsort(kind="stable")
     found.flags.writeable = False
     return found
+
+
+def choice(n: int, seed: int, position: int) -> int:
+    """A number from 0 to n-1 that depends on its arguments alone, drawn as `permutation` draws."""
+    return int(np.random.PCG64([seed, _CHOICE, position]).random_raw()) % n
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from anymal.budget import degrade
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Viewable, Views
+from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Viewable, Views, told
 
 IGNORED = -100  # label of a token that is given, not answered
 
@@ -90,11 +90,7 @@ class Prompt:
         completed = []
         if self.config.template == "chat" and self.config.system and messages[0].role != "system":
             completed.append(Message(role="system", parts=[Part(kind=TEXT, content=self.config.system)]))
-        for message in messages:
-            wordless = message.role == "user" and all(part.kind != TEXT for part in message.parts)
-            added = [Part(kind=TEXT, content=self.config.instruction)] if wordless and self.config.instruction else []
-            completed.append(Message(role=message.role, parts=[*message.parts, *added]))
-        return completed
+        return completed + told(messages, self.config.instruction)
 
     def _text(self, message: Message) -> str:
         """The message with its media as placeholder tokens."""

@@ -92,6 +92,16 @@ class Message:
     """Texts and media in the order in which the LLM reads them."""
 
 
+def told(messages: list[Message], instruction: str) -> list[Message]:
+    """The messages, with `instruction` (if any) after the media wherever a user sent media without a word."""
+    added = [Part(kind=TEXT, content=instruction)] if instruction else []
+    wordless = [message.role == "user" and all(part.kind != TEXT for part in message.parts) for message in messages]
+    return [
+        Message(role=message.role, parts=[*message.parts, *added] if silent else message.parts)
+        for message, silent in zip(messages, wordless, strict=True)
+    ]
+
+
 @dataclass(kw_only=True)
 class Sample:
     """A conversation with typed parts. A media-caption pair is one with one medium and one answer."""

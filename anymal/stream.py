@@ -19,7 +19,7 @@ from anymal import manifest, shards, twins
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import Quarantine, UserError
 from anymal.manifest import Shard
-from anymal.order import Counts, Order, Share, merge_bookmarks
+from anymal.order import Counts, Order, Share, choice, merge_bookmarks
 from anymal.packing import Item, Packer
 from anymal.sample import Batch, Sample, Tokens
 from anymal.workers import Bad, Reader, Ticket, load
@@ -80,6 +80,7 @@ class Stream:
         self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
         self.reader = Reader(shards_of, suffixes, prepare, self.twins)
         self.names = list(named)
+        self._instructions = [dataset.instructions for dataset in named.values()]
         self._total = sum(dataset.total for dataset in counts)
 
     @property
@@ -89,7 +90,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         packer = Packer(self.data)  # what one held before, it holds again once it was given the same samples
-        tickets = (_ticket(position, self.order) for position in self.share.positions())
+        tickets = (self._ticket(position) for position in self.share.positions())
         for ticket, result in load(self.reader, tickets, self.data):
             if isinstance(result, Bad):
                 self._reject(result)
@@ -104,6 +105,11 @@ class Stream:
                 self.share.move(ticket.position, [*waiting, *packer.held()])
                 batch.bookmark = self.share.piece()
                 yield batch
+
+    def _ticket(self, position: int) -> Ticket:
+        dataset, shard, sample = self.order.locate(position)
+        instruction = _instruction(self._instructions[dataset], self.order.seed, position)
+        return Ticket(position=position, dataset=dataset, shard=shard, sample=sample, instruction=instruction)
 
     def _reject(self, bad: Bad) -> None:
         self.quarantine.reject(bad.shard, bad.key, bad.reason)
@@ -135,7 +141,11 @@ def samples_once(
         raise UserError("data: the shards hold no sample")
     places = ((d, s, i) for d, found in enumerate(shards_of) for s, tar in enumerate(found) for i in range(len(tar)))
     mine = islice(enumerate(places), rank, None, world)
-    tickets = (Ticket(position=p, dataset=d, shard=s, sample=i) for p, (d, s, i) in mine)
+    instructions = [dataset.instructions for dataset in _datasets(data).values()]
+    tickets = (
+        Ticket(position=p, dataset=d, shard=s, sample=i, instruction=_instruction(instructions[d], 0, p))
+        for p, (d, s, i) in mine
+    )
     for _, result in load(Reader(shards_of, suffixes, prepare), tickets, data):
         if isinstance(result, Bad):
             quarantine.reject(result.shard, result.key, result.reason)
@@ -175,6 +185,6 @@ def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list
     return [[found[path] for path in listed] for listed in paths]
 
 
-def _ticket(position: int, order: Order) -> Ticket:
-    dataset, shard, sample = order.locate(position)
-    return Ticket(position=position, dataset=dataset, shard=shard, sample=sample)
+def _instruction(texts: list[str], seed: int, position: int) -> str:
+    """The one that the sample at a position is given, whoever reads it; empty if there are none."""
+    return texts[choice(len(texts), seed, position)] if texts else ""

@@ -16,7 +16,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 from weakref import WeakSet
@@ -30,7 +30,7 @@ from anymal.config import DataConfig
 from anymal.errors import BadSample, UserError
 from anymal.manifest import Shard
 from anymal.parse import parse
-from anymal.sample import Sample
+from anymal.sample import Sample, told
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
@@ -60,6 +60,8 @@ class Ticket:
     """Index of the shard in the dataset."""
     sample: int
     """Index of the sample in the shard."""
+    instruction: str = ""
+    """What the user says after media without a word, in place of prompt.instruction; empty leaves that."""
 
 
 class Reader:
@@ -90,7 +92,8 @@ class Reader:
             key, members = shards.read(tar.path, *place)
             if source is not shard:
                 members = features.restore(members)
-            return self.prepare(parse(shard.name, key, members, self.suffixes))
+            sample = parse(shard.name, key, members, self.suffixes)
+            return self.prepare(replace(sample, messages=told(sample.messages, ticket.instruction)))
         except UserError as error:
             return error
         except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run

@@ -26,21 +26,19 @@ CARDS = 8
 """Predictions shown for each modality: the first ones that have a medium, not chosen ones."""
 STAGES = ("pretrain", "finetune")
 COLUMNS = ("n", "accuracy", "95%", "blank", "shuffled", "× control", "chance", "CIDEr-D")
+YES_NO = ("n", "accuracy", "precision", "recall", "F1", "says yes")
+_YES_NO_KEYS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
 def print_table(evaluation: Mapping[str, Any], predictions: int = 3) -> str:
-    """The evaluation as aligned text: one line for each modality, then the first few predictions of each."""
-    header = ["modality", *COLUMNS]
-    rows = [header, *([name, *_figures(result)] for name, result in evaluation["modalities"].items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    """The evaluation as aligned text: one line for each modality, then the first few predictions of each.
 
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    lines = [line(header), "  ".join("─" * width for width in widths), *map(line, rows[1:])]
+    Sets of yes/no questions have POPE's figures in a table of their own (see `anymal.metrics.yes_no`).
+    """
+    sets = evaluation["modalities"]
+    lines = _aligned([["modality", *COLUMNS], *([name, *_figures(result)] for name, result in sets.items())])
+    if any("yes_no" in result for result in sets.values()):
+        lines += ["", *_aligned([["yes/no questions", *YES_NO], *_yes_no_rows(sets)])]
     for name, result in evaluation["modalities"].items():
         lines += ["", name]
         for prediction in result.get("predictions", [])[:predictions]:
@@ -53,6 +51,26 @@ def print_table(evaluation: Mapping[str, Any], predictions: int = 3) -> str:
     if (speed := evaluation.get("tokens_per_s")) is not None:
         lines.append(f"tokens/s in training: {speed:.0f}")
     return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the header, a rule, the rest; all but the first column flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *cells = (f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join([first, *cells]).rstrip())
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+
+
+def _yes_no_rows(sets: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of `YES_NO` for each set of yes/no questions, once for each way of answering."""
+    return [
+        [f"{name}, {how}", str(found["n"]), *(_percent(found[key]) for key in _YES_NO_KEYS)]
+        for name, result in sets.items()
+        for how, found in result.get("yes_no", {}).items()
+        if found
+    ]
 
 
 def is_right(prediction: Mapping[str, Any]) -> bool:

@@ -41,6 +41,8 @@ def test_modalities_are_typed_though_their_names_are_free():
         ("data.encoder_cost={imgae: 3}", r"data\.encoder_cost: the model has no modality 'imgae'; it has none"),
         ("data.datasets.a={shards: x, epochs: -1}", "epochs is -1.0; it cannot be negative"),
         ("data.datasets.a={shards: x, epochs: 1, ratio: 2}", "a ratio or epochs, not both"),
+        ("data.datasets.a={shards: x, instructions: [Describe it., ' ']}", "one of them is empty"),
+        ("data.datasets.a={shards: x, instruction: [Describe it.]}", "Key 'instruction' not in 'DatasetConfig'"),
         ("run.log_every=0", "at least 1"),
         ("data.shards=${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
         ("model.modalities.image.projector.tokenz=4", "'tokenz'.*Did you mean: 'tokens'"),

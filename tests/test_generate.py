@@ -95,6 +95,26 @@ def test_evaluation_tells_a_model_that_sees_from_its_controls(tiny_llm):
     assert result["blank"] < 1 and result["shuffled"] < 1
     assert [p["choice"] for p in result["predictions"]] == answers
     assert result["interval"][0] < 1.0 == result["interval"][1]
+    assert "yes_no" not in result, "a yes and something else is no yes/no question"
+
+
+def test_sets_of_yes_no_questions_have_popes_figures(tiny_llm):
+    from toys import decode
+
+    model, prompt = toy_model(tiny_llm, eye=3)
+    prepare = Prepare(prompt=prompt, decoders={"eye": decode})
+    samples = [closed(float(i), ("yes", "no", "yes")[i % 3], f"k{i}") for i in range(6)]
+    for i, s in enumerate(samples):
+        s.options = ["yes", "no"] if i % 2 else ["No", "Yes"]
+    result = evaluate(model, prepare, samples, max_new_tokens=2)
+    assert list(result["yes_no"]) == ["said", "chosen", "blank", "shuffled"]
+    assert all(figures["n"] == 6 for figures in result["yes_no"].values())
+    for name, condition in (("chosen", "accuracy"), ("blank", "blank"), ("shuffled", "shuffled")):
+        assert result["yes_no"][name]["accuracy"] == result[condition]
+    yes = [p["choice"].lower() == "yes" for p in result["predictions"]]
+    assert result["yes_no"]["chosen"]["yes_ratio"] == sum(yes) / 6
+    alone = evaluate(model, prepare, samples[:1], max_new_tokens=2)
+    assert alone["yes_no"]["shuffled"] is None, "there is nobody else's medium"
 
 
 def test_shuffled_media_are_never_ones_own(tiny_llm):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, words
+from anymal.metrics import accuracy, bleu, cider_d, rouge_l, says_no, wilson_interval, words, yes_no
 
 CAPTIONS = [
     "a man is playing a guitar",
@@ -106,6 +106,56 @@ def test_accuracy():
     assert accuracy(["Cat ", "dog", "bird"], ["cat", "dog", "fish"]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="2 predictions and 1 answers"):
         accuracy(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "no"),
+    [
+        ("No", True),
+        ("no.", True),
+        ("No, there is a cat.", True),
+        ("There is not a dog. Yes.", True),
+        ("I see\nno dog", True),
+        ("Yes", False),
+        ("Yes. There is no cat.", False),  # only the first sentence counts
+        ("Nothing but a dog", False),
+        ("It is another, notable one", False),
+        ("There isn't", False),  # as in POPE's own evaluation
+        ("NO", False),
+        ("", False),
+        (" . no", False),
+    ],
+)
+def test_answers_are_read_as_pope_reads_them(answer, no):
+    assert says_no(answer) is no
+
+
+@pytest.mark.parametrize(
+    ("found", "missed", "false_alarms", "rejected", "figures"),
+    [  # accuracy, precision, recall, f1, yes_ratio, worked out by hand
+        (3, 1, 1, 3, (0.75, 0.75, 0.75, 0.75, 0.5)),
+        (2, 0, 2, 0, (0.5, 0.5, 1.0, 2 / 3, 1.0)),  # yes to everything
+        (0, 2, 0, 2, (0.5, None, 0.0, 0.0, 0.0)),  # no to everything
+        (1, 3, 2, 4, (0.5, 1 / 3, 0.25, 2 / 7, 0.3)),
+        (0, 0, 0, 3, (1.0, None, None, None, 0.0)),
+        (0, 0, 1, 0, (0.0, 0.0, None, 0.0, 1.0)),
+    ],
+)
+def test_yes_no_figures(found, missed, false_alarms, rejected, figures):
+    answers = ["yes"] * (found + missed) + ["No "] * (false_alarms + rejected)
+    said = ["Yes, it is."] * found + ["no"] * missed + ["", "Sure"][:false_alarms] + ["No."] * rejected
+    result = yes_no(said, answers)
+    assert result.pop("n") == len(answers)
+    assert tuple(result.values()) == pytest.approx(figures)
+    assert list(result) == ["accuracy", "precision", "recall", "f1", "yes_ratio"]
+
+
+def test_yes_no_refuses_other_answers():
+    with pytest.raises(ValueError, match="'maybe' is neither yes nor no"):
+        yes_no(["yes"], ["maybe"])
+    for said, answers in ([], []), (["yes"], []), (["a"], ["yes", "no"]):
+        with pytest.raises(ValueError, match="as many, and some"):
+            yes_no(said, answers)
 
 
 def test_wilson_interval_solves_its_equation():

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from anymal.errors import UserError
-from anymal.order import Counts, Order, Share, merge_bookmarks, permutation
+from anymal.order import Counts, Order, Share, choice, merge_bookmarks, permutation
 
 
 def dataset(*counts: int, name: str = "data", ratio: float = 1.0) -> Counts:
@@ -31,6 +31,13 @@ def test_an_epoch_holds_every_sample_once(shuffle):
         assert len({tuple(epoch) for epoch in epochs}) == 4
     backwards = [order.locate(position) for position in reversed(range(76))]
     assert backwards[::-1] == [place for epoch in epochs for place in epoch]
+
+
+def test_choices_never_change():
+    found = [choice(3, 7, position) for position in range(3000)]
+    assert all(900 < count < 1100 for count in Counter(found).values()) and set(found) == {0, 1, 2}
+    assert found[:12] == [2, 0, 0, 1, 0, 0, 1, 2, 2, 1, 2, 1], "a run that goes on after an upgrade must draw as before"
+    assert [choice(3, 8, position) for position in range(12)] != found[:12]
 
 
 def test_order_follows_the_seed_and_never_changes():

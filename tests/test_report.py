@@ -160,6 +160,21 @@ def test_table_for_the_terminal(tmp_path):
     assert lines[start + 4] == "", "three predictions"
 
 
+def test_yes_no_questions_have_a_table_of_their_own(tmp_path):
+    evaluation = write_run(tmp_path, count=1)
+    assert "yes/no" not in print_table(evaluation)
+    good = {"n": 50, "accuracy": 0.7, "precision": 0.8, "recall": 0.6, "f1": 0.69, "yes_ratio": 0.4}
+    never = good | {"precision": None, "recall": 0.0, "f1": 0.0, "yes_ratio": 0.0}
+    evaluation["modalities"]["image"]["yes_no"] = {"said": never, "chosen": good, "blank": never, "shuffled": None}
+    lines = print_table(evaluation).splitlines()
+    start = lines.index("") + 1
+    assert lines[start].split() == ["yes/no", "questions", "n", "accuracy", "precision", "recall", "F1", "says", "yes"]
+    assert lines[start + 2].split() == ["image,", "said", "50", "70%", "–", "0%", "0%", "0%"]
+    assert lines[start + 3].split() == ["image,", "chosen", "50", "70%", "80%", "60%", "69%", "40%"]
+    assert lines[start + 4].startswith("image, blank") and lines[start + 5 : start + 7] == ["", "image"]
+    assert len({len(line) for line in lines[start : start + 5]}) == 1, "columns are aligned"
+
+
 def test_right_is_judged_by_the_choice_and_else_by_the_words():
     assert is_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
     assert is_right({"said": "Rose!", "answer": "rose"})

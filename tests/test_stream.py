@@ -158,6 +158,49 @@ def test_resume_at_every_batch(tmp_path, workers):
         assert [b.bookmark for b in rest] == [b.bookmark for b in whole[at + 1 : at + 4]]
 
 
+def asked(sample: Sample) -> Tokens:
+    """Keeps what the user says as the sample's key."""
+    said = [part.content for part in sample.messages[0].parts if part.kind == "text"]
+    return replace(prepare(sample), key=f"{sample.key} {' '.join(said)}")
+
+
+def told(tmp_path: Path) -> dict[str, DatasetConfig]:
+    """A dataset with three instructions, one with none, and one whose users speak for themselves."""
+    spoken = [{"type": "array"}, {"type": "text", "text": "and?"}]
+    turns = [{"role": "user", "content": spoken}, {"role": "assistant", "content": "x"}]
+    talk = [sample | {"json": json.dumps({"messages": turns}).encode()} for sample in numbered(90, 3)]
+    shards = {"a": folder(tmp_path / "a", 5, 4), "b": folder(tmp_path / "b", 4), "c": write(tmp_path / "c.tar", talk)}
+    texts = {"a": ["What?", "Who?", "Where?"], "b": [], "c": ["Never."]}
+    return {name: DatasetConfig(shards=str(path), instructions=texts[name]) for name, path in shards.items()}
+
+
+def test_instructions_are_drawn_by_seed_and_position(tmp_path):
+    datasets = told(tmp_path)
+    whole = batches(stream(datasets, with_=asked), 60)
+    for workers in (1, 3):
+        assert keys(stream(datasets, with_=asked, workers=workers), 60) == [b.keys for b in whole]
+    for at in (0, 7, 30):
+        bookmark = json.loads(json.dumps(merge_bookmarks([whole[at].bookmark])))
+        rest = keys(stream(datasets, with_=asked, bookmark=bookmark, workers=1), 5)
+        assert rest == [b.keys for b in whole[at + 1 : at + 6]]
+    ranks = [keys(stream(datasets, with_=asked, rank=rank, world=2, batch_size=1), 90) for rank in (0, 1)]
+    assert [key for both in zip(*ranks, strict=True) for (key,) in both] == [key for b in whole for key in b.keys]
+
+    said = [key.split(" ", 1) for batch in whole for key in batch.keys]
+    drawn = [(key, text) for key, text in said if text.endswith(("What?", "Who?", "Where?"))]
+    assert len(drawn) == 60 and min(Counter(text for _, text in drawn).values()) > 10
+    assert len({text for key, text in drawn if key == "00003"}) > 1, "another one in another epoch"
+    assert {text for key, text in said if key >= "00090"} == {"and?"}, "who says something is told nothing"
+    assert [text for _, text in said].count("") == 60
+    assert keys(stream(datasets, with_=asked, seed=1), 60) != [b.keys for b in whole]
+
+
+def test_instructions_are_given_outside_of_training_too(tmp_path):
+    data, quarantine = DataConfig(datasets=told(tmp_path), workers=0), Quarantine(None, max_in_a_row=0, max_share=0)
+    found = [tokens.key for tokens in samples_once(data, suffixes=SUFFIXES, prepare=asked, quarantine=quarantine)]
+    assert all(key.endswith("?") for key in found[:9]) and found[9] == "00000 " and found[13] == "00090 and?"
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_iterating_again_goes_on(tmp_path, world):
     data, ranks = folder(tmp_path / "d", 20), {"rank": world - 1, "world": world}
