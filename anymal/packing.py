@@ -96,6 +96,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     media: dict[str, list[torch.Tensor | Features]] = {}
     slots: dict[str, list[int]] = {}
     counts: dict[str, list[int]] = {}
+    stands: dict[str, list[tuple[int, int]]] = {}
     for sample in samples:
         start, group = len(ids), sample.group()
         if group not in groups:
@@ -119,6 +120,9 @@ def pack(samples: Sequence[Tokens]) -> Batch:
             known.append(medium)
             slots.setdefault(modality, []).extend(range(start + first, start + first + length))
             counts.setdefault(modality, []).append(length)
+        for (modality, first, _), view in zip(sample.runs, _numbers_of_views(sample), strict=True):
+            known = stands.setdefault(modality, [])
+            known.append((start + first, len(known) - view))
 
     def long(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
@@ -135,7 +139,13 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         slots={name: long(items) for name, items in slots.items()},
         counts={name: long(items) for name, items in counts.items()},
         keys=[sample.key for sample in samples],
+        stands=stands,
     )
+
+
+def _numbers_of_views(sample: Tokens) -> list[int]:
+    """Which view of its medium each run is, counted from zero."""
+    return [number for views in sample.views or [1] * len(sample.runs) for number in range(views)]
 
 
 def _stack(media: Sequence[torch.Tensor | Features]) -> torch.Tensor | PartlyEncoded:

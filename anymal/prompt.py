@@ -165,7 +165,9 @@ class Prompt:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            for view, length in self._views(next(media).content, self.length[modality]):
+            views = self._views(next(media).content, self.length[modality])
+            tokens.views.append(len(views))
+            for view, length in views:
                 tokens.runs.append((modality, len(tokens.ids), length))
                 tokens.media.append(view)
                 tokens.ids += [0] * length

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from adapters.projectors.cross import cross_attention
 from adapters.projectors.fit import Fit
 from adapters.projectors.pooled import linear, mlp
 from adapters.projectors.resampler import resampler
@@ -29,12 +30,18 @@ PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "linear": linear,
     "mlp": mlp,
     "resampler": resampler,
+    "cross_attention": cross_attention,
 }
 """Makers of projectors by the name that ``projector.kind`` gives."""
 
 
 def build_projector(
-    config: ProjectorConfig, parts: Sequence[tuple[int, int]], llm_width: int, scale: float = 1.0
+    config: ProjectorConfig,
+    parts: Sequence[tuple[int, int]],
+    llm_width: int,
+    scale: float = 1.0,
+    *,
+    llm_layers: int = 0,
 ) -> nn.Module:
     """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
 
@@ -43,6 +50,7 @@ def build_projector(
         parts: (T, W) of each kind of features that the encoder gives of one medium (`anymal.modality.parts`).
         llm_width: D.
         scale: Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table.
+        llm_layers: Decoder layers of the LLM, for kinds that stand between them.
 
     Raises:
         UserError: An unknown kind (the nearest is named), or settings that do not fit the features.
@@ -51,4 +59,4 @@ def build_projector(
         near = difflib.get_close_matches(config.kind, PROJECTORS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(PROJECTORS)}"
         raise UserError(f"projector.kind is {config.kind!r}; {hint}")
-    return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale))
+    return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale, llm_layers=llm_layers))
