@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +28,7 @@ from anymal.prompt import IGNORED, Prompt
 from anymal.sample import Part, Tokens, Views
 from launch.build import build
 from launch.rehearse import Rehearsal, Workload
-from small_runs import make_encoders, settings
+from small_runs import deepspeed, losses, make_encoders, python, settings, write_pairs
 from toys import ToyEncoder, ToyOptions, ToyProjector, medium, sample, text
 
 CPU = torch.device("cpu")
@@ -407,7 +408,6 @@ def test_a_recipe_with_it_is_rehearsed(recipe, mode):
     assert needed.item() == flops.total()
 
 
-@torch.no_grad()
 def test_its_flops_are_those_that_torch_counts(tiny_llm):
     model, prompt = toy(tiny_llm)
     batch = pack([prompt.sample(SAMPLES[0])])
@@ -437,3 +437,29 @@ def test_hooks_do_nothing_outside(tiny_llm):
     with bridges.open({"eye": sight}):
         assert not torch.allclose(llm(inputs_embeds=row).logits, before, atol=1e-3)
     assert torch.equal(llm(inputs_embeds=row).logits, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "mode"), [(1, "none"), (3, "full")])
+def test_ranks_with_different_modalities_are_one_rank_and_resume(tiny_llm, tmp_path, zero, mode):
+    """Rank 0 gets only images, rank 1 only sounds; both modalities speak by cross-attention."""
+    kinds = ["image", "audio"]
+    shards = write_pairs(tmp_path / "mixed", kinds, shards=1, per_shard=40)
+    encoders = make_encoders(tmp_path / "encoders")
+    more = {"optim__steps": 6, "engine__zero": zero, "data__shuffle": 0, "data__batch_size": 2, "run__save_every": 3}
+    more |= {"model__llm__checkpointing": mode, "run__samples": 2}
+    for kind in kinds:
+        here = f"model__modalities__{kind}__projector"
+        more |= {f"{here}__kind": "cross_attention", f"{here}__heads": 2, f"{here}__options__every": 1}
+    two = settings(tiny_llm, encoders, tmp_path / "two", shards, kinds, **more)
+    deepspeed(2, "launch/pretrain.py", *two)
+    one = settings(tiny_llm, encoders, tmp_path / "one", shards, kinds, optim__accumulate=2, **more)
+    python("launch/pretrain.py", *one)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    saved = load_file(tmp_path / "two" / "checkpoints" / "latest" / "adapters" / "audio" / "model.safetensors")
+    assert all(saved[f"bridges.{layer}.{gate}"].any() for layer in (0, 1) for gate in ("gate", "feed_forward_gate"))
+    link = tmp_path / "one" / "checkpoints" / "latest"
+    link.unlink()
+    link.symlink_to("step-00000003")
+    python("launch/pretrain.py", *one)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
