@@ -41,7 +41,7 @@ MODALITIES: dict[str, Modality] = {
 
 
 def build_adapters(
-    modalities: Mapping[str, ModalityConfig], llm_width: int, embedding_std: float = 1.0
+    modalities: Mapping[str, ModalityConfig], llm_width: int, embedding_std: float = 1.0, *, llm_layers: int = 0
 ) -> dict[str, Adapter]:
     """Load each encoder and put a fresh projector behind it.
 
@@ -50,6 +50,7 @@ def build_adapters(
         llm_width: D, the width of the LLM's token embeddings.
         embedding_std: Standard deviation of the elements of the LLM's token embedding table; projected embeddings
             start at about this scale (see `adapters.projectors`).
+        llm_layers: Its decoder layers, for projectors that stand between them.
 
     Returns:
         Adapters by modality, in the recipe's order; on the CPU, in fp32, encoders in eval mode without gradients.
@@ -61,7 +62,9 @@ def build_adapters(
     for name, config in modalities.items():
         modality, encoder = _find(name), load_encoder(name, config)
         with new_tensors():
-            projector = build_projector(config.projector, parts(encoder), llm_width, scale=embedding_std)
+            projector = build_projector(
+                config.projector, parts(encoder), llm_width, scale=embedding_std, llm_layers=llm_layers
+            )
             if getattr(encoder, "skips", False):  # what stands where a view was skipped
                 projector.skip = nn.Parameter(embedding_std * torch.randn(llm_width))
         adapters[name] = Adapter(modality, encoder, projector)

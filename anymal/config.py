@@ -30,10 +30,10 @@ class ProjectorConfig:
     """How an encoder's features become embeddings of the LLM."""
 
     kind: str = "mlp"
-    """A name in `adapters.projectors.PROJECTORS`, such as linear, mlp or resampler."""
+    """A name in `adapters.projectors.PROJECTORS`, such as linear, mlp, resampler or cross_attention."""
     tokens: int = 32
     """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others. 0: as many as the kind
-    makes of the encoder's features by itself."""
+    makes of the encoder's features by itself. With cross_attention: the latents that the LLM's layers look at."""
     layers: int = 2
     """Layers of an mlp, pixel_shuffle or qformer; blocks of a resampler (AnyMAL: 6 for images, 4 for video), or of an
     abstractor on either side of its pooling."""

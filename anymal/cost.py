@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from anymal.bridge import Look, looks
 from anymal.sample import Batch, PartlyEncoded
 
 _log = logging.getLogger(__name__)
@@ -93,11 +94,16 @@ def forward_flops(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = 
 
     The module runs on the meta device, by torch's own counter: no weights are read and nothing is computed.
     """
+    return _on_meta(module, torch.empty(shape, dtype=dtype, device="meta"))[1]
+
+
+def _on_meta(module: nn.Module, *inputs: Any) -> tuple[Any, int]:
+    """What the module makes of tensors on the meta device, and the FLOPs that it would take."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(module, meta, (torch.empty(shape, dtype=dtype, device="meta"),))
-    return counter.get_total_flops()
+        made = functional_call(module, meta, inputs)
+    return made, counter.get_total_flops()
 
 
 def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
@@ -108,6 +114,20 @@ def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dt
             "%s: its FLOPs are left out of the figures, since it does not run on shapes alone: %s", what, error
         )
         return 0
+
+
+def _bridge_flops(projector: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """FLOPs of a projector's context and bridges for one medium, and for each token that sees one."""
+    features = torch.empty(shape, device="meta")
+    latents, context = _on_meta(projector.context, features)
+    width = _on_meta(projector, features)[0].shape[-1]
+
+    def for_tokens(tokens: int) -> int:
+        hidden, seen = torch.empty(tokens, width, device="meta"), [Look(tokens, 0, 1)]
+        return sum(_on_meta(bridge, hidden, latents, seen)[1] for bridge in projector.bridges.values())
+
+    token = for_tokens(2) - for_tokens(1)
+    return context + for_tokens(1) - token, token
 
 
 class Cost:
@@ -122,14 +142,18 @@ class Cost:
 
     def __init__(self, model: Any, checkpointing: str = "none"):
         self.llm = llm_cost(model.llm, checkpointing)
-        self.projector = {
-            name: _counted(
-                f"projector of {name}", projector, (1, model.encoders[name].tokens, model.encoders[name].width)
-            )
-            * (3 if any(p.requires_grad for p in projector.parameters()) else 1)
-            for name, projector in model.projectors.items()
-        }
+        self.projector: dict[str, int] = {}
         """FLOPs of each projector for one medium: forward, and both gradients if it learns."""
+        self.bridges: dict[str, int] = {}
+        """FLOPs of the bridges of projectors that have any, for one token that sees a medium: likewise."""
+        for name, projector in model.projectors.items():
+            shape = (1, model.encoders[name].tokens, model.encoders[name].width)
+            passes = 3 if any(p.requires_grad for p in projector.parameters()) else 1
+            self.projector[name] = passes * _counted(f"projector of {name}", projector, shape)
+            if hasattr(projector, "bridges"):
+                medium, token = _bridge_flops(projector, shape)
+                self.projector[name] += passes * medium
+                self.bridges[name] = passes * token
         self.encoder: dict[str, int] = {}
         """FLOPs of each encoder for one medium, counted when the first one comes."""
         self._encoders = model.encoders
@@ -160,4 +184,7 @@ class Cost:
         tokens = batch.ids.numel()
         media = sum(self._held_flops(name, held) for name, held in batch.media.items())
         needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
+        for name in self.bridges.keys() & batch.stands.keys():
+            row = looks(batch.lengths, batch.stands[name], last_only=True)
+            needed = needed + self.bridges[name] * sum(look.tokens for look in row if look.first < look.last)
         return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)

@@ -1,52 +1,66 @@
 """Answer interleaved prompts, and score given answers: the LLM reads the spliced row and goes on from it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anymal.bridge import Sight, left_padded
 from anymal.model import AnyMAL
 from anymal.packing import pack
 from anymal.sample import Tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """A prompt as the LLM reads it."""
+
+    row: Tensor
+    """[1, T, D] embeddings."""
+    sights: dict[str, Sight]
+    """What its tokens see of each modality that has bridges into the LLM."""
+
+
 @torch.no_grad()
-def embed_prompt(model: AnyMAL, question: Tokens, features: dict[str, Tensor] | None = None) -> Tensor:
+def embed_prompt(model: AnyMAL, question: Tokens, features: dict[str, Tensor] | None = None) -> Embedded:
     """One prompt as the LLM reads it.
 
     Args:
         model: The model.
         question: From `anymal.prompt.Prompt.question`.
         features: Encoded media by modality, if they are at hand; otherwise the encoders run.
-
-    Returns:
-        [1, T, D] embeddings.
     """
     batch = pack([question]).to(model.device)
     with model.autocast():
-        return model.embed(batch, model.encode(batch.media) if features is None else features)[0]
+        features = model.encode(batch.media) if features is None else features
+        return Embedded(row=model.embed(batch, features)[0], sights=model.sights(batch, features))
 
 
-def _left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """[1, T, D] each → [B, longest, D] and their mask [B, longest]; on the left, so that all answers begin together."""
-    longest = max(prompt.shape[1] for prompt in prompts)
-    rows = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[2])
-    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=rows.device)
-    for i, prompt in enumerate(prompts):
-        rows[i, longest - prompt.shape[1] :] = prompt[0]
-        mask[i, longest - prompt.shape[1] :] = 1
-    return rows, mask
+def _left_padded(prompts: Sequence[Embedded]) -> tuple[Tensor, Tensor, dict[str, Sight]]:
+    """Rows [B, longest, D], their mask [B, longest], and sights; on the left, so that all answers begin together."""
+    given = [prompt.row for prompt in prompts]
+    longest = max(row.shape[1] for row in given)
+    rows = given[0].new_zeros(len(given), longest, given[0].shape[2])
+    mask = torch.zeros(len(given), longest, dtype=torch.int64, device=rows.device)
+    for i, row in enumerate(given):
+        rows[i, longest - row.shape[1] :] = row[0]
+        mask[i, longest - row.shape[1] :] = 1
+    names = prompts[0].sights
+    return rows, mask, {name: left_padded([prompt.sights[name] for prompt in prompts], longest) for name in names}
 
 
 @torch.no_grad()
-def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_new_tokens: int, **sampling) -> list[str]:
+def generate(
+    model: AnyMAL, tokenizer: Any, prompts: Sequence[Embedded], *, max_new_tokens: int, **sampling
+) -> list[str]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
 
     Args:
         model: The model.
         tokenizer: The LLM's.
-        prompts: [1, T, D] each, from `embed_prompt`; they may differ in T.
+        prompts: From `embed_prompt`; they may differ in T.
         max_new_tokens: The longest answer.
         sampling: Passed on to transformers' ``generate``.
 
@@ -54,8 +68,8 @@ def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_ne
         The answers as text, without special tokens.
     """
     model.eval()
-    rows, mask = _left_padded(prompts)
-    with model.autocast():
+    rows, mask, sights = _left_padded(prompts)
+    with model.autocast(), model.bridges.open(sights):
         ids = model.llm.generate(
             inputs_embeds=rows,
             attention_mask=mask,
@@ -68,7 +82,7 @@ def generate(model: AnyMAL, tokenizer: Any, prompts: Sequence[Tensor], *, max_ne
 
 @torch.no_grad()
 def log_likelihoods(
-    model: AnyMAL, prompts: Sequence[Tensor], answers: Sequence[Sequence[Sequence[int]]]
+    model: AnyMAL, prompts: Sequence[Embedded], answers: Sequence[Sequence[Sequence[int]]]
 ) -> list[Tensor]:
     """How likely each of several answers is after each of several prompts.
 
@@ -76,7 +90,7 @@ def log_likelihoods(
 
     Args:
         model: The model.
-        prompts: [1, T, D] each, from `embed_prompt`; they may differ in T.
+        prompts: From `embed_prompt`; they may differ in T.
         answers: For each prompt, the token ids of its answers, end token included.
 
     Returns:
@@ -85,10 +99,11 @@ def log_likelihoods(
     from transformers import DynamicCache
 
     model.eval()
-    rows, mask = _left_padded(prompts)
+    rows, mask, sights = _left_padded(prompts)
     device, counts = rows.device, [len(several) for several in answers]
     every = [answer for several in answers for answer in several]
-    owner = torch.repeat_interleave(torch.tensor(counts, device=device))  # the prompt of each answer
+    owners = [i for i, count in enumerate(counts) for _ in range(count)]  # the prompt of each answer
+    owner = torch.tensor(owners, device=device)
     ids = torch.zeros(len(every), max(map(len, every)), dtype=torch.int64, device=device)
     real = torch.zeros_like(ids)
     for i, answer in enumerate(every):
@@ -97,25 +112,27 @@ def log_likelihoods(
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     following = places[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=device)
     with model.autocast():
-        read = model.llm(
-            inputs_embeds=rows,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with model.bridges.open(sights):
+            read = model.llm(
+                inputs_embeds=rows,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=DynamicCache(),
+                use_cache=True,
+                logits_to_keep=1,
+            )
         logits = read.logits[owner]
         if ids.shape[1] > 1:
             cache = read.past_key_values
             cache.batch_select_indices(owner)
-            more = model.llm(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([mask[owner], real[:, :-1]], dim=1),
-                position_ids=following,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with model.bridges.open({name: sight.after(owners) for name, sight in sights.items()}):
+                more = model.llm(
+                    input_ids=ids[:, :-1],
+                    attention_mask=torch.cat([mask[owner], real[:, :-1]], dim=1),
+                    position_ids=following,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             logits = torch.cat([logits, more.logits], dim=1)
     found = logits.float().log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
     return list((found * real).sum(dim=1).split(counts))

@@ -3,6 +3,8 @@
     batch.media ──frozen encoders──▶ features ──projectors──▶ embeddings ─┐
     batch.ids ─────────────the LLM's own embedding table─────────────────▶ spliced row ──LLM──▶ loss at answer tokens
 
+Projectors that have bridges are also looked at from between the LLM's layers (`anymal.bridge`).
+
 The encoders are not registered as submodules: the engine sees only what gradients pass through, and under ZeRO-3
 nothing is gathered for an encoder that only some ranks run.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal import attention
+from anymal.bridge import Bridges, Sight, looks
 from anymal.errors import UserError
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
@@ -40,6 +43,7 @@ class AnyMAL(nn.Module):
         self.device, self._low_precision = table.device, table.is_cuda and table.dtype == torch.bfloat16
         self.projectors = nn.ModuleDict({name: adapter.projector for name, adapter in adapters.items()})
         self.projectors.to(self.device)
+        self.bridges = Bridges(llm, self.projectors)
         self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
         for encoder in self.encoders.values():
             place_encoder(encoder, self.device)
@@ -105,20 +109,35 @@ class AnyMAL(nn.Module):
                 row = row.index_copy(1, places, projector.skip.to(row.dtype).expand(1, len(places), -1))
         return row, absent
 
-    def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:
+    def sights(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Sight]:
+        """What the row's tokens see of each modality that has bridges into the LLM.
+
+        As in `embed`, all of them take part on every rank: nobody sees a modality that is absent.
+        """
+        found = {}
+        for name, projector in self.bridges.projectors.items():
+            encoder = self.encoders[name]
+            nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
+            stands = batch.stands[name] if name in features else []
+            row = looks(batch.lengths, stands, last_only=projector.last_only)
+            found[name] = Sight(latents=projector.context(features.get(name, nothing)), looks=[row])
+        return found
+
+    def _read(self, reader: nn.Module, row: Tensor, batch: Batch, features: dict[str, Tensor], **more: Any) -> Any:
         more |= attention.arguments(self.llm, batch.lengths)
-        return reader(inputs_embeds=row, position_ids=batch.positions, use_cache=False, **more)
+        with self.bridges.open(self.sights(batch, features)):
+            return reader(inputs_embeds=row, position_ids=batch.positions, use_cache=False, **more)
 
     def logits(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, V] logits that predict the answer tokens, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
-        return self._read(self.llm, row, batch, logits_to_keep=batch.rows).logits[0], absent
+        return self._read(self.llm, row, batch, features, logits_to_keep=batch.rows).logits[0], absent
 
     def hidden(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, D] what the head makes these logits of, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
         decoder = getattr(self.llm, "get_base_model", lambda: self.llm)().get_decoder()
-        return self._read(decoder, row, batch).last_hidden_state[0, batch.rows], absent
+        return self._read(decoder, row, batch, features).last_hidden_state[0, batch.rows], absent
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`."""

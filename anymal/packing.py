@@ -97,6 +97,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     slots: dict[str, list[int]] = {}
     counts: dict[str, list[int]] = {}
     skips: dict[str, list[int]] = {}
+    stands: dict[str, list[tuple[int, int]]] = {}
     for sample in samples:
         start, group = len(ids), sample.group()
         if group not in groups:
@@ -122,6 +123,9 @@ def pack(samples: Sequence[Tokens]) -> Batch:
             counts.setdefault(modality, []).append(length)
         for modality, place in sample.skips:
             skips.setdefault(modality, []).append(start + place)
+        for (modality, first, _), view in zip(sample.runs, _numbers_of_views(sample), strict=True):
+            known = stands.setdefault(modality, [])
+            known.append((start + first, len(known) - view))
 
     def long(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64)
@@ -139,7 +143,13 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         counts={name: long(items) for name, items in counts.items()},
         skips={name: long(items) for name, items in skips.items()},
         keys=[sample.key for sample in samples],
+        stands=stands,
     )
+
+
+def _numbers_of_views(sample: Tokens) -> list[int]:
+    """Which view of its medium each run is, counted from zero."""
+    return [number for views in sample.views or [1] * len(sample.runs) for number in range(views)]
 
 
 def _stack(media: Sequence[torch.Tensor | Features]) -> torch.Tensor | PartlyEncoded:

@@ -168,7 +168,9 @@ class Prompt:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            for view in _views(next(media).content):
+            views = _views(next(media).content)
+            tokens.views.append(sum(view is not None for view in views))
+            for view in views:
                 length = 1 if view is None else self.length[modality]
                 if view is None:
                     tokens.skips.append((modality, len(tokens.ids)))

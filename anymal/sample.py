@@ -142,6 +142,8 @@ class Tokens:
     """Modality and position of every skipped view's embedding."""
     media: list[Tensor | Features]
     """For each of `runs`: the tensor that its encoder takes, or the features that it once gave."""
+    views: list[int] = field(default_factory=list)
+    """For each medium in reading order, how many of `runs` are views of it; empty: each run is a medium."""
 
     def group(self) -> str:
         """The name under which its loss is reported: its modalities, or ``"text"``."""
@@ -176,6 +178,10 @@ class Batch:
     """For each modality with skipped views, int64: the positions (in T) of their embeddings."""
     keys: list[str]
     """The samples' keys, for error messages."""
+    stands: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
+    first view of the same medium. Numbers, not a tensor: `anymal.bridge` cuts rows by them, and a GPU would be waited
+    for."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
     bookmark: dict = field(default_factory=dict)

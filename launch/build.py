@@ -63,7 +63,9 @@ def build(config: Config, place: torch.device, *, start: Path | None = None, par
     llm, tokenizer = load_llm(config.model.llm, place)
     llm = with_lora(llm, config, start)
     table = llm.get_input_embeddings().weight
-    adapters = build_adapters(config.model.modalities, table.shape[1], table.float().std().item())
+    layers = llm.config.get_text_config().num_hidden_layers
+    std = table.float().std().item()
+    adapters = build_adapters(config.model.modalities, table.shape[1], std, llm_layers=layers)
     model = AnyMAL(llm, adapters)
     if start is not None:
         load_projectors(model, adapters, start, partly=partly)

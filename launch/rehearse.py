@@ -78,8 +78,10 @@ class Rehearsal:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with shapes_only(self._fake):
             self.adapters: dict[str, Adapter] = build_adapters(
-                config.model.modalities, self._llm_config.get_text_config().hidden_size
+                config.model.modalities, self._llm_config.get_text_config().hidden_size, llm_layers=self.layers
             )
+        if any(hasattr(adapter.projector, "bridges") for adapter in self.adapters.values()):
+            self._depths = (self.layers,)  # layers with a block before them are not like the others
         self._peaks: dict[tuple, dict[str, Counter[str]]] = {}
         self._models = {depth: self._model(depth) for depth in self._depths}
 
@@ -162,6 +164,10 @@ class Rehearsal:
             media = cost.media_flops(kind, self.adapters[kind].encoder.shape)
             parts["encoders"] += media - cost.projector[kind]
             parts["projectors"] += cost.projector[kind]
+        for length, kinds in rows:
+            for kind in cost.bridges.keys() & set(kinds):
+                before = sum(self.adapters[other].tokens for other in kinds[: kinds.index(kind)])
+                parts["cross-attention"] += cost.bridges[kind] * (length - before)
         return parts, llm.recomputed_flops(tokens, squares)
 
     def with_checkpointing(self, mode: str) -> "Rehearsal":

@@ -40,7 +40,7 @@ def test_greedy_answers_are_the_likeliest_tokens_one_by_one(toy):
     prompts = [embed_prompt(model, prompt.question(s)) for s in ASKED]
     together = generate(model, prompt.tokenizer, prompts, max_new_tokens=6)
     for one, answer in zip(prompts, together, strict=True):
-        row, ids = one, []
+        row, ids = one.row, []
         for _ in range(6):
             logits = model.llm(inputs_embeds=row, use_cache=False).logits[0, -1]
             ids.append(int(logits.argmax()))

@@ -23,7 +23,7 @@ FLOORS = [
     ["cpu", "footprint"],
     ["budget", "errors", "sample"],
     ["config", "metrics"],
-    ["attention", "command_line", "modality", "activations", "features"],
+    ["attention", "bridge", "command_line", "modality", "activations", "features"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],
     ["stream", "model", "weightless"],

@@ -144,12 +144,12 @@ def test_adapters_are_built_from_a_recipe(tmp_path):
         )
         for (name, makers), kind in zip(ENCODERS.items(), itertools.cycle(["linear", "mlp", "resampler"]))
     }
-    adapters = build_adapters(recipe, llm_width=24, embedding_std=0.1)
+    adapters = build_adapters(recipe, llm_width=24, embedding_std=0.1, llm_layers=4)
     assert list(adapters) == list(recipe)
     for name, adapter in adapters.items():
         features = adapter.encoder(adapter.decode(MEDIA[name]())[None])
-        assert adapter.projector(features).shape == (1, 4, 24)
-        assert adapter.tokens == 4
+        assert adapter.tokens == (1 if recipe[name].projector.kind == "cross_attention" else 4)
+        assert adapter.projector(features).shape == (1, adapter.tokens, 24)
 
 
 def test_mistakes_in_a_recipe_are_named(tmp_path):

@@ -31,8 +31,8 @@ def suited(kind: str, features: int, tokens: int) -> tuple[ProjectorConfig, int]
     return ProjectorConfig(kind=kind, tokens=tokens, layers=2, heads=4), features
 
 
-POOLING = [kind for kind in PROJECTORS if kind not in ("each", "mining")]
-"""Those that make any number of tokens; tests/test_mining.py has the others."""
+POOLING = [kind for kind in PROJECTORS if kind not in ("each", "mining", "cross_attention")]
+"""Those that make any number of tokens, which are all that the LLM sees; the others have tests of their own."""
 
 
 def _norm(vector, layer):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapters.projectors.abstractor import AbstractorOptions, abstractor
+from adapters.projectors.cross import CrossAttentionOptions, cross_attention
 from adapters.projectors.fit import Fit
 from adapters.projectors.mining import mining
 from adapters.projectors.parts import EachOptions, each
@@ -41,11 +42,13 @@ PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "pixel_shuffle": pixel_shuffle,
     "each": each,
     "mining": mining,
+    "cross_attention": cross_attention,
 }
 """Makers of projectors by the name that ``projector.kind`` gives."""
 
 OPTIONS: dict[str, type] = {
     "each": EachOptions,
+    "cross_attention": CrossAttentionOptions,
     "qformer": QFormerOptions,
     "abstractor": AbstractorOptions,
     "pixel_shuffle": PixelShuffleOptions,
@@ -59,7 +62,12 @@ class NoOptions:
 
 
 def build_projector(
-    config: ProjectorConfig, parts: Sequence[tuple[int, int]], llm_width: int, scale: float = 1.0
+    config: ProjectorConfig,
+    parts: Sequence[tuple[int, int]],
+    llm_width: int,
+    scale: float = 1.0,
+    *,
+    llm_layers: int = 0,
 ) -> nn.Module:
     """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
 
@@ -68,6 +76,7 @@ def build_projector(
         parts: (T, W) of each kind of features that the encoder gives of one medium (`anymal.modality.parts`).
         llm_width: D.
         scale: Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table.
+        llm_layers: Decoder layers of the LLM, for kinds that stand between them.
 
     Raises:
         UserError: An unknown kind (the nearest is named), or settings that do not fit the features.
@@ -77,4 +86,4 @@ def build_projector(
         hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(PROJECTORS)}"
         raise UserError(f"projector.kind is {config.kind!r}; {hint}")
     options(OPTIONS.get(config.kind, NoOptions), config.options, f"projector.options of {config.kind}")
-    return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale))
+    return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale, llm_layers=llm_layers))

@@ -23,6 +23,8 @@ class Fit:
     """D."""
     scale: float = 1.0
     """Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table."""
+    llm_layers: int = 0
+    """Decoder layers of the LLM, for projectors that stand between them."""
 
     def only(self, config: ProjectorConfig) -> tuple[int, int]:
         """T and W, for projectors of one kind of features.
