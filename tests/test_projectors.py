@@ -28,6 +28,8 @@ def suited(kind: str, features: int, tokens: int) -> tuple[ProjectorConfig, int]
         features, tokens = math.ceil(math.sqrt(features)) ** 2, math.ceil(math.sqrt(tokens)) ** 2
     if kind == "pixel_shuffle":  # a square grid of an even side
         features, tokens = 4 * math.ceil(math.sqrt(features) / 2) ** 2, 0
+    if kind == "each":
+        tokens = 0
     return ProjectorConfig(kind=kind, tokens=tokens, layers=2, heads=4), features
 
 
@@ -147,7 +149,7 @@ def test_takes_bf16_features_with_and_without_autocast(kind):
         assert (projector(features.bfloat16()).float() - exact).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("kind", PROJECTORS)
+@pytest.mark.parametrize("kind", [*POOLING, "each"])
 def test_a_medium_has_the_same_embeddings_in_any_batch_every_time(kind):
     torch.manual_seed(0)
     config, count = suited(kind, 9, 4)
@@ -158,7 +160,7 @@ def test_a_medium_has_the_same_embeddings_in_any_batch_every_time(kind):
     assert (projector(features[1:2]) - together[1:2]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", PROJECTORS)
+@pytest.mark.parametrize("kind", [*POOLING, "each"])
 def test_is_made_and_run_without_weights(kind, tmp_path):
     config, count = suited(kind, 16, 4)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
