@@ -42,6 +42,8 @@ class LeafConfig:
     """Put a feature of the whole picture before the map's: the class token, or the map's average if it has none."""
 
     def __post_init__(self):
+        if self.stages and self.layer:
+            raise UserError("stages takes the maps of all stages; layer has no place beside it")
         if self.layer > 0 or self.size < 0 or self.unshuffle < 1:
             raise UserError(
                 f"layer is {self.layer}, size {self.size} and unshuffle {self.unshuffle}; layer counts from the end, "
@@ -75,16 +77,15 @@ class Leaf(nn.Module):
             self._measure(where)
 
     def _measure(self, where: str) -> None:
-        pictures = torch.zeros(1, 3, self.size, self.size)
+        plain = self.layer == -1 and not self.stages and self.unshuffle == 1 and not self.keep_global
+        if isinstance(self.network, Queries) and not plain:
+            raise UserError(f"{where}: a Q-Former's queries form no map; layer, stages and the like do not apply")
         try:
-            first = self._features(pictures)
+            first = self._features(torch.zeros(1, 3, self.size, self.size))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{where}: it cannot take pictures of {self.size} x {self.size}: {error}") from error
-        plain = self.layer == -1 and not self.stages and self.unshuffle == 1 and not self.keep_global
-        if isinstance(self.network, Queries) and not plain:
-            raise UserError(f"{where}: a Q-Former's queries form no map; layer, stages and the like do not apply")
         if first.ndim == 4:
             self.side = first.shape[-1]
         elif not isinstance(self.network, Queries):
@@ -98,18 +99,21 @@ class Leaf(nn.Module):
             if self.side % self.unshuffle:
                 raise UserError(f"{where}: unshuffle is {self.unshuffle}, its map {self.side} x {self.side}")
             self.side //= self.unshuffle
-        _, self.tokens, self.width = self(pictures).shape
+        _, self.tokens, self.width = self._tokens(first).shape
         self.parts = ((self.tokens, self.width),)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[N, 3, S, S] → [N, tokens, W]."""
-        if self.side is None:
-            return self._features(pictures)
-        return as_tokens(*self.maps(pictures), self.keep_global)
+        return self._tokens(self._features(pictures))
 
     def maps(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, S, S] → a map [N, W, h, w], and one feature of the whole picture [N, W]."""
-        features = self._features(pictures)
+        return self._maps(self._features(pictures))
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        return features if self.side is None else as_tokens(*self._maps(features), self.keep_global)
+
+    def _maps(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if features.ndim == 3:
             made = features[:, self.prefix :].transpose(1, 2).unflatten(2, (-1, self.side * self.unshuffle))
         else:

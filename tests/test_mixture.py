@@ -188,8 +188,9 @@ def test_blip2_gives_its_queries(tmp_path):
     assert expected.std(1).min() > 0.01, "the queries differ"
     assert torch.allclose(encoder(pictures), expected, atol=1e-6)
     assert not [name for name, _ in encoder.named_parameters() if "language" in name or "vision_projection" in name]
-    with pytest.raises(UserError, match="queries form no map"):
-        _load({"name": folder, "keep_global": True})
+    for more in ({"keep_global": True}, {"layer": -2}):
+        with pytest.raises(UserError, match="queries form no map"):
+            _load({"name": folder, **more})
 
 
 # ---------------------------------------------------------------------------------------------------------- joins
@@ -319,6 +320,7 @@ def test_video_takes_a_composition_of_maps(tmp_path):
         ({"append": [{"name": "a", "fit": "pad"}]}, r"encoder.append\[0\]: unknown option 'fit'"),
         ({"channels": ["a"], "resize": "cubic"}, "resize is 'cubic'"),
         ({"name": "a", "layer": 2}, "layer counts from the end"),
+        ({"name": "a", "layer": -2, "stages": True}, "layer has no place beside it"),
         ({"name": "/nowhere/at/all"}, "cannot load the config of hub name .* '/nowhere/at/all'"),
     ],
 )
