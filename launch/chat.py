@@ -2,8 +2,10 @@
 
     python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg --audio b.wav "What do you see and hear?"
     python launch/chat.py checkpoint=runs/demo/finetune "Which is louder," --audio a.wav "or" --audio b.wav "?"
+    python launch/chat.py checkpoint=runs/mmit-lora draw=stabilityai/stable-diffusion-xl-base-1.0 "Draw me a cat."
 
-`--NAME FILE` is a medium of modality NAME; everything else that is not a setting is text.
+`--NAME FILE` is a medium of modality NAME; everything else that is not a setting is text. With `draw`, what the
+answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that).
 """
 
 import sys
@@ -19,6 +21,7 @@ from anymal.errors import BadSample, UserError
 from anymal.generate import embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample
 from launch.build import build, device, run_program
+from launch.draw import Painter, split
 
 
 @dataclass(kw_only=True)
@@ -33,6 +36,17 @@ class ChatConfig:
     """Longest answer."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; higher values draw among the likely ones."""
+    draw: str = ""
+    """Hub name or local folder of a text-to-image pipeline of diffusers that draws what stands between <h> and </h> in
+    the answer; empty draws nothing."""
+    draw_out: str = "drawings"
+    """Folder for the drawings."""
+    draw_steps: int = 0
+    """Denoising steps; 0 takes the pipeline's default."""
+    draw_size: int = 0
+    """Height and width in pixels; 0 takes the pipeline's default."""
+    draw_seed: int = 0
+    """Of the drawings."""
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
@@ -66,6 +80,7 @@ def main() -> None:
     config = parse_args(ChatConfig, __doc__, settings)
     if not parts:
         raise UserError("nothing was asked; give a text, and media as --image FILE, --audio FILE, ...")
+    painter = _painter(config)
     folder = checkpoint.existing(config.checkpoint)
     overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
     built = build(checkpoint.recipe(folder, overrides), device(), start=folder)
@@ -76,7 +91,24 @@ def main() -> None:
         raise UserError(f"the prompt {error}") from error
     prompt = embed_prompt(built.model, question)
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
-    print(generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)[0])
+    answer = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)[0]
+    print(answer if painter is None else _drawn(answer, painter, Path(config.draw_out)))
+
+
+def _painter(config: ChatConfig) -> Painter | None:
+    """What draws, if anything shall."""
+    if not config.draw:
+        return None
+    return Painter(
+        name=config.draw, place=device(), steps=config.draw_steps, size=config.draw_size, seed=config.draw_seed
+    )
+
+
+def _drawn(answer: str, painter: Painter, folder: Path) -> str:
+    """The reply, and a line for each picture that the answer asked for."""
+    reply, prompts = split(answer)
+    paths = painter.draw(prompts, folder)
+    return "\n".join([reply, *(f"drawn: {path} ({prompt})" for path, prompt in zip(paths, prompts, strict=True))])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Pictures that an answer asks for: ``<h>prompt</h>`` in what the LLM says → a text-to-image pipeline → PNG files.
+
+    answer ──split──▶ reply, prompts ──Painter──▶ FOLDER/0000.png, …
+
+The contract is Mini-Gemini's (Li and others, arXiv 2403.18814): the LLM writes the prompt between tags, as
+plain text, and a diffusion model that nobody trained draws it. `launch/chat.py` is what people run.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anymal.errors import UserError
+
+_PROMPT = re.compile(r"<h>((?:(?!<h>).)*?)</h>", re.DOTALL)  # the innermost tags: a prompt holds no tag
+
+
+def split(answer: str) -> tuple[str, list[str]]:
+    """An answer → what is left of it as a reply, and the prompts of the pictures to draw, in order.
+
+    Prompts are stripped, and empty ones dropped. A tag without its other half stays in the reply: an answer that was
+    cut within a prompt asks for nothing. Of tags within tags the innermost hold the prompt.
+    """
+    prompts = [prompt.strip() for prompt in _PROMPT.findall(answer)]
+    if not _PROMPT.search(answer):
+        return answer, []
+    reply = re.sub(r"[ \t]{2,}", " ", _PROMPT.sub(" ", answer))
+    return reply.strip(), [prompt for prompt in prompts if prompt]
+
+
+@dataclass(kw_only=True)
+class Painter:
+    """A text-to-image pipeline of diffusers, loaded when there is something to draw."""
+
+    name: str
+    """Hub name or local folder, such as stabilityai/stable-diffusion-xl-base-1.0."""
+    place: torch.device
+    """Where it runs: in bfloat16 on a GPU, else in float32."""
+    steps: int = 0
+    """Denoising steps; 0 takes the pipeline's default."""
+    size: int = 0
+    """Height and width in pixels; 0 takes the pipeline's default."""
+    seed: int = 0
+    """Of the noise that the first prompt of an answer starts from; the next one's is one more."""
+
+    def __post_init__(self):
+        if min(self.steps, self.size, self.seed) < 0:
+            raise UserError("draw_steps, draw_size and draw_seed cannot be negative")
+        try:
+            import diffusers  # noqa: F401  (now, not after the LLM has answered)
+        except ImportError as error:
+            raise UserError(f"drawing needs diffusers ({error}); install it: pip install -e '.[draw]'") from error
+
+    def draw(self, prompts: list[str], folder: Path) -> list[Path]:
+        """Draw each prompt and save it as the next free ``NNNN.png`` of the folder; return the paths.
+
+        The same pipeline, prompts, seed and device give the same pictures.
+
+        Raises:
+            UserError: The pipeline does not load.
+        """
+        if not prompts:
+            return []
+        pipeline, paths = self._load(), []
+        given = {"num_inference_steps": self.steps, "height": self.size, "width": self.size}
+        given = {name: value for name, value in given.items() if value}
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, prompt in enumerate(prompts):
+            noise = torch.Generator("cpu").manual_seed(self.seed + i)  # on the CPU: the same noise whatever draws
+            picture = pipeline(prompt, generator=noise, **given).images[0]
+            path = next(p for n in range(10**9) if not (p := folder / f"{n:04d}.png").exists())
+            picture.save(path)
+            paths.append(path)
+        return paths
+
+    def _load(self) -> Any:
+        from diffusers import AutoPipelineForText2Image
+
+        dtype = torch.bfloat16 if self.place.type == "cuda" else torch.float32
+        try:  # safetensors only: other weights are pickles
+            found = AutoPipelineForText2Image.from_pretrained(self.name, use_safetensors=True, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"draw={self.name} does not load as a text-to-image pipeline: {error}") from error
+        found.set_progress_bar_config(leave=False)
+        return found.to(self.place)
