@@ -185,6 +185,8 @@ def _attention(
     if attn_mask is None and query.dtype != torch.float32:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:  # only the flash kernels read shared heads in place
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attn_mask is not None:
         width = attn_mask.shape[-1]
         if width % 8:  # the kernel wants each row to begin at a multiple of 16 bytes

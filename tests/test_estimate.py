@@ -102,7 +102,13 @@ def test_the_largest_batch_fits_and_one_more_does_not(folders):
     assert largest_batch(rehearsal, WORK, 1000, world=1) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_a_gpu_is_rehearsed_at_every_precision(folders, bits):
+    """With key heads that several query heads share: at 32 bits the GPU's kernel is one that cannot share them."""
+    rehearsal = Rehearsal(_config(folders, f"model.llm.bits={bits}"), gpu=True)
+    assert all(peak.total() > 0 for peak in rehearsal.peaks(WORK, 6).values())
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

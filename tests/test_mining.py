@@ -122,7 +122,7 @@ def test_they_start_at_the_scale_of_the_embeddings_and_learn(kind):
 def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"tokens is 32, but each makes 45 of these features; set it to 0"):
         build_projector(ProjectorConfig(kind="each"), PARTS, 8)
-    with pytest.raises(UserError, match=r"projector.options: unknown option 'tag'; did you mean tags\?"):
+    with pytest.raises(UserError, match=r"projector.options of each: unknown option 'tag'; did you mean tags\?"):
         build_projector(ProjectorConfig(kind="each", tokens=0, options={"tag": True}), PARTS, 8)
     with pytest.raises(UserError, match="tokens is 8, but mining makes 9"):
         build_projector(ProjectorConfig(kind="mining", tokens=8), PARTS, 8)
