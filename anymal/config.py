@@ -364,29 +364,27 @@ def load(
     for name, read in sources:
         try:
             settings = read()
-            asked = (asked - set(_leaves(settings))) | OmegaConf.missing_keys(settings)
+            for setting, value in _set(OmegaConf.to_container(settings)):
+                (asked.add if value == MISSING else asked.discard)(setting)
             config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{name}: {_first_lines(error)}") from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
             raise UserError(f"{name} is not valid YAML: {error}") from error
-    asked = {name for name in asked if not name.startswith("stages[")}  # each stage is asked in its turn
-    missing = sorted(OmegaConf.missing_keys(config) | (asked - set(given)))
-    if missing:
-        raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(config) | asked)
+        if missing:
+            raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
         return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_first_lines(error)}") from error
 
 
-def _leaves(settings: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all that is set; those of a list's elements stand for the whole list as well."""
-    for key in settings if OmegaConf.is_dict(settings) else ():
-        yield f"{prefix}{key}"
-        inner = settings._get_node(key)
-        if OmegaConf.is_dict(inner) and not inner._is_none() and not inner._is_missing():
-            yield from _leaves(inner, f"{prefix}{key}.")
+def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name of each setting in nested dicts, and what it is set to."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        yield f"{prefix}{key}", value
+        yield from _set(value, f"{prefix}{key}.")
 
 
 def _with_home(config: Any) -> Any:
