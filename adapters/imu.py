@@ -8,14 +8,15 @@ rad/s. An encoder in a folder is of our own, and its config states the rate and 
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import license_of, load_config, load_network
+from adapters.pretrained import license_of, load_config, load_network, save_network
 from adapters.signals import hold_last, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
@@ -133,6 +134,10 @@ class IMUEncoder(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """[N, 6, S] → [N, tokens, width]."""
         return self.network(windows).last_hidden_state
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
+        save_network(self.network, None, folder, weights, self.license)
 
 
 def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:
