@@ -2,7 +2,7 @@
 
     python launch/encode.py launch/recipes/demo-pretrain.yaml
     python launch/encode.py launch/recipes/demo-pretrain.yaml data.features=int8     # half the bytes, a stated error
-    torchrun --nproc_per_node 8 launch/encode.py launch/recipes/image-llama3.1-8b.yaml data.shards=/data/laion
+    torchrun --nproc_per_node 8 launch/encode.py launch/recipes/anymal-image-8b.yaml data.shards=/data/laion
 
 Takes the recipe of the training run and looks at its data and encoders only. Start it several times, on several
 machines that share the data's file system, and they share the work. Started again, it goes on with what is missing.

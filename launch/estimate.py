@@ -1,6 +1,6 @@
 """What a recipe will need and cost, before anything is downloaded: memory by part, largest micro-batch, time, money.
 
-    python launch/estimate.py launch/recipes/image-llama3.1-8b.yaml data.shards=x tflops=400 price_per_hour=2.5
+    python launch/estimate.py launch/recipes/anymal-image-8b.yaml data.shards=x tflops=400 price_per_hour=2.5
     python launch/estimate.py launch/recipes/demo-finetune.yaml model.checkpoint=x gpu=false sample_tokens=64
 
 Reads the config.json of LLM and encoders (and the encoders' preprocessor_config.json), from a folder or the hub, and no

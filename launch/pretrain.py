@@ -1,6 +1,6 @@
 """Stage 1: encoders and LLM frozen, projectors learn from media-text pairs.
 
-    deepspeed launch/pretrain.py launch/recipes/image-llama3.1-8b.yaml data.shards='/data/laion/{00000..00999}.tar'
+    deepspeed launch/pretrain.py launch/recipes/anymal-image-8b.yaml data.shards='/data/laion/{00000..00999}.tar'
     python launch/pretrain.py launch/recipes/demo-pretrain.yaml                      # one process, a CPU will do
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --no_local_rank launch/pretrain.py launch/recipes/demo-pretrain.yaml
 
