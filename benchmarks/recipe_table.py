@@ -5,12 +5,12 @@
 
 For each stage of each recipe in launch/recipes:
 
-- *tokens*: what a real medium of the demo (a square picture; a clip; a sound; five seconds of IMU) takes in the LLM, counted in a
-  prepared sample, beside the paper's number.
+- *tokens*: what a real medium of the demo (a square picture; a clip; a sound; five seconds of IMU) takes in the LLM,
+  counted in a prepared sample, beside the paper's number.
 - *parameters* of the projector at the real sizes of encoder and LLM, counted on tensors without data.
 - *learns*: the parts in which parameters are trainable, from the parameters themselves.
-- *loss*: before and after two optimizer steps on one batch, through narrow stand-ins of the encoders, with the same input
-  and number of features (`benchmarks.stand_ins`), and the demo's LLM.
+- *loss*: before and after two optimizer steps on one batch, through narrow stand-ins of the encoders, with the same
+  input and number of features (`benchmarks.stand_ins`), and the demo's LLM.
 
 The goal is met where every count agrees, and every loss is finite and falls.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anymal.stages import Recipe, config_of, load_stages
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters import build_adapters
@@ -36,6 +35,7 @@ from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Message, Part, Sample
+from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import samples_once
 from benchmarks.stand_ins import replaced
 from data_prep.demo_assets import cache_folder
@@ -195,7 +195,7 @@ def measure(name: str, stage: Recipe, *, llm: str, media: Mapping[str, bytes], f
     bits = 32 if "llm" in config.train else config.model.llm.bits  # 16 bits would be many times slower on a CPU
     settings = replace(config.model.llm, name=llm, bits=bits, checkpointing="none")
     config = replace(config, model=replace(config.model, llm=settings))
-    built = build(config, torch.device("cpu"))
+    built = build(config, torch.device("cpu"), train=config.train)
     select_trainable(built.model, config.train)
     tokens, counts = samples(built.prepare, media, list(config.model.modalities))
     base = name.removesuffix("-8b").removesuffix("-70b")

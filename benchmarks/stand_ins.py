@@ -1,8 +1,8 @@
-"""Stand-ins for the encoders that recipes name: their architecture, input and number of features, without their weights.
+"""Stand-ins for the encoders that recipes name: their architecture, input and number of features, not their weights.
 
-Each comes in two sizes. *real*: config.json alone, for shapes on tensors without data (`adapters.pretrained.shapes_only`).
-*narrow*: random weights of few and narrow layers, which give the same number of features and run on a CPU. Sizes are those of
-the published models' own config files.
+Each comes in two sizes. *real*: config.json alone, for shapes on tensors without data
+(`adapters.pretrained.shapes_only`). *narrow*: random weights of few and narrow layers, which give the same number of
+features and run on a CPU. Sizes are those of the published models' own config files.
 """
 
 import json
@@ -120,7 +120,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "laion/clap-htsat-unfused": Shape(
         model="ClapModel",
-        real={},  # HTSAT-tiny's 8 by 8... features of 768: the class's defaults
+        real={},  # HTSAT: 64 features of 768: the class's defaults
         narrow={
             "audio_config": {
                 "patch_embeds_hidden_size": 4,
