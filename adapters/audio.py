@@ -8,13 +8,15 @@ decodes wav, flac, ogg, opus and mp3; torchaudio resamples to the encoder's rate
 
 import io
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import call, license_of, load_config, load_network
+from adapters.pretrained import call, license_of, load_config, load_network, save_network
 from adapters.signals import crop_centre, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
@@ -164,6 +166,10 @@ class AudioEncoder(nn.Module):
         config = self.network.config
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         return features[:, 2:].unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
+        save_network(self.network, self.decode.extractor, folder, weights, self.license)
 
 
 def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:

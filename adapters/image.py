@@ -10,14 +10,15 @@ so that results do not depend on whether torchvision is installed).
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import call, license_of, load_network
+from adapters.pretrained import call, license_of, load_network, save_network
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 
@@ -154,6 +155,10 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] → [N, tokens, width]."""
         return self._tokens(self._network(pixels))
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
+        save_network(self.network, self.decode.processor, folder, weights, self.license)
 
     def _network(self, pixels: Tensor) -> Tensor:
         constants = {}

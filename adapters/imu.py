@@ -7,13 +7,15 @@ rad/s. The encoder's config states the rate and the length that it takes (see `a
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import license_of, load_config, load_network
+from adapters.pretrained import license_of, load_config, load_network, save_network
 from adapters.signals import hold_last, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
@@ -120,6 +122,10 @@ class IMUEncoder(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """[N, 6, S] → [N, tokens, width]."""
         return self.network(windows).last_hidden_state
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
+        save_network(self.network, None, folder, weights, self.license)
 
 
 def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:

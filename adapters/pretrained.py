@@ -5,14 +5,14 @@ imported: a CUDA build of torchaudio beside a CPU torch would break its import (
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anymal.errors import UserError
 
@@ -107,7 +107,31 @@ def load_network(name: str, *, tower: str | None = None) -> nn.Module:
     if missing:
         raise UserError(f"{name!r} lacks {len(missing)} weights of its encoder, such as {sorted(missing)[0]}")
     network = getattr(model, tower) if keep else model
+    network.saved_as = model.config, f"{tower}." if keep else ""
     return network.eval().requires_grad_(False)
+
+
+def save_network(network: nn.Module, processor: Any, folder: Path, weights: Mapping[str, Tensor], license: str) -> None:
+    """Write a network that was trained as a folder that `load_network` and the processors' loaders read again.
+
+    The config is that of the model which `network` is a part of: of a two-tower model the folder lacks the other tower.
+
+    Args:
+        network: From `load_network`; its weights are not read.
+        processor: Its image processor or feature extractor, if it has one.
+        folder: Where to.
+        weights: Its weights by the names of an encoder that has it as ``network``.
+        license: Of the weights, for the folder's README.md.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    config, prefix = network.saved_as
+    config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    named = {f"{prefix}{name.removeprefix('network.')}": tensor for name, tensor in weights.items()}
+    save_torch_state_dict(named, folder)
+    (folder / "README.md").write_text(f"---\nlicense: {license}\n---\nAn encoder that was trained on.\n")
 
 
 def license_of(name: str) -> str:

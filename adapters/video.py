@@ -8,14 +8,16 @@ frames are decoded is in `adapters.video_frames`.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.image import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
-from adapters.pretrained import call, license_of, load_config, load_network
+from adapters.pretrained import call, license_of, load_config, load_network, save_network
 from adapters.video_frames import read_frames
 from anymal.errors import UserError
 from anymal.modality import Modality
@@ -87,6 +89,10 @@ class FramesEncoder(nn.Module):
         features = _pool(features, self.encoder.grid, self.pool)
         return features.unflatten(0, clips.shape[:2]).flatten(1, 2)
 
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the image encoder, as a folder that images and video can be encoded with."""
+        self.encoder.save_pretrained(folder, {n.removeprefix("encoder."): tensor for n, tensor in weights.items()})
+
 
 class ClipEncoder(nn.Module):
     """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
@@ -108,6 +114,10 @@ class ClipEncoder(nn.Module):
         features = self.network(pixel_values=clips).last_hidden_state
         features = _pool(features.unflatten(1, (self.times, -1)).flatten(0, 1), self.grid, self.pool)
         return features.unflatten(0, (len(clips), self.times)).flatten(1, 2)
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
+        save_network(self.network, self.decode.images.processor, folder, weights, self.license)
 
 
 def _check_pool(pool: int, grid: tuple[int, int] | None) -> None:

@@ -36,7 +36,9 @@ class Ahead:
         """Queue copies and encoders of a micro-batch; return at once."""
         with torch.cuda.stream(self._side):  # for None it does nothing
             moved = batch.to(self.model.device)
-            self._ready = moved, self.model.encode(moved.media)
+            learn = self.model.trained_encoders  # those run with the LLM, in the engine's forward pass
+            frozen = {name: media for name, media in moved.media.items() if name not in learn}
+            self._ready = moved, self.model.encode(frozen)
 
     def take(self) -> Encoded:
         """What was started, for use on the current stream."""

@@ -6,12 +6,16 @@
         adapters/MODALITY/adapter_config.json  what the projector fits
         adapters/MODALITY/model.safetensors    the projector
         lora/                                  PEFT's own layout, if there is a LoRA
+        encoders/MODALITY/                     an encoder that was trained: a folder for model.modalities.*.encoder
+        llm/                                   an LLM that was trained, as transformers saves it, tokenizer included
         tokenizer/                             the LLM's tokenizer with the placeholder tokens
         training/state.json                    step, bookmark, W&B run id
-        training/optimizer.safetensors         AdamW's moments, independent of the number of ranks
+        training/optimizer.safetensors         AdamW's moments, independent of the number of ranks; NAME.master, the
+                                               float32 weights of a trained LLM that llm/ has in bfloat16
     RUN/checkpoints/latest                     a link to the newest
 
-LLM and encoders are not in it: they are frozen, and named in the recipe. Nothing in it is a pickle.
+An LLM and encoders that were never trained are not in it, but named in the recipe. Nothing in it is a pickle.
+`anymal.networks` is about those that are.
 """
 
 import json
@@ -26,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anymal import config as settings
+from anymal import networks
 from anymal.config import Config
 from anymal.errors import UserError
 from anymal.llm import add_lora, load_lora
@@ -69,16 +74,18 @@ def save(
     config: Config,
     adapters: dict[str, Adapter],
     tokenizer: Any,
+    start: Path | None = None,
 ) -> Path:
     """Write a checkpoint of the run and move ``latest`` to it; keep the newest ``run.keep``. Rank 0 only.
 
     Args:
         model: For its structure; its weights are not read (under ZeRO they are sharded).
-        parameters: The projectors' and LoRA's parameters by their names in `model`, whole.
+        parameters: Those of projectors, LoRA and what else learns by their names in `model`, whole.
         state: Where the run stands.
         config: The resolved settings.
         adapters: As the model was made from.
         tokenizer: With the placeholder tokens.
+        start: The checkpoint that the run started from, if any.
     """
     folder = checkpoints(config) / f"step-{state.step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
@@ -91,10 +98,11 @@ def save(
         (place / "adapter_config.json").write_text(json.dumps(adapter_config(adapter, config), indent=2))
         save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
     _save_lora(model, parameters, temporary / "lora")
+    networks.save(model, parameters, config, adapters, tokenizer, temporary, _newest(config) or start)
     tokenizer.save_pretrained(temporary / "tokenizer")
     training = temporary / "training"
     training.mkdir()
-    save_file(state.moments, training / "optimizer.safetensors")
+    save_file(state.moments | networks.masters(parameters, config), training / "optimizer.safetensors")
     described = {"version": 1, "step": state.step, "bookmark": state.bookmark, "wandb_id": state.wandb_id}
     (training / "state.json").write_text(json.dumps(described))
     (temporary / "README.md").write_text(model_card(config, adapters, state.step))
@@ -158,16 +166,29 @@ def find_resume(config: Config) -> Path | None:
     Raises:
         UserError: ``run.resume`` names no checkpoint, or it is ``never`` and the folder already holds one.
     """
-    latest = checkpoints(config) / LATEST
-    if not latest.exists():  # killed between two renames, or removed by hand: the newest whole one
-        latest = max(checkpoints(config).glob("step-*"), default=None)
+    latest = _newest(config)
     if config.run.resume == "auto":
-        return latest.resolve() if latest else None
+        return latest
     if config.run.resume == "never":
         if latest:
             raise UserError(f"{config.run.dir} already holds checkpoints; choose another run.dir, or run.resume=auto")
         return None
     return existing(config.run.resume)
+
+
+def _newest(config: Config) -> Path | None:
+    latest = checkpoints(config) / LATEST
+    if not latest.exists():  # killed between two renames, or removed by hand: the newest whole one
+        latest = max(checkpoints(config).glob("step-*"), default=None)
+    return latest.resolve() if latest else None
+
+
+def is_done(config: Config) -> bool:
+    """Whether the run, as its folder stands, has all its steps behind it."""
+    newest = _newest(config) if config.run.resume == "auto" else None
+    if newest is None or not (newest / "training" / "state.json").is_file():
+        return False
+    return json.loads((newest / "training" / "state.json").read_text())["step"] >= config.optim.steps
 
 
 def existing(place: str | Path) -> Path:
@@ -270,7 +291,7 @@ library_name: anymal
 ---
 # AnyMAL adapters for {llm.name}
 
-Projectors for {", ".join(adapters)}, trained for {step} steps with the LLM held frozen at {llm.bits} bits
+Projectors for {", ".join(adapters)}, trained for {step} steps {_beside(config)}
 (trained: {", ".join(config.train)}). They work with the same LLM at any precision.
 
 | part | source | licence |
@@ -279,3 +300,9 @@ Projectors for {", ".join(adapters)}, trained for {step} steps with the LLM held
 
 Use: `python launch/chat.py checkpoint=THIS_FOLDER "prompt"`. All settings are in `recipe.yaml`.
 """
+
+
+def _beside(config: Config) -> str:
+    if networks.llm_learns(config):
+        return f"together with the LLM in `llm/` ({config.model.llm.bits} bits)"
+    return f"with the LLM held frozen at {config.model.llm.bits} bits"

@@ -37,9 +37,16 @@ class LLMCost:
     """Layers × heads × width of a head: the multiplications of one token with one other, for scores as for values."""
     recomputed: float
     """Share of the body's forward pass that is computed again in the backward pass: 1 with full checkpointing."""
+    learns: bool = False
+    """Whether body and head learn themselves: their gradients cost as much again as those to the inputs."""
+
+    @property
+    def per_weight(self) -> int:
+        """FLOPs of a training step for a weight of the body (a token) or head (an answer): 4, or 6 if it learns."""
+        return 6 if self.learns else 4
 
     def model_flops(self, tokens: float, answers: float, squares: float) -> float:
-        """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt².
+        """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt²; 6 for 4 if the LLM learns.
 
         Args:
             tokens: T.
@@ -47,8 +54,8 @@ class LLMCost:
             squares: Σt² over the samples: half of all pairs of a sample's tokens attend (causally), and a pair costs
                 2 + 2 FLOPs forward and twice that backward for each unit of `attention`.
         """
-        body = (4 * self.body + 6 * self.lora) * tokens
-        return body + 4 * self.head * answers + 6 * self.attention * squares
+        body = (self.per_weight * self.body + 6 * self.lora) * tokens
+        return body + self.per_weight * self.head * answers + 6 * self.attention * squares
 
     def recomputed_flops(self, tokens: float, squares: float) -> float:
         """FLOPs that checkpointing adds: 2N·T, LoRA's and attention's forward pass, times the share recomputed."""
@@ -77,6 +84,7 @@ def llm_cost(llm: nn.Module, checkpointing: str = "none") -> LLMCost:
         head=numel(head),
         attention=config.num_hidden_layers * heads * width,
         recomputed=float(checkpointing == "full"),
+        learns=head.requires_grad,
     )
 
 
@@ -131,15 +139,18 @@ class Cost:
         }
         """FLOPs of each projector for one medium: forward, and both gradients if it learns."""
         self.encoder: dict[str, int] = {}
-        """FLOPs of each encoder for one medium, counted when the first one comes."""
+        """FLOPs of each encoder for one medium, counted when the first one comes; where it learns, with gradients."""
         self._encoders = model.encoders
+        for name, encoder in model.trained_encoders.items():  # ZeRO-3 shards it
+            self.media_flops(name, encoder.shape)
 
     def media_flops(self, name: str, shape: Sequence[int]) -> int:
         """FLOPs of encoder and projector for one medium of `shape`."""
         if name not in self.encoder:
             encoder = self._encoders[name]
             floating = next((p.dtype for p in encoder.parameters()), torch.float32)
-            self.encoder[name] = _counted(f"encoder of {name}", encoder, (1, *shape), floating)
+            passes = 3 if any(p.requires_grad for p in encoder.parameters()) else 1
+            self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), floating)
         return self.encoder[name] + self.projector[name]
 
     def _held_flops(self, name: str, held: Tensor | PartlyEncoded) -> int:

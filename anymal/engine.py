@@ -1,7 +1,8 @@
 """DeepSpeed: processes, its JSON derived from our config, and the trained state in a form free of the world size.
 
-The engine gets only what gradients pass through (projectors and LLM). Parameters that learn are float32; on a GPU the
-arithmetic is bfloat16 through autocast, so DeepSpeed itself runs in float32 and its half-precision modes stay off.
+The engine gets only what gradients pass through: projectors, LLM, and encoders that learn. Parameters that learn are
+float32; on a GPU the arithmetic is bfloat16 through autocast, so DeepSpeed itself runs in float32 and its
+half-precision modes stay off.
 """
 
 import json
@@ -147,20 +148,25 @@ def gather(value: Any) -> list[Any]:
 
 
 def portable_parameters(engine: Any) -> dict[str, Tensor]:
-    """Projectors and LoRA by name, whole and in float32 on the CPU. Every rank must call it."""
+    """Projectors, LoRA and what else learns by name, whole and in float32 on the CPU.
+
+    Every rank must call it, and rank 0 gets them: an LLM that learns would fill the memory once for each process.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     found = {}
     for name, parameter in engine.module.named_parameters():
-        if name.startswith("projectors.") or "lora_" in name:
+        if name.startswith(("projectors.", "trained_encoders.")) or "lora_" in name or parameter.requires_grad:
             with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-                found[name] = parameter.detach().float().cpu().clone()
+                if engine.global_rank == 0:
+                    found[name] = parameter.detach().float().cpu().clone()
     return found
 
 
 def full_moments(engine: Any) -> dict[str, Tensor]:
-    """AdamW's moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, whole, on the CPU. Every rank must call it.
+    """AdamW's moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, whole, on the CPU.
 
+    Every rank must call it, and rank 0 gets them.
     DeepSpeed's own optimizer files are cut by the number of ranks; these are not, so a run may go on with another.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -170,7 +176,8 @@ def full_moments(engine: Any) -> dict[str, Tensor]:
     for name, parameter in trainable(engine.module).items():
         for key in MOMENTS:
             whole = safe_get_full_optimizer_state(parameter, key) if sharded else engine.optimizer.state[parameter][key]
-            found[f"{name}.{key}"] = whole.detach().float().cpu().clone()
+            if engine.global_rank == 0:
+                found[f"{name}.{key}"] = whole.detach().float().cpu().clone()
     return found
 
 

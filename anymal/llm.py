@@ -1,4 +1,4 @@
-"""The frozen language model: loading at 4, 8, 16 or 32 bits, freezing, LoRA.
+"""The language model: loading at 4, 8, 16 or 32 bits, freezing, LoRA.
 
 Weights are quantised by bitsandbytes while transformers loads them. Computation is in float32 on a CPU (bfloat16 is
 many times slower there) and in bfloat16 on a GPU; the code is the same.
@@ -33,12 +33,23 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
+def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -> tuple[nn.Module, Any]:
     """Load a causal LM of transformers, frozen and in eval mode, and its tokenizer.
 
+    Args:
+        config: Which, and how.
+        device: Where to.
+        learns: Whether it is to be trained itself. Its weights are then float32 whatever `config.bits` says, since
+            steps of the size of a learning rate are lost in bfloat16; the arithmetic is that of `config.bits`.
+
     Raises:
-        UserError: There is no such model, or it is not a causal LM.
+        UserError: There is no such model, it is not a causal LM, or it is to learn in 4 or 8 bits.
     """
+    if learns and config.bits not in (16, 32):
+        raise UserError(
+            f"train lists llm, but model.llm.bits is {config.bits}, and quantised weights cannot learn: set "
+            "model.llm.bits to 16 or 32, or train lora instead"
+        )
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -46,7 +57,7 @@ def load_llm(config: LLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
         raise UserError(f"model.llm.name={config.name}: there is no such folder")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    dtype = {16: torch.bfloat16, 32: torch.float32}.get(config.bits, compute_dtype(device))
+    dtype = {16: torch.bfloat16, 32: torch.float32}.get(32 if learns else config.bits, compute_dtype(device))
     quantization = None
     if config.bits == 4:
         quantization = BitsAndBytesConfig(

@@ -22,7 +22,7 @@ class Encoder(Protocol):
     tokens: int
     """Features of one medium, before the projector."""
     shape: tuple[int, ...]
-    """Of one decoded medium, without N. Only ``launch/estimate.py`` asks for it."""
+    """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
     decode: Callable[[bytes], Tensor | Views]
@@ -33,7 +33,11 @@ class Encoder(Protocol):
     """
 
     def __call__(self, media: Tensor) -> Tensor:
-        """[N, ...] decoded media → [N, tokens, width] features."""
+        """[N, ...] decoded media → [N, tokens, width] features.
+
+        Differentiable, for runs in which it learns. Those save it by its ``save_pretrained(folder, weights)``, if it
+        has one: a whole state dict of it → a folder (with a config.json) that the modality's loader reads.
+        """
         ...
 
 

@@ -3,8 +3,9 @@
     batch.media ──frozen encoders──▶ features ──projectors──▶ embeddings ─┐
     batch.ids ─────────────the LLM's own embedding table─────────────────▶ spliced row ──LLM──▶ loss at answer tokens
 
-The encoders are not registered as submodules: the engine sees only what gradients pass through, and under ZeRO-3
-nothing is gathered for an encoder that only some ranks run.
+Frozen encoders are not registered as submodules: the engine sees only what gradients pass through, and under ZeRO-3
+nothing is gathered for an encoder that only some ranks run. One that learns is registered, and runs in `forward`, on
+every rank in every step.
 """
 
 import hashlib
@@ -24,25 +25,41 @@ from anymal.sample import Batch, PartlyEncoded
 
 
 class AnyMAL(nn.Module):
-    """A frozen LLM, and for each modality a frozen encoder and a trained projector.
+    """An LLM, and for each modality an encoder and a projector; frozen until `select_trainable` says otherwise.
 
     Args:
         llm: A causal LM of transformers, on its device (with or without LoRA).
         adapters: By modality name, in the order in which every rank runs them.
+        train: As for `select_trainable`: an encoder that is to learn stays in float32 and is registered.
+        low_precision: Whether the arithmetic on a GPU is bfloat16; by default, where the LLM's weights are.
     """
 
-    def __init__(self, llm: nn.Module, adapters: dict[str, Adapter]):
+    def __init__(
+        self,
+        llm: nn.Module,
+        adapters: dict[str, Adapter],
+        train: Sequence[str] = (),
+        *,
+        low_precision: bool | None = None,
+    ):
         super().__init__()
         self.llm = llm
         self._head = find_head(llm)
         # Read once: under ZeRO-3 every look at a weight gathers it, and ranks must gather the same in the same order.
         table = llm.get_input_embeddings().weight
-        self.device, self._low_precision = table.device, table.is_cuda and table.dtype == torch.bfloat16
+        self.device = table.device
+        self._low_precision = table.is_cuda and (
+            table.dtype == torch.bfloat16 if low_precision is None else low_precision
+        )
         self.projectors = nn.ModuleDict({name: adapter.projector for name, adapter in adapters.items()})
         self.projectors.to(self.device)
         self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
-        for encoder in self.encoders.values():
-            place_encoder(encoder, self.device)
+        self.trained_encoders = nn.ModuleDict()
+        for name, encoder in self.encoders.items():
+            if "encoders" in train or f"encoders.{name}" in train:
+                self.trained_encoders[name] = encoder.to(self.device)
+            else:
+                place_encoder(encoder, self.device)
 
     def autocast(self) -> torch.autocast:
         """The precision of the arithmetic: bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
@@ -58,7 +75,10 @@ class AnyMAL(nn.Module):
 
     @torch.no_grad()
     def encode(self, media: dict[str, Tensor | PartlyEncoded]) -> dict[str, Tensor]:
-        """Decoded media [N, ...] of each modality → features [N, tokens, width]. No gradient passes."""
+        """Decoded media [N, ...] of each modality → features [N, tokens, width]. No gradient passes.
+
+        For answering, this is all; in training, `forward` itself runs the encoders that learn.
+        """
         features = {}
         for name, held in media.items():
             if not isinstance(held, PartlyEncoded):
@@ -69,12 +89,20 @@ class AnyMAL(nn.Module):
             features[name] = torch.cat([*made, known])[held.order.to(self.device)]
         return features
 
+    def _with_learnt(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`features` and those of the encoders that learn: of a zero medium, where the batch has none."""
+        learnt = {}
+        for name, encoder in self.trained_encoders.items():
+            media = batch.media.get(name)
+            learnt[name] = encoder(torch.zeros(1, *encoder.shape, device=self.device) if media is None else media)
+        return features | learnt
+
     def embed(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embed the ids and put each medium's embeddings exactly where its placeholder stands.
 
-        Every projector runs, in the same order on every rank: one whose modality is absent gets a zero input, and its
-        output takes part with weight zero. Otherwise ranks that see different modalities would wait for one another
-        forever in the gradient reduction.
+        Every projector runs, in the same order on every rank: one whose modality is absent gets a zero input (or what
+        a learning encoder makes of one), and its output takes part with weight zero. Otherwise ranks that see different
+        modalities would wait for one another forever in the gradient reduction.
 
         Returns:
             [1, T, D] embeddings, and a scalar zero that depends on every projector that the batch has no medium for.
@@ -85,9 +113,10 @@ class AnyMAL(nn.Module):
         row = self.llm.get_input_embeddings()(batch.ids)
         absent = row.new_zeros((), dtype=torch.float32)
         for name, projector in self.projectors.items():
-            if name not in features:
-                encoder = self.encoders[name]
-                nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
+            if name not in batch.slots:
+                encoder, nothing = self.encoders[name], features.get(name)
+                if nothing is None:
+                    nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
                 absent = absent + projector(nothing).sum().float() * 0.0
                 continue
             embeddings = projector(features[name]).to(row.dtype)
@@ -102,6 +131,10 @@ class AnyMAL(nn.Module):
                     f"placeholder runs of {len(slots)} positions in all; samples {', '.join(batch.keys)}"
                 )
             row = row.index_copy(1, slots, embeddings[None])
+        if absent.requires_grad and not row.requires_grad:
+            # Nothing in this row learns, but on another rank something may: under ZeRO-3 both must go back through the
+            # LLM, whose weights are gathered for it.
+            row = row + absent.to(row.dtype)
         return row, absent
 
     def _read(self, reader: nn.Module, row: Tensor, batch: Batch, **more: Any) -> Any:
@@ -120,8 +153,14 @@ class AnyMAL(nn.Module):
         return self._read(decoder, row, batch).last_hidden_state[0, batch.rows], absent
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`."""
+        """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`.
+
+        Args:
+            batch: On the model's device.
+            features: Those of the frozen encoders for its media.
+        """
         with self.autocast():
+            features = self._with_learnt(batch, features)
             if self._head is not None and self._head.frozen():
                 hidden, absent = self.hidden(batch, features)
                 total, losses = chunked_loss(self._head, hidden, batch.targets)
@@ -131,8 +170,17 @@ class AnyMAL(nn.Module):
         return total + absent, sums_per_group(losses, batch.group_of_row, len(batch.groups))
 
     def train(self, mode: bool = True) -> "AnyMAL":
-        """Training mode for what is trained; what is frozen stays in eval mode."""
+        """Training mode for what is trained; what is frozen stays in eval mode, and so does all BatchNorm.
+
+        A micro-batch holds a few media, on each rank others: their statistics would be poor, would differ from rank to
+        rank, and no gradient would bring them together. BatchNorm's weights learn all the same.
+        """
         super().train(mode)
+        for module in self.trained_encoders.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        if any(p.requires_grad and "lora_" not in name for name, p in self.llm.named_parameters()):
+            return self
         set_frozen_mode(self.llm, recompute=mode)
         for name, module in self.llm.named_modules():
             if "lora_" in name:
@@ -149,32 +197,64 @@ def place_encoder(encoder: Encoder, device: torch.device) -> None:
 def run_encoder(encoder: Encoder, media: Tensor, device: torch.device) -> Tensor:
     """Decoded media [N, ...] → features [N, tokens, width], on the device that the encoder was placed on."""
     media = media.to(device)
-    return encoder(media.to(compute_dtype(device)) if media.is_floating_point() else media)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), compute_dtype(device))
+    return encoder(media.to(dtype) if media.is_floating_point() else media)
 
 
 def select_trainable(model: AnyMAL, train: Sequence[str]) -> None:
-    """Freeze everything but what `train` names: ``projectors``, ``projectors.NAME``, ``lora``. The only such place.
+    """Freeze everything but what `train` names. The only such place.
+
+    ``projectors`` and ``encoders`` are those of all modalities, ``projectors.NAME`` and ``encoders.NAME`` one's;
+    ``lora`` is the LLM's LoRA, ``llm`` all of the LLM itself, embedding table and head included. Of an encoder those
+    parameters learn that its features depend on: not a last layer or pooling that they pass by.
 
     Raises:
-        UserError: A name fits nothing in the model.
+        UserError: A name fits nothing in the model, or the LLM is to learn beneath a LoRA.
     """
     model.requires_grad_(False)
     for encoder in model.encoders.values():
         encoder.requires_grad_(False)
-    known = ["projectors", *(f"projectors.{name}" for name in model.projectors), "lora"]
+    known = [
+        part if name is None else f"{part}.{name}"
+        for part in ("projectors", "encoders")
+        for name in [None, *model.encoders]
+    ]
+    known += ["lora", "llm"]
     for name in train:
         if name not in known:
             raise UserError(f"train lists {name!r}; this model has {', '.join(known)}")
-        chosen = [
-            parameter
-            for path, parameter in model.named_parameters()
-            if path.startswith(f"{name}.") or (name == "lora" and "lora_" in path)
-        ]
+        chosen = list(_chosen(model, name))
         if not chosen:
             raise UserError(f"train lists {name!r}, but the model has no such parameters")
         for parameter in chosen:
             parameter.requires_grad_(True)
     model.train()
+
+
+def _chosen(model: AnyMAL, name: str) -> Iterator[nn.Parameter]:
+    """The parameters that a name in `train` stands for."""
+    part, _, modality = name.partition(".")
+    if part == "encoders":
+        for encoder in [model.trained_encoders[modality]] if modality else model.trained_encoders.values():
+            yield from _used(encoder, model.device)
+        return
+    if part == "llm" and any("lora_" in path for path, _ in model.llm.named_parameters()):
+        raise UserError("train lists 'llm', but the LLM has a LoRA: train one or the other, or start without the LoRA")
+    for path, parameter in model.named_parameters():
+        if path.startswith(f"{name}.") or (name == "lora" and "lora_" in path):
+            yield parameter
+
+
+def _used(encoder: Encoder, device: torch.device) -> list[nn.Parameter]:
+    """The parameters that an encoder's features depend on, found by a zero medium.
+
+    Others would never get a gradient: neither ZeRO nor AdamW without it can save a state for such.
+    """
+    parameters = list(encoder.requires_grad_(True).parameters())
+    features = encoder(torch.zeros(1, *encoder.shape, device=device))
+    found = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    encoder.requires_grad_(False)
+    return [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

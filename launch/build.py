@@ -1,7 +1,7 @@
 """From settings to the parts of a run: the one place where core and modalities meet. Every program here uses it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from adapters import MODALITIES, build_adapters
 from adapters.pretrained import license_of
+from anymal import networks
 from anymal.checkpoint import load_projectors, with_lora
 from anymal.config import Config
 from anymal.errors import UserError
@@ -49,22 +50,32 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
-def build(config: Config, place: torch.device, *, start: Path | None = None, partly: bool = False) -> Built:
+def build(
+    config: Config,
+    place: torch.device,
+    *,
+    start: Path | None = None,
+    partly: bool = False,
+    train: Sequence[str] = (),
+) -> Built:
     """Load the LLM and the encoders, make the projectors, and load what a checkpoint holds.
 
     Args:
         config: The settings.
         place: The device that everything goes to.
-        start: A checkpoint whose projectors and LoRA are loaded.
+        start: A checkpoint whose projectors and LoRA are loaded, and encoders and LLM if they were trained.
         partly: Whether `start` may lack projectors of some modalities.
+        train: What is about to be trained, as in the recipe: of encoders and LLM, it is held in float32.
     """
     config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
     torch.manual_seed(config.run.seed)  # fresh projectors and LoRA are the same on every rank
-    llm, tokenizer = load_llm(config.model.llm, place)
+    llm, tokenizer = load_llm(networks.llm_of(config, start), place, learns="llm" in train)
     llm = with_lora(llm, config, start)
     table = llm.get_input_embeddings().weight
-    adapters = build_adapters(config.model.modalities, table.shape[1], table.float().std().item())
-    model = AnyMAL(llm, adapters)
+    modalities = networks.encoders_of(config, start)
+    adapters = build_adapters(modalities, table.shape[1], table.float().std().item())
+    networks.load_bare(adapters, start)
+    model = AnyMAL(llm, adapters, train, low_precision=config.model.llm.bits != 32)
     if start is not None:
         load_projectors(model, adapters, start, partly=partly)
     return Built(

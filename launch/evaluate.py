@@ -135,11 +135,12 @@ def training_speed(folder: Path) -> float | None:
 
 
 def trained_parameters(folder: Path) -> int:
-    """How many numbers a checkpoint holds in projectors and LoRA."""
+    """How many numbers a checkpoint holds in projectors, LoRA, and in encoders and an LLM that were trained."""
     from safetensors import safe_open
 
     total = 0
-    for path in [*folder.glob("adapters/*/model.safetensors"), *folder.glob("lora/*.safetensors")]:
+    parts = ("adapters", "lora", "encoders", "llm")
+    for path in (path for part in parts for path in folder.glob(f"{part}/**/*.safetensors")):
         with safe_open(path, "pt") as file:
             total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     return total

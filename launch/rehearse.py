@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters import build_adapters
 from adapters.pretrained import shapes_only
+from anymal import networks
 from anymal.config import Config
-from anymal.cost import Cost, LLMCost
+from anymal.cost import Cost
 from anymal.footprint import Footprint, as_on
 from anymal.llm import add_lora
 from anymal.modality import Adapter
@@ -85,11 +86,13 @@ class Rehearsal:
 
     def _model(self, depth: int) -> AnyMAL:
         dtype = torch.bfloat16 if self.gpu else torch.float32
-        llm = make_llm(self.config.model.llm, with_layers(self._llm_config, depth), self._fake, dtype)
+        settings, learns = self.config.model.llm, networks.llm_learns(self.config)
+        settings = replace(settings, bits=32) if learns else settings  # as load_llm has it
+        llm = make_llm(settings, with_layers(self._llm_config, depth), self._fake, dtype)
         with as_on(self._fake, gpu=self.gpu):
             if "lora" in self.config.train:
                 llm = add_lora(llm, self.config.model.lora)
-            model = AnyMAL(llm, self.adapters)
+            model = AnyMAL(llm, self.adapters, self.config.train)
             model._low_precision = self.gpu and self.config.model.llm.bits != 32
             select_trainable(model, self.config.train)
         return model
@@ -114,11 +117,14 @@ class Rehearsal:
         trained = over(lambda m: sum(p.numel() for p in trainable(m).values()))
         whole = over(lambda m: stored_bytes(m.llm))
         body = whole - outside - 4 * lora
-        learns = set(map(id, trainable(model).values()))
+        learns, llm_learns = set(map(id, trainable(model).values())), networks.llm_learns(self.config)
         return Held(
-            body=body,
-            embeddings_and_head=outside,
-            encoders=sum(stored_bytes(encoder) for encoder in model.encoders.values()),
+            body=0 if llm_learns else body,  # then it is among what is trained
+            embeddings_and_head=0 if llm_learns else outside,
+            encoders=sum(
+                stored_bytes(encoder) - sum(p.numel() * 4 for p in encoder.parameters() if id(p) in learns)
+                for encoder in model.encoders.values()
+            ),
             frozen_projectors=sum(p.numel() * 4 for p in model.projectors.parameters() if id(p) not in learns),
             trained=trained,
             lora=lora,
@@ -153,9 +159,9 @@ class Rehearsal:
         tokens, squares = sum(length for length, _ in rows), sum(length**2 for length, _ in rows)
         cost, parts = self.cost, Counter()
         llm = cost.llm
-        parts["LLM body (4N)"] = 4 * llm.body * tokens
+        parts[f"LLM body ({llm.per_weight}N)"] = llm.per_weight * llm.body * tokens
         parts["its attention"] = 6 * llm.attention * squares
-        parts["head at answers"] = 4 * llm.head * work.answers * samples
+        parts["head at answers"] = llm.per_weight * llm.head * work.answers * samples
         parts["LoRA"] = 6 * llm.lora * tokens
         for kind in (kind for _, kinds in rows for kind in kinds):
             media = cost.media_flops(kind, self.adapters[kind].encoder.shape)
@@ -194,7 +200,7 @@ class Rehearsal:
             name: round(self._deep({depth: getattr(c.llm, name) for depth, c in costs.items()}))
             for name in ("body", "embeddings", "head", "lora", "attention")
         }
-        cost.llm = LLMCost(**deep, recomputed=cost.llm.recomputed)
+        cost.llm = replace(cost.llm, **deep)
         return cost
 
 

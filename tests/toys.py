@@ -28,7 +28,7 @@ def decode(data: bytes) -> Tensor:
 class ToyEncoder(nn.Module):
     """Medium (v,) → features [tokens, width]; feature i is v + 0.01 i in its first channel, 1 in its second."""
 
-    license = "none"
+    license, shape = "none", (1,)
     decode = staticmethod(decode)
 
     def __init__(self, tokens: int = 3, width: int = 4):

@@ -1,0 +1,177 @@
+"""Whole networks in a checkpoint: the encoders and the LLM, where they were trained. Beside `anymal.checkpoint`.
+
+    CHECKPOINT/encoders/MODALITY/   a folder that the modality's loader reads like any other encoder
+    CHECKPOINT/llm/                 a causal LM in transformers' own layout, bfloat16 at 16 bits, else float32
+
+A checkpoint also has those that the run started from and left as they were, as hard links where the file system has
+such: each checkpoint is all that was ever trained on the way to it. What was never trained is named in the recipe.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anymal import config as settings
+from anymal.config import Config, LLMConfig, ModalityConfig
+from anymal.errors import UserError
+from anymal.modality import Adapter, Encoder
+from anymal.model import AnyMAL
+
+ENCODERS, LLM = "encoders", "llm"
+MASTER = "master"
+"""``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
+
+
+def save(
+    model: AnyMAL,
+    parameters: Mapping[str, Tensor],
+    config: Config,
+    adapters: Mapping[str, Adapter],
+    tokenizer: Any,
+    place: Path,
+    before: Path | None,
+) -> None:
+    """Write the networks that learn into a checkpoint, and those that an earlier one holds.
+
+    Args:
+        model: For its structure and buffers; its weights are not read (under ZeRO they are sharded).
+        parameters: What learns, by its name in `model`, whole.
+        config: The resolved settings.
+        adapters: As the model was made from.
+        tokenizer: The LLM's.
+        place: The checkpoint that is being written.
+        before: The one that the run goes on or started from, if any.
+    """
+    for name, adapter in adapters.items():
+        folder = place / ENCODERS / name
+        if name in model.trained_encoders:
+            learnt = _below(parameters, f"trained_encoders.{name}.")
+            _save_encoder(adapter.encoder, adapter.encoder.state_dict() | learnt, folder)
+        elif before is not None:
+            _carry(before / ENCODERS / name, folder)
+    if llm_learns(config):
+        _save_llm(model.llm, _below(parameters, "llm."), tokenizer, place / LLM, config.model.llm.bits)
+    elif before is not None:
+        _carry(before / LLM, place / LLM)
+
+
+def llm_learns(config: Config) -> bool:
+    """Whether the LLM itself is trained."""
+    return "llm" in config.train
+
+
+def _below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): p.contiguous() for n, p in parameters.items() if n.startswith(prefix)}
+
+
+def _save_encoder(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
+    """In the format of its loader, if the encoder knows it; else its weights alone."""
+    folder.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    if hasattr(encoder, "save_pretrained"):
+        encoder.save_pretrained(folder, weights)
+    else:
+        save_file(weights, folder / "model.safetensors")
+
+
+def _save_llm(llm: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, bits: int) -> None:
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    config = copy.deepcopy(llm.config)  # save_pretrained writes the dtype of the model into its own
+    llm.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
+    config.dtype = dtype
+    config.architectures = [type(llm).__name__]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _carry(source: Path, folder: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, folder, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def masters(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """``NAME.master``: the float32 weights of an LLM whose saved form is bfloat16, so that a run resumes exactly."""
+    rounded = llm_learns(config) and config.model.llm.bits == 16
+    return {f"{n}.{MASTER}": p for n, p in parameters.items() if rounded and n.startswith("llm.")}
+
+
+@torch.no_grad()
+def restore_masters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put `masters` back. Before ZeRO-3 shards the model."""
+    for name, parameter in model.named_parameters():
+        if f"{name}.{MASTER}" in state:
+            parameter.copy_(state[f"{name}.{MASTER}"])
+
+
+def llm_of(config: Config, start: Path | None) -> LLMConfig:
+    """The recipe's LLM, in the form that it has in the checkpoint that the run starts from, if it was trained.
+
+    Raises:
+        UserError: The recipe names another LLM than the checkpoint was made from.
+    """
+    llm = config.model.llm
+    if start is None or not (start / LLM).is_dir():
+        return llm
+    made_from = settings.load(Config, start / "recipe.yaml").model.llm.name
+    _require_same("model.llm.name", llm.name, made_from, start / LLM)
+    return replace(llm, name=str(start / LLM))
+
+
+def encoders_of(config: Config, start: Path | None) -> dict[str, ModalityConfig]:
+    """The recipe's modalities, each encoder in the form that it has in the checkpoint, if it was trained.
+
+    Raises:
+        UserError: The recipe names another encoder than the checkpoint was made from.
+    """
+    found = dict(config.model.modalities)
+    if start is None or not (start / ENCODERS).is_dir():
+        return found
+    made_from = settings.load(Config, start / "recipe.yaml").model.modalities
+    for name, modality in found.items():
+        folder = start / ENCODERS / name
+        if folder.is_dir():
+            _require_same(f"model.modalities.{name}.encoder", modality.encoder, made_from[name].encoder, folder)
+        if (folder / "config.json").is_file():
+            found[name] = replace(modality, encoder=str(folder))
+    return found
+
+
+def _require_same(setting: str, named: Any, made_from: Any, folder: Path) -> None:
+    """A run must not silently go on from other weights than its recipe names, in either direction."""
+    if named != made_from and (not isinstance(named, str) or Path(named).resolve() != folder.resolve()):
+        raise UserError(
+            f"{setting} is {named}, but {folder} was trained from {made_from}: to go on with what was trained set "
+            f"{setting}={folder}; to begin with {named}, start from another model.checkpoint (null for none)"
+        )
+
+
+def load_bare(adapters: Mapping[str, Adapter], start: Path | None) -> None:
+    """Load the trained weights of encoders that were saved without a format of their own.
+
+    Raises:
+        UserError: A file is damaged, or does not fit the recipe's encoder.
+    """
+    for name, adapter in adapters.items():
+        path = Path() if start is None else start / ENCODERS / name / "model.safetensors"
+        if not path.is_file() or path.with_name("config.json").is_file():
+            continue
+        try:
+            adapter.encoder.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be loaded into the encoder of {name}: {error}") from error
