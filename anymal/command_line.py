@@ -6,7 +6,7 @@ import inspect
 import itertools
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
@@ -55,11 +55,13 @@ def parse_args(
     *,
     defaults: Sequence[str] = (),
     more_help: Sequence[str] = (),
+    read: Callable[..., Any] = load,
 ) -> Any:
     """Read ``[recipe.yaml] [a.b=value ...]`` from the command line; `defaults` are overrides that the recipe beats.
 
     ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
-    launcher passes is accepted and not needed: the rank comes from the environment.
+    launcher passes is accepted and not needed: the rank comes from the environment. Returns what `read` makes of it,
+    which takes the same as `anymal.config.load`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
@@ -72,4 +74,4 @@ def parse_args(
     recipe = None
     if arguments and "=" not in arguments[0]:
         recipe = arguments.pop(0)
-    return load(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)
+    return read(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)

@@ -9,7 +9,7 @@ OmegaConf merges and checks them against the dataclasses below; unknown keys are
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation of the LLM."""
     checkpoint: str | None = None
-    """A checkpoint folder whose projectors (and LoRA, if any) the run starts from; nothing else of it is used."""
+    """A checkpoint folder that the run starts from: its projectors, its LoRA, and encoders and LLM if it trained them;
+    nothing else of it is used."""
 
 
 @dataclass(kw_only=True)
@@ -272,6 +273,8 @@ class RunConfig:
     """online, offline or disabled."""
     project: str = "anymal"
     """W&B project."""
+    group: str = ""
+    """W&B group that the run is listed in; for a recipe of several stages, its run.dir if left empty."""
     data_license: str = ""
     """Licences of the data, for the model card."""
     samples: int = 4
@@ -296,7 +299,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """LLM, modalities, and what to start from."""
     train: list[str] = field(default_factory=lambda: ["projectors"])
-    """What is trainable: projectors (all), projectors.NAME (one modality's), lora. Everything else is frozen."""
+    """What is trainable: projectors, encoders (all), projectors.NAME, encoders.NAME (one modality's), lora, or llm
+    (all of the LLM, embeddings and head included; model.llm.bits 16 or 32). Everything else is frozen."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read, and how."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -320,9 +324,20 @@ class Config:
 
 
 def load(
-    schema: type, recipe: str | Path | None = None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
+    schema: type,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Sequence[str] = (),
+    part: tuple[str, Any] | None = None,
 ) -> Any:
     """Defaults of `schema`, then `defaults`, the YAML recipe, and ``a.b=value`` overrides, checked against the types.
+
+    Args:
+        schema: A dataclass.
+        recipe: A YAML file.
+        overrides: They beat all else.
+        defaults: Overrides that the recipe beats.
+        part: A name for messages, and settings that beat the recipe's: those of a stage.
 
     Raises:
         UserError: The recipe is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong
@@ -340,6 +355,8 @@ def load(
         if not Path(recipe).is_file():
             raise UserError(f"there is no recipe {recipe}")
         sources.append((str(recipe), lambda: OmegaConf.load(recipe)))
+    if part is not None:
+        sources.append((part[0], lambda: OmegaConf.create(part[1])))
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override!r} is neither a recipe nor an override; an override is written a.b=value")
@@ -347,19 +364,27 @@ def load(
     for name, read in sources:
         try:
             settings = read()
-            asked |= OmegaConf.missing_keys(settings)
+            for setting, value in _set(OmegaConf.to_container(settings)):
+                (asked.add if value == MISSING else asked.discard)(setting)
             config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{name}: {_first_lines(error)}") from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
             raise UserError(f"{name} is not valid YAML: {error}") from error
-    missing = sorted(OmegaConf.missing_keys(config) | (asked - set(given)))
-    if missing:
-        raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(config) | asked)
+        if missing:
+            raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
         return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_first_lines(error)}") from error
+
+
+def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name of each setting in nested dicts, and what it is set to."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        yield f"{prefix}{key}", value
+        yield from _set(value, f"{prefix}{key}.")
 
 
 def _with_home(config: Any) -> Any:

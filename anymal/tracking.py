@@ -170,6 +170,7 @@ def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) ->
             project=run.project,
             dir=run.dir,
             id=run_id,
+            group=run.group or None,
             resume="allow",
             mode=run.wandb,
             config=dict(config_dict),

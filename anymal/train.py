@@ -102,13 +102,14 @@ def _fetch(batches: Iterator[Batch], config: Config, meter: Meter) -> list[Batch
 class _StopSignal:
     """Notes SIGTERM and SIGUSR1 (Slurm's warnings), for the loop to finish its step, save and stop on all ranks."""
 
+    asked = 0  # of the process: one that comes as a stage ends stops the next
+
     def __init__(self):
-        self.asked = 0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, *_):
-        self.asked = 1
+        _StopSignal.asked = 1
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

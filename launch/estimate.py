@@ -17,6 +17,7 @@ from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.engine import BUCKET
 from anymal.errors import UserError
+from anymal.stages import Recipe, load_stages
 from launch.build import run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
@@ -28,7 +29,7 @@ MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
 @dataclass(kw_only=True)
-class EstimateConfig(Config):
+class EstimateConfig(Recipe):
     """A run, and what is to be known about it."""
 
     gpu: bool = True
@@ -182,8 +183,15 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 
 
 def main() -> None:
-    """Read the command line, rehearse and print."""
-    config = parse_args(EstimateConfig, __doc__, more_help=describe_options())
+    """Read the command line, rehearse and print, stage by stage."""
+    for config in parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_stages):
+        if config.stage:
+            print(f"Stage {config.stage}: {', '.join(config.train)} learn\n")
+        estimate(config)
+
+
+def estimate(config: EstimateConfig) -> None:
+    """Rehearse and print."""
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
     rehearsal = Rehearsal(config, gpu=config.gpu)
     samples = max(1, config.data.row_tokens // config.sample_tokens)

@@ -3,8 +3,8 @@
     deepspeed launch/finetune.py launch/recipes/mmit-lora.yaml model.checkpoint=runs/pretrain data.shards=...
     python launch/finetune.py launch/recipes/demo-finetune.yaml                      # one process, a CPU will do
 
-A recipe states the run; settings after it, written a.b=value, override it. Started again, a run goes on from its
-latest checkpoint.
+A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone); settings after it,
+written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
 """
 
 from launch.build import run_program

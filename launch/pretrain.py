@@ -4,8 +4,8 @@
     python launch/pretrain.py launch/recipes/demo-pretrain.yaml                      # one process, a CPU will do
     DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --no_local_rank launch/pretrain.py launch/recipes/demo-pretrain.yaml
 
-A recipe states the run; settings after it, written a.b=value, override it. Started again, a run goes on from its
-latest checkpoint.
+A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone); settings after it,
+written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
 """
 
 from launch.build import run_program

@@ -1,11 +1,15 @@
-"""One training stage, from the settings to the last checkpoint. Pretraining and finetuning both are this program."""
+"""Training stages, from the settings to the last checkpoint. Pretraining and finetuning both are this program."""
 
+import gc
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
 import torch.distributed
 from omegaconf import OmegaConf
 
@@ -22,9 +26,11 @@ from anymal.features import identity
 from anymal.generate import embed_prompt, generate
 from anymal.llm import isolates_packed_samples
 from anymal.model import format_table, select_trainable, table, trainable
+from anymal.networks import restore_masters
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
+from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import Stream, samples_once, tars
 from anymal.tracking import Tracker
 from anymal.train import train
@@ -32,8 +38,27 @@ from launch.build import Built, build, suffixes
 
 
 def main(usage: str, defaults: list[str]) -> int:
-    """Read the command line and run the stage; 0 when all steps are done, 1 when a signal stopped it."""
-    return run_stage(parse_args(Config, usage, more_help=describe_options(), defaults=defaults))
+    """Read the command line and run its stage or stages; 0 when all steps are done, 1 when a signal stopped it."""
+    stages = parse_args(Recipe, usage, more_help=describe_options(), defaults=defaults, read=load_stages)
+    return run_stages([config_of(stage) for stage in stages])
+
+
+def run_stages(stages: Sequence[Config]) -> int:
+    """Run stages one after another in this process; of several, those that are done are passed over."""
+    undone = [stage for stage in stages if len(stages) == 1 or not checkpoint.is_done(stage)]
+    for stage in undone:
+        tars(stage.data)  # a missing shard is noticed before a stage is trained
+    if int(os.environ.get("RANK", 0)) == 0:
+        for stage in stages:
+            if stage not in undone:
+                print(f"{stage.run.dir}: done before")
+    for stage in undone:
+        if run_stage(stage):
+            return 1
+        gc.collect()  # engine and model refer to one another
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0
 
 
 def run_stage(config: Config) -> int:
@@ -45,7 +70,7 @@ def run_stage(config: Config) -> int:
     start = resume
     if start is None and config.model.checkpoint is not None:
         start = checkpoint.existing(config.model.checkpoint)
-    built = build(config, device, start=start, partly=resume is None)
+    built = build(config, device, start=start, partly=resume is None, train=config.train)
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
             f"{config.model.llm.name} lets samples in one row see one another; give each a row of its own: "
@@ -54,6 +79,7 @@ def run_stage(config: Config) -> int:
     select_trainable(built.model, config.train)
     if resume is not None:
         _check_same_parameters(built, state, resume)
+        restore_masters(built.model, state.moments)
     folder = Path(config.run.dir)
     if rank == 0:
         _describe(built, config, folder)
@@ -90,7 +116,7 @@ def run_stage(config: Config) -> int:
             parameters, moments = portable_parameters(engine), full_moments(engine)
             if rank == 0:
                 now = TrainingState(step=place, bookmark=bookmark, wandb_id=tracker.run_id, moments=moments)
-                checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer)
+                checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer, start)
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
 
@@ -99,13 +125,16 @@ def run_stage(config: Config) -> int:
         if finished:
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
+    engine.destroy()
     return 0 if finished else 1
 
 
 def _identities(built: Built, config: Config) -> dict[str, str]:
-    """What cached features must be of, by modality; nothing, if they are not wanted."""
-    wanted = config.data.features != "never"
-    return {name: identity(encoder) for name, encoder in built.model.encoders.items() if wanted}
+    """What cached features must be of, by modality; not for an encoder that learns, nor if they are not wanted."""
+    if config.data.features == "never":
+        return {}
+    encoders, learn = built.model.encoders, built.model.trained_encoders
+    return {name: identity(encoder) for name, encoder in encoders.items() if name not in learn}
 
 
 def _check_same_parameters(built: Built, state: TrainingState, folder: Path) -> None:

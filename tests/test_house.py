@@ -23,11 +23,11 @@ FLOORS = [
     ["cpu", "footprint"],
     ["errors", "sample"],
     ["config", "metrics"],
-    ["attention", "command_line", "modality", "activations", "features"],
+    ["attention", "command_line", "modality", "activations", "features", "stages"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],
     ["stream", "model", "weightless"],
-    ["engine", "checkpoint", "tracking", "generate", "ahead", "meter"],
+    ["engine", "checkpoint", "networks", "tracking", "generate", "ahead", "meter"],
     ["train", "evaluate"],
 ]
 

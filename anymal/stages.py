@@ -1,0 +1,115 @@
+"""A recipe of several stages → the settings of each. Between the command line and the runs.
+
+    model: ...            # what all stages have in common
+    stages:
+      - name: align       # trained in run.dir/align
+        train: [projectors]
+      - {name: tune, train: [projectors, lora], optim: {lr: 1e-5}}      # goes on from align
+
+A stage is the recipe with its own part merged over it; overrides of the command line beat both, in every stage.
+docs/stages.md has examples.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from anymal.config import Config, load
+from anymal.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+RESERVED = ("checkpoints", "wandb")  # what a run keeps in its own folder
+
+
+@dataclass(kw_only=True)
+class Recipe(Config):
+    """A run, or several one after another."""
+
+    stages: list[Any] = field(default_factory=list)
+    """Stages in their order, each a name and the settings in which it differs from the rest of the recipe; a stage
+    trains in run.dir/NAME, and starts from the checkpoint of the one before unless it sets model.checkpoint."""
+    stage: str = ""
+    """The name of the only stage to run; empty runs all, and passes over those that are done."""
+
+
+def load_stages(
+    schema: type[Recipe],
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Sequence[str] = (),
+) -> list[Recipe]:
+    """The settings of each stage that is to run, in order; of a recipe without stages, its own.
+
+    Args:
+        schema: `Recipe`, or what adds to it.
+        recipe: As for `anymal.config.load`.
+        overrides: They apply to every stage, but for ``model.checkpoint``: there the first that is to run starts.
+        defaults: As for `anymal.config.load`.
+
+    Raises:
+        UserError: As `anymal.config.load` for each stage; or stages are not a list, one has no name, one that cannot
+            be a folder's or is taken, or sets what is not its own to set; or none has the name that is asked for.
+    """
+    if any(re.match(r"stages\b", override) for override in overrides):
+        raise UserError("stages are listed in the recipe; to run one of them alone: stage=NAME")
+    parts = _parts(recipe)
+    wanted = next((o.removeprefix("stage=") for o in overrides if o.startswith("stage=")), "")
+    if wanted and wanted not in parts:
+        near = difflib.get_close_matches(wanted, parts, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parts) or 'none'}"
+        raise UserError(f"stage={wanted}: {recipe} has no such stage; {hint}")
+    if not parts:
+        return [load(schema, recipe, overrides, defaults)]
+    chosen = [wanted] if wanted else list(parts)
+    later = [override for override in overrides if not override.startswith("model.checkpoint=")]
+    made = []
+    for name in chosen:
+        given = overrides if name == chosen[0] else later
+        stage = load(schema, recipe, given, defaults, (f"{recipe}, stage {name}", parts[name]))
+        stage.stage, stage.run.group = name, stage.run.group or stage.run.dir
+        stage.run.dir = str(Path(stage.run.dir) / name)
+        made.append(stage)
+    if len(made) > 1 and made[0].run.resume not in ("auto", "never"):
+        raise UserError(f"run.resume={made[0].run.resume} is one stage's checkpoint; say which by stage=NAME")
+    return made
+
+
+def _parts(recipe: str | Path | None) -> dict[str, dict[str, Any]]:
+    """The part of each stage by its name, with the stage before as where it starts; empty where there are none."""
+    if recipe is None or not Path(recipe).is_file():
+        return {}
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
+    except Exception:  # not YAML: `load` says so
+        return {}
+    listed = settings.get("stages", []) if isinstance(settings, dict) else []
+    if not isinstance(listed, list):
+        raise UserError(f"{recipe}: stages is a list; each begins with - name: NAME")
+    parts: dict[str, dict[str, Any]] = {}
+    for number, stage in enumerate(listed, start=1):
+        name = stage.get("name") if isinstance(stage, dict) else None
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED:
+            raise UserError(f"{recipe}: stage {number} has the name {name!r}; wanted is one that can be a folder's")
+        if name in parts:
+            raise UserError(f"{recipe}: two stages have the name {name}")
+        part = {key: value for key, value in stage.items() if key != "name"}
+        for own in ("stage", "stages"):
+            if own in part:
+                raise UserError(f"{recipe}, stage {name}: a stage has no {own}")
+        if "dir" in (part.get("run") or {}):
+            raise UserError(f"{recipe}, stage {name}: run.dir is the whole recipe's; the stage's is its folder {name}")
+        model = part.get("model") or {}
+        if parts:  # ${run.dir} is the recipe's here
+            model = {"checkpoint": f"${{run.dir}}/{list(parts)[-1]}"} | model
+        parts[name] = part | {"model": model, "stages": []}
+    return parts
+
+
+def config_of(stage: Recipe) -> Config:
+    """A stage as the run that it is."""
+    return Config(**{f.name: getattr(stage, f.name) for f in fields(Config)})
