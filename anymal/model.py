@@ -136,6 +136,10 @@ class AnyMAL(nn.Module):
             if name in batch.skips:
                 places = batch.skips[name]
                 row = row.index_copy(1, places, projector.skip.to(row.dtype).expand(1, len(places), -1))
+        if absent.requires_grad and not row.requires_grad:
+            # Nothing in this row learns, but on another rank something may: under ZeRO-3 both must go back through the
+            # LLM, whose weights are gathered for it.
+            row = row + absent.to(row.dtype)
         return row, absent
 
     def sights(self, batch: Batch, features: dict[str, Tensor]) -> dict[str, Sight]:
