@@ -167,6 +167,8 @@ class AudioEncoder(nn.Module):
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         return features[:, 2:].unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
 
+    savable = True
+
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
         save_network(self.network, self.decode.extractor, folder, weights, self.license)

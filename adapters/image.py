@@ -148,6 +148,11 @@ class TilesDecoder:
     """As in `adapters.tiles.cut`."""
 
     @property
+    def processor(self) -> Any:
+        """The encoder's image processor."""
+        return self.images.processor
+
+    @property
     def most_views(self) -> int:
         """The largest grid's tiles, and the whole picture."""
         tiles = largest_grid(self.rule, self.side, self.most)
@@ -226,6 +231,8 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] → [N, tokens, width]."""
         return self._tokens(self._network(pixels))
+
+    savable = True
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""

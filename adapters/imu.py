@@ -135,6 +135,11 @@ class IMUEncoder(nn.Module):
         """[N, 6, S] → [N, tokens, width]."""
         return self.network(windows).last_hidden_state
 
+    @property
+    def savable(self) -> bool:
+        """Whether it came from a folder, not from a file of somebody else's format."""
+        return hasattr(self.network, "saved_as")
+
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
         save_network(self.network, None, folder, weights, self.license)

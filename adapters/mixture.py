@@ -14,6 +14,7 @@ one canonical picture (see `adapters.pictures`). Examples, and what each publish
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from adapters.image import ImageOptions
 from adapters.pictures import FITS, SquareDecoder
+from adapters.pretrained import save_network
 from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
 from anymal.config import options
 from anymal.errors import UserError
@@ -115,6 +117,19 @@ class Mixture(nn.Module):
         self.grid = (tree.side, tree.side) if tree.side and tree.tokens == tree.side**2 else None
         self.shape = (3, decode.size, decode.size)
         self.eval()
+
+    @property
+    def savable(self) -> bool:
+        """Whether it is a single encoder: of several, no folder holds all."""
+        leaves = [module for module in self.tree.modules() if isinstance(module, Leaf)]
+        return len(leaves) == 1 and hasattr(leaves[0].own_network, "saved_as")
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the only encoder as a folder that can be named in a tree; `weights` are a whole state dict of this."""
+        (leaf,) = (module for module in self.tree.modules() if isinstance(module, Leaf))
+        ((place, network),) = ((n, m) for n, m in self.named_modules() if m is leaf.own_network)
+        own = {f"network.{n.removeprefix(f'{place}.')}": t for n, t in weights.items() if n.startswith(f"{place}.")}
+        save_network(network, leaf.processor, folder, own, leaf.license)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[N, 3, S, S] uint8 (or values 0 to 255 of any type) → [N, tokens, W]."""

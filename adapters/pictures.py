@@ -106,6 +106,14 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
     Raises:
         UserError: The processor does not say its size.
     """
+    timm = getattr(processor, "data_config", None)
+    if timm:
+        return Pixels(
+            size=size or timm["input_size"][-1],
+            mode=BILINEAR if timm.get("interpolation") == BILINEAR else BICUBIC,
+            mean=tuple(timm["mean"]),
+            std=tuple(timm["std"]),
+        )
     patches = getattr(processor, "max_patches", None)
     if patches and type(processor).__name__.startswith("Pix2Struct"):
         side = processor.patch_size["height"]

@@ -84,6 +84,11 @@ class FrameViewsDecoder:
     """Reads F frames."""
 
     @property
+    def processor(self) -> Any:
+        """The encoder's image processor."""
+        return self.clips.images.processor
+
+    @property
     def most_views(self) -> int:
         """F."""
         return self.clips.frames
@@ -116,6 +121,11 @@ class FramesEncoder(nn.Module):
         features = _pool(features, self.encoder.grid, self.pool)
         return features.unflatten(0, clips.shape[:2]).flatten(1, 2)
 
+    @property
+    def savable(self) -> bool:
+        """Whether the image encoder is."""
+        return getattr(self.encoder, "savable", False)
+
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the image encoder, as a folder that images and video can be encoded with."""
         self.encoder.save_pretrained(folder, {n.removeprefix("encoder."): tensor for n, tensor in weights.items()})
@@ -141,6 +151,8 @@ class ClipEncoder(nn.Module):
         features = self.network(pixel_values=clips).last_hidden_state
         features = _pool(features.unflatten(1, (self.times, -1)).flatten(0, 1), self.grid, self.pool)
         return features.unflatten(0, (len(clips), self.times)).flatten(1, 2)
+
+    savable = True
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""

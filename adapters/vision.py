@@ -56,6 +56,7 @@ class Leaf(nn.Module):
 
     Args:
         network: Takes ``pixel_values``, see `adapters.image.output_of`.
+        processor: Its image processor, for whoever saves it.
         pixels: What it takes.
         config: Its settings.
         license: The weights' licence.
@@ -65,9 +66,11 @@ class Leaf(nn.Module):
         UserError: The network cannot take pictures of this size, or its features are not what the settings ask for.
     """
 
-    def __init__(self, network: nn.Module, pixels: Pixels, config: LeafConfig, license: str, where: str):
+    def __init__(
+        self, network: nn.Module, processor: Any, pixels: Pixels, config: LeafConfig, license: str, where: str
+    ):
         super().__init__()
-        self.network, self.pixels, self.license = network, pixels, license
+        self.network, self.processor, self.pixels, self.license = network, processor, pixels, license
         self.layer, self.stages = config.layer or default_layer(network), config.stages
         self.unshuffle, self.keep_global = config.unshuffle, config.keep_global
         accepted = inspect.signature(network.forward).parameters
@@ -101,6 +104,11 @@ class Leaf(nn.Module):
             self.side //= self.unshuffle
         _, self.tokens, self.width = self._tokens(first).shape
         self.parts = ((self.tokens, self.width),)
+
+    @property
+    def own_network(self) -> nn.Module:
+        """The network as transformers has it."""
+        return self.network.network if isinstance(self.network, Patches) else self.network
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[N, 3, S, S] → [N, tokens, W]."""
@@ -202,7 +210,7 @@ def load_leaf(config: LeafConfig, where: str) -> Leaf:
     network = _load(config.name)
     processor = call("image processor", config.name, AutoImageProcessor.from_pretrained, backend="pil")
     pixels = pixels_for(processor, config.size, where)
-    return Leaf(network.requires_grad_(False), pixels, config, license_of(config.name), where)
+    return Leaf(network.requires_grad_(False), processor, pixels, config, license_of(config.name), where)
 
 
 def _load(name: str) -> nn.Module:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymal.errors import UserError
+
 PACKED = "packed"
 """Its name among transformers' attention implementations."""
 
@@ -31,7 +33,11 @@ def choose(llm: nn.Module, name: str) -> None:
 
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)  # for rows that are not packed: generation
-    if llm._supports_attention_backend and not hasattr(llm.config.get_text_config(), "attention_chunk_size"):
+    config = llm.config.get_text_config()
+    windows = getattr(config, "use_sliding_window", False) and not any(
+        hasattr(module, "sliding_window") for module in llm.modules()
+    )  # of which the mask alone knows
+    if llm._supports_attention_backend and not hasattr(config, "attention_chunk_size") and not windows:
         llm.set_attn_implementation(PACKED)
 
 
@@ -81,6 +87,11 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if sample_lengths is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
+            raise UserError(
+                f"{type(module).__name__} is not told where the samples of a packed row end; set "
+                "model.llm.attention=sdpa (or eager)"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     if sum(sample_lengths) != query.shape[2]:
         raise ValueError(f"samples of {sum(sample_lengths)} tokens in a row of {query.shape[2]}")

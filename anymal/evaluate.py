@@ -63,9 +63,7 @@ def evaluate(
         progress(len(prompts))
 
     conditions = {"accuracy": real, "blank": _blank(model, questions), "shuffled": _shuffled(questions, real, seed)}
-    options = {
-        i: prepare.prompt.answers(decoded[i], sample.options) for i, sample in enumerate(samples) if sample.options
-    }
+    options = {i: _options(prepare, decoded[i]) for i, sample in enumerate(samples) if sample.options}
     choices = {}
     for name, features in conditions.items():
         asked = {i: ids for i, ids in options.items() if features[i] is not None}
@@ -131,6 +129,17 @@ def _read(prepare: Prepare, samples: Sequence[Sample]) -> tuple[list[Sample], li
         except BadSample as error:
             raise UserError(f"{sample.shard}, key {sample.key!r}: {error}; held-out data must be whole") from error
     return decoded, questions
+
+
+def _options(prepare: Prepare, sample: Sample) -> list[list[int]]:
+    """The token ids of each option of a decoded sample."""
+    try:
+        return prepare.prompt.answers(sample, sample.options)
+    except BadSample as error:
+        raise UserError(
+            f"{sample.shard}, key {sample.key!r}, with its longest option: {error}; raise data.max_tokens, or take "
+            "fewer views"
+        ) from error
 
 
 def _likeliest(

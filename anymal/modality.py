@@ -25,6 +25,9 @@ class Encoder(Protocol):
     """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
+    savable: bool
+    """Whether its ``save_pretrained(folder, weights)`` writes a folder that the modality's loader takes. It may lack
+    the attribute; once trained, it is then saved as its weights alone."""
     decode: Callable[[bytes], Tensor | Viewable]
     """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 

@@ -10,7 +10,7 @@ such: each checkpoint is all that was ever trained on the way to it. What was ne
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def _save_encoder(encoder: Encoder, weights: dict[str, Tensor], folder: Path) ->
     """In the format of its loader, if the encoder knows it; else its weights alone."""
     folder.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if hasattr(encoder, "save_pretrained"):
+    if getattr(encoder, "savable", False):
         encoder.save_pretrained(folder, weights)
     else:
         save_file(weights, folder / "model.safetensors")
@@ -148,8 +148,18 @@ def encoders_of(config: Config, start: Path | None) -> dict[str, ModalityConfig]
         if folder.is_dir():
             _require_same(f"model.modalities.{name}.encoder", modality.encoder, made_from[name].encoder, folder)
         if (folder / "config.json").is_file():
-            found[name] = replace(modality, encoder=str(folder))
+            found[name] = replace(modality, encoder=_renamed(modality.encoder, str(folder)))
     return found
+
+
+def _renamed(encoder: Any, name: str) -> Any:
+    """An encoder's setting with another name: itself, or the only one in a mapping."""
+    if isinstance(encoder, Mapping):
+        inner = {key: _renamed(value, name) for key, value in encoder.items() if key in ("channels", "append")}
+        return {**encoder, **({"name": name} if "name" in encoder else inner)}
+    if isinstance(encoder, Sequence) and not isinstance(encoder, str):
+        return [_renamed(one, name) for one in encoder]
+    return name
 
 
 def _require_same(setting: str, named: Any, made_from: Any, folder: Path) -> None:

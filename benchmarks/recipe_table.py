@@ -10,12 +10,13 @@ For each stage of each recipe in launch/recipes:
 - *parameters* of the projector at the real sizes of encoder and LLM, counted on tensors without data.
 - *learns*: the parts in which parameters are trainable, from the parameters themselves.
 - *loss*: before and after two optimizer steps on one batch, through narrow stand-ins of the encoders, with the same
-  input and number of features (`benchmarks.stand_ins`), and the demo's LLM.
+  input and number of features (`benchmarks.stand_ins`), and the first four layers of the demo's LLM.
 
 The goal is met where every count agrees, and every loss is finite and falls.
 """
 
 import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
+import json
 import math
 import sys
 import tempfile
@@ -59,7 +60,9 @@ PAPER: dict[str, dict[str, int]] = {
 WIDTHS = {"Llama-3.1-8B-Instruct": 4096, "Llama-3.1-70B-Instruct": 8192, "Llama-2-7b-hf": 4096}
 """Of the embeddings of the LLMs that recipes name."""
 GIVEN = ["data.shards=x", "model.checkpoint=null", "run.wandb=disabled"]
-STEPS, LR = 2, 1e-3
+STEPS, LR, LAYERS = 2, 2e-5, 4
+RATE = 50
+"""Samples per second (Hz) of the IMU recordings that stand in for the recipes': the demo's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ def stages(name: str) -> list[Recipe]:
     for stage in found:
         for modality in stage.model.modalities.values():
             modality.encoder = resolved(modality.encoder)
+            if "rate" in modality.options:
+                modality.options["rate"] = RATE
     return found
 
 
@@ -155,7 +160,8 @@ def learns(model: AnyMAL) -> tuple[str, ...]:
     found = set()
     for name in trainable(model):
         part = "lora" if "lora_" in name else name.split(".")[0]
-        found.add(".".join(name.split(".")[:2]) if part in ("projectors", "encoders") else part)
+        part = "encoders" if part == "trained_encoders" else part
+        found.add(f"{part}.{name.split('.')[1]}" if part in ("projectors", "encoders") else part)
     return tuple(sorted(found))
 
 
@@ -223,6 +229,18 @@ def demo_media(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def shallow(llm: Path, folder: Path) -> str:
+    """The LLM with its first layers only, beside links to its files; return the folder."""
+    made = folder / "llm"
+    made.mkdir()
+    for file in llm.iterdir():
+        (made / file.name).symlink_to(file)
+    (made / "config.json").unlink()
+    config = json.loads((llm / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    return str(made)
+
+
 def line(row: Row) -> str:
     """A row as text."""
     tokens = ", ".join(f"{kind} {count} / {row.paper[kind]}" for kind, count in row.tokens.items())
@@ -244,12 +262,9 @@ def main() -> None:
     media, rows = demo_media(cache / "data"), []
     print(f"{'recipe · stage':<38} {'tokens / paper':<22} {'projector':>10}  {'learns':<42} loss")
     with tempfile.TemporaryDirectory() as folder:
+        llm = shallow(cache / "models" / "llm", Path(folder))
         for name in asked:
             for stage in stages(name):
-                for modality in stage.model.modalities.values():
-                    if "rate" in modality.options:
-                        modality.options["rate"] = 50  # of the demo's recordings
-                llm = str(cache / "models" / "llm")
                 rows.append(measure(name, stage, llm=llm, media=media, folder=Path(folder)))
                 print(line(rows[-1]), flush=True)
     agree = sum(all(r.paper[kind] == count for kind, count in r.tokens.items()) for r in rows)

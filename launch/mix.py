@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,28 @@ def mix_checkpoints(mix: Mix) -> None:
             lora.rank, lora.alpha = mix_lora(
                 config.model.llm.name, *(folder / "lora" for folder in (a, b, out)), mix.beta
             )
+        for trained in trained_networks(a, b):
+            mix_llms(replace(mix, a=str(a / trained), b=str(b / trained), out=str(out / trained)))
         settings.save(config, out / "recipe.yaml")
         shutil.copytree(a / "tokenizer", out / "tokenizer")
         (out / "README.md").write_text((a / "README.md").read_text() + note(mix))
+
+
+def trained_networks(a: Path, b: Path) -> list[Path]:
+    """The LLM and the encoders that two checkpoints hold because they were trained, as places in them.
+
+    Raises:
+        UserError: They do not hold the same, or one is not in transformers' format.
+    """
+    found = [
+        {path.relative_to(folder) for path in [folder / "llm", *folder.glob("encoders/*")] if path.is_dir()}
+        for folder in (a, b)
+    ]
+    require_alike(*({"trained networks": sorted(map(str, places))} for places in found), where="checkpoints")
+    for place in found[0]:
+        if not (a / place / "config.json").is_file():
+            raise UserError(f"{a / place} holds weights without a config.json; compositions cannot be mixed")
+    return sorted(found[0])
 
 
 def mix_projectors(a: Path, b: Path, out: Path, beta: float) -> None:

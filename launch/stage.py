@@ -73,8 +73,8 @@ def run_stage(config: Config) -> int:
     built = build(config, device, start=start, partly=resume is None, train=config.train)
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
-            f"{config.model.llm.name} lets samples in one row see one another; give each a row of its own: "
-            "data.batch_size=1 data.row_tokens=0 (optim.accumulate makes up for it)"
+            f"{config.model.llm.name} lets samples in one row see one another; try model.llm.attention=sdpa, or give "
+            "each a row of its own: data.batch_size=1 data.row_tokens=0 (optim.accumulate makes up for it)"
         )
     select_trainable(built.model, config.train)
     if resume is not None:

@@ -12,8 +12,9 @@ from typing import get_type_hints
 import pytest
 
 from anymal.command_line import describe, field_docs
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import UserError
+from anymal.stages import Recipe, load_stages
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"anymal": {"anymal"}, "adapters": {"anymal", "adapters"}, "data_prep": {"anymal", "data_prep"}}
@@ -90,9 +91,9 @@ def test_every_recipe_loads(recipe):
     for name in left_open:  # forgotten, it is an error, not a run from scratch
         others = [f"{other}=x" for other in left_open if other != name]
         with pytest.raises(UserError, match=f"must be given: {name}"):
-            load(Config, recipe, others)
-    config = load(Config, recipe, [f"{name}=x" for name in left_open])
-    assert config.model.llm.name and config.model.modalities
+            load_stages(Recipe, recipe, others)
+    for config in load_stages(Recipe, recipe, [f"{name}=x" for name in left_open]):
+        assert config.model.llm.name and config.model.modalities
     assert recipe.read_text().startswith("#"), "a recipe says in its head what it is"
 
 

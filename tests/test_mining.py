@@ -126,7 +126,7 @@ def test_mistakes_are_named():
         build_projector(ProjectorConfig(kind="each", tokens=0, options={"tag": True}), PARTS, 8)
     with pytest.raises(UserError, match="tokens is 8, but mining makes 9"):
         build_projector(ProjectorConfig(kind="mining", tokens=8), PARTS, 8)
-    with pytest.raises(UserError, match="mining has none"):
+    with pytest.raises(UserError, match="options of mining: unknown option 'tags'; known are: none"):
         _mining(options={"tags": True})
     for parts in ([(9, 6)], [(9, 6), (25, 6)], [(8, 6), (32, 6)], [(9, 6), (36, 6), (36, 6)]):
         with pytest.raises(UserError, match="appends two"):

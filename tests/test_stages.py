@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from anymal import checkpoint
 from anymal.config import Config, ModalityConfig, load
 from anymal.errors import UserError
 from anymal.model import select_trainable, trainable
+from anymal.networks import _renamed, _save_encoder, load_bare
 from anymal.stages import Recipe, config_of, load_stages
 from launch.build import build
 from launch.stage import run_stages
@@ -219,19 +221,63 @@ def test_quantised_weights_and_a_base_beneath_a_lora_cannot_learn(recipe, encode
     ("kind", "name"), [(kind, name) for kind, made in tiny_encoders.ENCODERS.items() for name in made]
 )
 def test_a_trained_encoder_is_a_folder_like_any_other(tmp_path, kind, name):
+    """One that cannot be (of several networks, or from a file) is its weights alone, for the recipe's encoder."""
     source = tiny_encoders.ENCODERS[kind][name](tmp_path / "source")
     options = {"rate": 50} if kind == "imu" else {}
-    first = load_encoder(kind, ModalityConfig(encoder=str(source), options=options))
+    first = load_encoder(kind, ModalityConfig(encoder=source, options=options))
+    folder = tmp_path / "checkpoint" / "encoders" / kind
+    _save_encoder(first, changed(first), folder)
+    if getattr(first, "savable", False):
+        source = str(folder)
+    again = load_encoder(kind, ModalityConfig(encoder=source, options=options))
+    load_bare({kind: SimpleNamespace(encoder=again)}, tmp_path / "checkpoint")
+    same(again, first, tiny_encoders.MEDIA[kind]())
+
+
+def changed(encoder) -> dict[str, torch.Tensor]:
+    """The state dict of an encoder whose weights were moved."""
     torch.manual_seed(0)
-    for parameter in first.parameters():
+    for parameter in encoder.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    first.save_pretrained(tmp_path / "saved", first.state_dict())
-    again = load_encoder(kind, ModalityConfig(encoder=str(tmp_path / "saved"), options=options))
-    medium = first.decode(tiny_encoders.MEDIA[kind]())
-    torch.testing.assert_close(again.decode(tiny_encoders.MEDIA[kind]()), medium, rtol=0, atol=0)
+    return encoder.state_dict()
+
+
+def same(again, first, data: bytes) -> None:
+    medium = first.decode(data)
+    torch.testing.assert_close(again.decode(data), medium, rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(again(medium[None]), first(medium[None]), rtol=0, atol=0)
     assert again.license == first.license
+
+
+@pytest.mark.parametrize("tree", ["leaf", "channels"])
+def test_an_expert_that_was_trained_in_a_tree_of_its_own_can_be_named_in_another(tmp_path, tree):
+    """Eagle: an expert is aligned alone, at the size that it has in the mixture."""
+
+    def encoder(name: str):
+        leaf = {"name": name, "size": 48}
+        tree_of = {"leaf": leaf, "channels": {"channels": [leaf], "grid": 6}}
+        return load_encoder("image", ModalityConfig(encoder=tree_of[tree]))
+
+    source = tiny_encoders.clip(tmp_path / "clip")
+    first = encoder(source)
+    assert first.savable
+    _save_encoder(first, changed(first), tmp_path / "saved")
+    same(encoder(str(tmp_path / "saved")), first, tiny_encoders.picture())
+    assert _renamed({"channels": [{"name": source, "size": 48}], "grid": 6}, "x") == {
+        "channels": [{"name": "x", "size": 48}],
+        "grid": 6,
+    }
+
+
+@pytest.mark.parametrize(("kind", "options"), [("image", {"tiles": "2x2"}), ("video", {"frames": 2, "views": True})])
+def test_an_encoder_of_views_can_be_saved(tmp_path, kind, options):
+    first = load_encoder(kind, ModalityConfig(encoder=tiny_encoders.clip(tmp_path / "clip"), options=options))
+    _save_encoder(first, changed(first), tmp_path / "saved")
+    again = load_encoder(kind, ModalityConfig(encoder=str(tmp_path / "saved"), options=options))
+    pixels = torch.randn(1, *first.shape)
+    with torch.no_grad():
+        assert torch.equal(again(pixels), first(pixels))
 
 
 def cut_after(run: Path, step: int) -> None:
