@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters import build_adapters
@@ -259,6 +260,7 @@ def main() -> None:
     for name in asked:
         if name not in recipes():
             raise UserError(f"there is no recipe {name!r}; there are {', '.join(recipes())}")
+    transformers.utils.logging.set_verbosity_error()  # the layers that are left out look like an error
     media, rows = demo_media(cache / "data"), []
     print(f"{'recipe · stage':<38} {'tokens / paper':<22} {'projector':>10}  {'learns':<42} loss")
     with tempfile.TemporaryDirectory() as folder:
