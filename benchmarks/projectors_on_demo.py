@@ -8,7 +8,6 @@ Each variant is a recipe: the demo's stage 1 with images alone and what `VARIANT
 trained by ``launch/pretrain.py`` and scored by ``launch/evaluate.py`` on held-out pictures. Data, their order, steps,
 batch, learning rate and the tokens of a picture are the same for all; overrides of all recipes may follow. The Q-Former
 has about as many parameters as the mlp before one encoder; before two, whose features are wider, the mlp has more.
-DINOv2 alone tells what a mixture owes to the joining, and what to the second encoder.
 
 *loss* is the average over the last ten steps; *accuracy*, with its 95% interval, is that of the likeliest of the class
 names, *blank* and *shuffled* the same with a blank and with somebody else's picture. The goal is met where every
@@ -42,7 +41,6 @@ VARIANTS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {
     "mlp": ([FIRST], MLP),
     "qformer": ([FIRST], {"kind": "qformer", "tokens": 4, "layers": 2, "width": 144, "heads": 6}),
     "mixture": ([FIRST, SECOND], MLP),
-    "dinov2": ([SECOND], MLP),
 }
 """Encoders and projector. Several encoders are joined channel by channel."""
 GRID = 8
