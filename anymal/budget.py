@@ -1,7 +1,7 @@
 """How many views each medium of a sample gets, so that the sample fits: Eagle 2.5's automatic degradation.
 
 Source: arXiv 2504.15271: the text is kept whole, and what is left of the context is shared by the media. Runs in loader
-workers, between reading a sample and decoding its media.
+workers, between decoding a sample's media and cutting them into views.
 """
 
 from collections.abc import Sequence

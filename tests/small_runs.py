@@ -10,6 +10,8 @@ import numpy as np
 import webdataset as wds
 
 import tiny_encoders
+from anymal.stages import Recipe, config_of, load_stages
+from launch.stage import run_stages
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["red", "green", "blue", "white"]
@@ -85,7 +87,7 @@ def python(program: str, *arguments: str, check: bool = True, **options) -> subp
     return done
 
 
-def deepspeed(ranks: int, program: str, *arguments: str) -> None:
+def deepspeed(ranks: int, program: str, *arguments: str | Path) -> None:
     """Run one of our programs under the DeepSpeed launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
     port = str(20000 + os.getpid() % 20000)
@@ -95,6 +97,26 @@ def deepspeed(ranks: int, program: str, *arguments: str) -> None:
         list(map(str, command)), capture_output=True, text=True, env=env, cwd=ROOT, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def zero_stages(path: Path, *stages: int) -> Path:
+    """A recipe of independent stages zero1, zero2, ...: each of these ZeRO stages from one start of the processes."""
+    listed = [{"name": f"zero{zero}", "engine": {"zero": zero}, "model": {"checkpoint": None}} for zero in stages]
+    path.write_text(json.dumps({"stages": listed}))
+    return path
+
+
+def pretrain_here(recipe: Path, *arguments: str) -> None:
+    """What launch/pretrain.py does, by one rank in this process: without the seconds that a start takes."""
+    stages = load_stages(Recipe, recipe, list(arguments), ["train=[projectors]"])
+    assert run_stages([config_of(stage) for stage in stages]) == 0
+
+
+def go_back(run: Path, step: int) -> None:
+    """Make an earlier checkpoint the latest, as if the run had been killed before the next one."""
+    link = run / "checkpoints" / "latest"
+    link.unlink()
+    link.symlink_to(f"step-{step:08d}")
 
 
 def metrics(run: Path) -> list[dict]:

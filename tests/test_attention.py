@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from anymal import attention
+from anymal.errors import UserError
 from tiny_llms import ARCHITECTURES, SMALL, WIDTH
 
 LENGTHS = [5, 5, 7, 2]
@@ -82,3 +83,17 @@ def test_work_grows_with_the_samples_not_with_the_row(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     logits_and_gradient(llm, torch.randn(sum(LENGTHS), WIDTH), LENGTHS)
     assert shapes == 2 * [(2, 5, 5), (1, 7, 7), (1, 2, 2)]  # two layers
+
+
+def test_an_architecture_that_tells_its_attention_nothing_is_named():
+    """Nemotron says that it supports other attention, but does not hand their arguments on."""
+    llm = make("Nemotron", "packed")
+    with pytest.raises(UserError, match=r"NemotronAttention is not told.* set model\.llm\.attention=sdpa"):
+        logits_and_gradient(llm, torch.randn(sum(LENGTHS), WIDTH), LENGTHS)
+
+
+def test_windows_that_the_mask_alone_knows_keep_sdpa():
+    windowed = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "num_experts": 2}
+    sparse = {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    assert make("Qwen2Moe", "packed", **windowed, **sparse).config._attn_implementation == "sdpa"
+    assert make("Qwen2Moe", "packed", num_experts=2, **sparse).config._attn_implementation == "packed"

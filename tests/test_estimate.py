@@ -132,7 +132,13 @@ def test_the_program_needs_no_weights(folders, tmp_path):
 
     save(config, recipe)
     done = python(
-        "launch/estimate.py", str(recipe), "sample_tokens=48", "answer_tokens=12", "run.peak_tflops=100", "gpu_gb=0.5"
+        "launch/estimate.py",
+        str(recipe),
+        "sample_tokens=48",
+        "answer_tokens=12",
+        "run.peak_tflops=100",
+        "gpu_gb=0.03",
+        "reserve_gb=0",
     )
     tables = ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100", "caching")
     for said in tables:
