@@ -60,7 +60,7 @@ class AnyMAL(nn.Module):
         self.encoders = {name: adapter.encoder for name, adapter in adapters.items()}  # a plain dict registers nothing
         self.trained_encoders = nn.ModuleDict()
         for name, encoder in self.encoders.items():
-            if "encoders" in train or f"encoders.{name}" in train:
+            if encoder_learns(name, train):
                 self.trained_encoders[name] = encoder.to(self.device)
             else:
                 place_encoder(encoder, self.device)
@@ -206,6 +206,11 @@ class AnyMAL(nn.Module):
             if "lora_" in name:
                 module.train(mode)
         return self
+
+
+def encoder_learns(modality: str, train: Sequence[str]) -> bool:
+    """Whether `train`, as in a recipe, names the encoder of a modality."""
+    return "encoders" in train or f"encoders.{modality}" in train
 
 
 def place_encoder(encoder: Encoder, device: torch.device) -> None:

@@ -171,17 +171,17 @@ def _require_same(setting: str, named: Any, made_from: Any, folder: Path) -> Non
         )
 
 
-def load_bare(adapters: Mapping[str, Adapter], start: Path | None) -> None:
+def load_bare(encoders: Mapping[str, Encoder], start: Path | None) -> None:
     """Load the trained weights of encoders that were saved without a format of their own.
 
     Raises:
         UserError: A file is damaged, or does not fit the recipe's encoder.
     """
-    for name, adapter in adapters.items():
+    for name, encoder in encoders.items():
         path = Path() if start is None else start / ENCODERS / name / "model.safetensors"
         if not path.is_file() or path.with_name("config.json").is_file():
             continue
         try:
-            adapter.encoder.load_state_dict(load_file(path))
+            encoder.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} cannot be loaded into the encoder of {name}: {error}") from error

@@ -75,7 +75,7 @@ def build(
     std, layers = table.float().std().item(), llm.config.get_text_config().num_hidden_layers
     modalities = networks.encoders_of(config, start)
     adapters = build_adapters(modalities, table.shape[1], std, llm_layers=layers)
-    networks.load_bare(adapters, start)
+    networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start)
     model = AnyMAL(llm, adapters, train, low_precision=config.model.llm.bits != 32)
     if start is not None:
         load_projectors(model, adapters, start, partly=partly)

@@ -4,15 +4,15 @@
     python launch/encode.py launch/recipes/demo-pretrain.yaml data.features=int8     # half the bytes, a stated error
     torchrun --nproc_per_node 8 launch/encode.py launch/recipes/anymal-image-8b.yaml data.shards=/data/laion
 
-Takes the recipe of the training run and looks at its data and encoders only. Start it several times, on several
-machines that share the data's file system, and they share the work. Started again, it goes on with what is missing.
+Takes the recipe of the training run and looks at its data and frozen encoders only, stage by stage. Start it several
+times, on several machines that share the data's file system, and they share the work. Started again, it goes on with
+what is missing.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,52 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters import describe_options, load_encoder
-from anymal import features, manifest, shards, twins
+from anymal import checkpoint, features, manifest, networks, shards, twins
 from anymal.command_line import parse_args
-from anymal.config import Config
+from anymal.config import Config, DataConfig
 from anymal.errors import BadSample, UserError
-from anymal.model import place_encoder, run_encoder
+from anymal.modality import Encoder
+from anymal.model import encoder_learns, place_encoder, run_encoder
 from anymal.parse import modality_of, parse
-from anymal.sample import Viewable
+from anymal.stages import Recipe, load_stages
 from anymal.stream import tars
 from anymal.workers import each, reason_of
 from launch.build import device, run_program, suffixes
+from launch.encode_report import Figures, report
 
 NOT_FINITE = "the encoder's features hold NaN or infinite values"
-REREAD = 1000
-"""Samples that are read again in the end, to measure what that costs."""
-
-
-@dataclass(kw_only=True)
-class Figures:
-    """What was seen of one modality: sums over its media."""
-
-    media: int = 0
-    """That were encoded."""
-    bad: int = 0
-    """That could not be."""
-    decode_s: float = 0.0
-    """Reading and decoding the originals, seconds of a worker."""
-    encode_s: float = 0.0
-    """Running the encoder, seconds."""
-    bytes: int = 0
-    """Of features as they are written."""
-    largest_error: float = 0.0
-    """Of any value that was written, against the encoder's own."""
-    squared_error: float = 0.0
-    """Sum over all values."""
-    squared: float = 0.0
-    """Sum of the squares of the encoder's values."""
-
-    def add(self, other: "Figures") -> None:
-        """Take another's into account."""
-        for name, value in asdict(other).items():
-            mine = getattr(self, name)
-            setattr(self, name, max(mine, value) if name == "largest_error" else mine + value)
-
-    def relative_error(self) -> float:
-        """Root of the mean squared error over that of the mean square of the values."""
-        return (self.squared_error / self.squared) ** 0.5 if self.squared else 0.0
 
 
 @dataclass(kw_only=True)
@@ -117,10 +85,6 @@ class Reader:
             began = time.perf_counter()
             try:
                 found = self.decoders[kind](data)
-                if isinstance(found, Viewable):
-                    raise UserError(f"{kind}: features of media in several views are not written; leave it out")
-            except UserError as error:
-                return error
             except Exception as error:  # as in the stream
                 found = features.dump_bad(reason_of(error))
             read.members[f"{name}.{features.ENDING}"] = found
@@ -144,14 +108,14 @@ class Encode:
     """Writes the twins of a recipe's tars.
 
     Args:
-        config: The recipe: data, modalities, and the precision as ``data.features``.
+        data: The recipe's data, with the precision as ``features``.
+        encoders: Those whose features are written, by modality.
         place: The device that the encoders run on.
     """
 
-    def __init__(self, config: Config, place: torch.device):
-        self.data, self.place = config.data, place
-        self.precision = "bf16" if config.data.features in ("auto", "never") else config.data.features
-        self.encoders = {name: load_encoder(name, modality) for name, modality in config.model.modalities.items()}
+    def __init__(self, data: DataConfig, encoders: dict[str, Encoder], place: torch.device):
+        self.data, self.encoders, self.place = data, encoders, place
+        self.precision = "bf16" if data.features in ("auto", "never") else data.features
         self.identities = {name: features.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
             place_encoder(encoder, place)
@@ -162,6 +126,10 @@ class Encode:
             if set(self.identities) <= {*found.encoders, *found.header["looked_for"]}:
                 return found
         return None
+
+    def found(self, paths: list[str]) -> dict[str, twins.Twin]:
+        """The twin of each tar that has one."""
+        return {path: twin for path in paths if (twin := self.twin(path)) is not None}
 
     def write(self, index: shards.Index, bar: tqdm, *, wait: bool) -> bool:
         """Write the twin of one tar; False if another process is at it, or was until now."""
@@ -270,74 +238,63 @@ def encode_all(encode: Encode, paths: list[str]) -> None:
     print(f"{written} tars encoded by this process, {rate:.1f} samples/s")
 
 
-# --------------------------------------------------------------------------------------------------- what it costs
+def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, Encoder]:
+    """The encoders of a stage that stay as they are while it runs, with the weights that it will load.
+
+    Says why others are left out: they learn, were not yet trained by an earlier stage, or show a medium in views.
+
+    Args:
+        stage: The stage, or a recipe without stages.
+        earlier: The recipe's stages before it, which may not have run yet.
+
+    Raises:
+        UserError: The stage starts from a checkpoint that is not there, or an encoder cannot be loaded.
+    """
+    start = None
+    if stage.model.checkpoint is not None:
+        try:
+            start = checkpoint.existing(stage.model.checkpoint)
+        except UserError:
+            if not earlier:
+                raise
+    found = {}
+    for name, modality in networks.encoders_of(stage, start).items():
+        if encoder_learns(name, stage.train):
+            print(f"{name}: its encoder learns, so its features do not last")
+        elif start is None and any(encoder_learns(name, one.train) for one in earlier):
+            print(f"{name}: its encoder is yet to be trained by an earlier stage; start again after that")
+        elif hasattr((encoder := load_encoder(name, modality)).decode, "most_views"):
+            print(f"{name}: how many views of a medium are seen depends on its sample; no features are written")
+        else:
+            found[name] = encoder
+    networks.load_bare(found, start)
+    return found
 
 
-def seconds_to_read(encode: Encode, found: list[tuple[str, twins.Twin]]) -> dict[str, float]:
-    """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
-    seconds, counts = dict.fromkeys(encode.encoders, 0.0), dict.fromkeys(encode.encoders, 0)
-    indexes = [shards.index(twin.path) for _, twin in found if twin.encoders]
-    for index in indexes:
-        for i in range(0, len(index), max(1, len(index) * len(indexes) // REREAD)):
-            began = time.perf_counter()
-            try:
-                members = features.restore(shards.read(index.path, *index.place(i))[1])
-            except BadSample:
-                continue
-            reading = time.perf_counter() - began
-            stored = {name: data for name, data in members.items() if isinstance(data, features.Stored)}
-            for name, data in stored.items():
-                kind, began = modality_of(name, suffixes()), time.perf_counter()
-                with suppress(BadSample):
-                    features.load(data, encode.encoders[kind].tokens, encode.encoders[kind].width)
-                seconds[kind] += reading / len(stored) + time.perf_counter() - began
-                counts[kind] += 1
-    return {kind: seconds[kind] / count for kind, count in counts.items() if count}
-
-
-def report(encode: Encode, paths: list[str]) -> list[str]:
-    """What the twins of all these tars hold, how exact it is, and whether reading them is cheaper than encoding."""
-    found = [(path, twin) for path in paths if (twin := encode.twin(path)) is not None]
-    total: dict[str, Figures] = {}
-    for _, twin in found:
-        for kind, figures in twin.header["media"].items():
-            total.setdefault(kind, Figures()).add(Figures(**figures))
-    threads, lines = torch.get_num_threads(), []
-    torch.set_num_threads(1)  # as in the loader's workers
-    reading = seconds_to_read(encode, found)
-    torch.set_num_threads(threads)
-    for kind, figures in total.items():
-        lines.append(
-            f"{kind}: {figures.media:,} media, {figures.bad:,} bad; {figures.bytes / 1e6:,.1f} MB as "
-            f"{encode.precision}; error {figures.largest_error:.3g} at most, rel. RMS {figures.relative_error():.2e}"
-        )
-        if not figures.media or kind not in reading:
-            continue
-        again, decode = figures.encode_s / figures.media, figures.decode_s / (figures.media + figures.bad)
-        ratio = (again + decode) / reading[kind]
-        lines.append(
-            f"  for 1,000 media: encoding again costs {1000 * again:.2f} s, decoding and reading the original "
-            f"{1000 * decode:.2f} s, reading features {1000 * reading[kind]:.2f} s: "
-            + (f"the features pay, {ratio:.1f} times less" if ratio > 1 else f"they do not pay ({ratio:.2f})")
-        )
-    originals = sum(os.path.getsize(path) for path, twin in found if twin.encoders)
-    written = sum(os.path.getsize(twin.path) for _, twin in found if twin.encoders)
-    return [*lines, f"{written / 1e6:,.1f} MB of twins beside {originals / 1e6:,.1f} MB of tars"]
+def encode_stage(stage: Recipe, earlier: Sequence[Recipe], place: torch.device) -> None:
+    """Encode what one stage's data lack, and say what it is worth."""
+    names = list(dict.fromkeys(name for listed in tars(stage.data) for name in listed))
+    every = manifest.survey(names, cache=stage.data.cache, cache_gb=stage.data.cache_gb).values()
+    paths = [manifest.load(shard).path for shard in every if shard.count]  # remote tars are here from now on
+    encoders = frozen_encoders(stage, earlier)
+    if not encoders:
+        return
+    encode = Encode(stage.data, encoders, place)
+    encode_all(encode, paths)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(report(encode.found(paths), encode.encoders, encode.precision)))
 
 
 def main() -> None:
-    """Read the command line, encode what is missing, and say what it is worth."""
-    config = parse_args(Config, __doc__, more_help=describe_options())
-    names = list(dict.fromkeys(name for listed in tars(config.data) for name in listed))
-    every = manifest.survey(names, cache=config.data.cache, cache_gb=config.data.cache_gb).values()
-    paths = [manifest.load(shard).path for shard in every if shard.count]  # remote tars are here from now on
+    """Read the command line, and encode stage by stage."""
+    stages = parse_args(Recipe, __doc__, more_help=describe_options(), read=load_stages)
     place = device()
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    encode = Encode(config, place)
-    encode_all(encode, paths)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(report(encode, paths)))
+    for number, stage in enumerate(stages):
+        if stage.stage:
+            print(f"Stage {stage.stage}")
+        encode_stage(stage, stages[:number], place)
 
 
 if __name__ == "__main__":

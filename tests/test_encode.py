@@ -17,16 +17,18 @@ import anymal.model
 from adapters import MODALITIES, build_adapters
 from anymal import checkpoint, features, shards, twins
 from anymal.config import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig, load
-from anymal.errors import Quarantine
+from anymal.errors import Quarantine, UserError
 from anymal.llm import load_llm
 from anymal.model import run_encoder
 from anymal.packing import pack
 from anymal.prompt import prepare
 from anymal.sample import PartlyEncoded
+from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import Stream
 from launch.build import suffixes
-from launch.encode import Encode, encode_all, report
-from launch.stage import run_stage
+from launch.encode import Encode, encode_all, encode_stage, frozen_encoders
+from launch.encode_report import report
+from launch.stage import run_stage, run_stages
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, picture
 
@@ -44,9 +46,13 @@ def recipe(tiny_llm, encoders, folder: Path, data, kinds: list[str], **more) -> 
 
 def write_twins(config: Config) -> list[str]:
     """Encode all that the recipe's data lack; what the report says."""
-    made, paths = Encode(config, CPU), shards.expand(config.data.shards)
+    made, paths = encode_of(config), shards.expand(config.data.shards)
     encode_all(made, paths)
-    return report(made, paths)
+    return report(made.found(paths), made.encoders, made.precision)
+
+
+def encode_of(config: Config) -> Encode:
+    return Encode(config.data, frozen_encoders(config), CPU)
 
 
 def samples_of(path: str) -> list[tuple[str, dict[str, bytes]]]:
@@ -103,6 +109,50 @@ def test_some_tars_have_twins_and_others_not(tiny_llm, encoders, tmp_path):
     kinds = [type(batch.media["image"]) for _, batch in mixed]
     assert PartlyEncoded in kinds
     assert any(b.media["image"].raw is not None for _, b in mixed if isinstance(b.media["image"], PartlyEncoded))
+
+
+# -------------------------------------------------------------------------------------------------------- stages
+
+STAGES = """
+stages:
+  - {name: align, train: [projectors]}
+  - {name: learn, train: [projectors, encoders.image]}
+  - {name: tune, train: [projectors]}
+"""
+
+
+def test_each_stage_is_encoded_with_the_weights_that_it_loads(tiny_llm, encoders, tmp_path, monkeypatch, capsys):
+    data = write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=8)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(STAGES)
+    given = settings(tiny_llm, encoders, tmp_path / "run", data, ["image"], optim__steps=1, data__features="float32")
+    stages = load_stages(Recipe, path, given)
+
+    def encode_stages() -> list[str]:
+        for number, stage in enumerate(stages):
+            encode_stage(stage, stages[:number], CPU)
+        return sorted(folder.name for folder in Path(data, "features").iterdir())
+
+    assert len(encode_stages()) == 1
+    said = capsys.readouterr().out
+    assert said.index("its encoder learns") < said.index("yet to be trained by an earlier stage")
+    run_stages([config_of(stage) for stage in stages])
+    assert len(encode_stages()) == 2
+    monkeypatch.setattr(anymal.model, "run_encoder", None)
+    raw = losses(tmp_path / "run/tune")
+    shutil.rmtree(tmp_path / "run/tune")
+    run_stages([config_of(stages[2])])
+    assert losses(tmp_path / "run/tune") == raw
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        frozen_encoders(load_stages(Recipe, path, [*given, "model.checkpoint=nowhere", "stage=tune"])[0])
+
+
+def test_media_in_views_are_passed_over(tiny_llm, encoders, tmp_path, capsys):
+    data = write_pairs(tmp_path / "data", ["image", "imu"], shards=1, per_shard=4)
+    tiles = {"model__modalities__image__options__tiles": "2x2"}
+    found = frozen_encoders(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"], **tiles))
+    assert list(found) == ["imu"]
+    assert "image: how many views" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- the stream over twins
@@ -190,7 +240,7 @@ def test_bad_samples_are_the_same_for_the_same_reasons(tiny_llm, encoders, tmp_p
 def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
     data = Path(write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=6))
     tar = shards.index(str(data / "000.tar"))
-    encode = Encode(recipe(tiny_llm, encoders, tmp_path, data, ["image"]), CPU)
+    encode = encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image"]))
     encode_all(encode, [tar.path])
     mine = encode.identities
     twin = Path(encode.twin(tar.path).path)
@@ -200,7 +250,7 @@ def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
     for others, precision in (({"image": "0" * 16}, "auto"), ({}, "auto"), (mine, "int8"), (mine, "never")):
         assert not twins.find_all([tar], others, precision)
     with pytest.raises(AssertionError):  # a new modality: the tar may hold some of it, so it is looked at again
-        assert Encode(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"]), CPU).twin(tar.path)
+        assert encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"])).twin(tar.path)
     good = twin.read_bytes()
     twin.write_bytes(good[: len(good) // 2])
     assert not twins.find_all([tar], mine, "auto")  # cut
@@ -236,7 +286,7 @@ def test_every_modality(tiny_llm, name, tmp_path):
         for i in range(3):
             tar.write({"__key__": f"deep/{i}", f"0.{suffix}": MEDIA[name](), f"1.{suffix}": b"?", "txt": f"{i}"})
     more = {"data__features": "float32", **options}
-    encode = Encode(recipe(tiny_llm, tmp_path, tmp_path, tmp_path / "data", [name], **more), CPU)
+    encode = encode_of(recipe(tiny_llm, tmp_path, tmp_path, tmp_path / "data", [name], **more))
     encode_all(encode, [str(tmp_path / "data" / "a.b.tar")])
     assert encoder.exists() and kind
     held = samples_of(encode.twin(str(tmp_path / "data" / "a.b.tar")).path)

@@ -1,0 +1,107 @@
+"""What the twins that launch/encode.py wrote hold, how exact they are, and whether reading them pays."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import torch
+
+from anymal import features, shards, twins
+from anymal.errors import BadSample
+from anymal.modality import Encoder
+from anymal.parse import modality_of
+from launch.build import suffixes
+
+REREAD = 1000
+"""Samples that are read again, to measure what that costs."""
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """What was seen of one modality: sums over its media."""
+
+    media: int = 0
+    """That were encoded."""
+    bad: int = 0
+    """That could not be."""
+    decode_s: float = 0.0
+    """Reading and decoding the originals, seconds of a worker."""
+    encode_s: float = 0.0
+    """Running the encoder, seconds."""
+    bytes: int = 0
+    """Of features as they are written."""
+    largest_error: float = 0.0
+    """Of any value that was written, against the encoder's own."""
+    squared_error: float = 0.0
+    """Sum over all values."""
+    squared: float = 0.0
+    """Sum of the squares of the encoder's values."""
+
+    def add(self, other: "Figures") -> None:
+        """Take another's into account."""
+        for name, value in asdict(other).items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, value) if name == "largest_error" else mine + value)
+
+    def relative_error(self) -> float:
+        """Root of the mean squared error over that of the mean square of the values."""
+        return (self.squared_error / self.squared) ** 0.5 if self.squared else 0.0
+
+
+def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[twins.Twin]) -> dict[str, float]:
+    """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
+    seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
+    indexes = [shards.index(twin.path) for twin in found if twin.encoders]
+    for index in indexes:
+        for i in range(0, len(index), max(1, len(index) * len(indexes) // REREAD)):
+            began = time.perf_counter()
+            try:
+                members = features.restore(shards.read(index.path, *index.place(i))[1])
+            except BadSample:
+                continue
+            reading = time.perf_counter() - began
+            stored = {name: data for name, data in members.items() if isinstance(data, features.Stored)}
+            for name, data in stored.items():
+                kind, began = modality_of(name, suffixes()), time.perf_counter()
+                with suppress(BadSample):
+                    features.load(data, encoders[kind].tokens, encoders[kind].width)
+                seconds[kind] += reading / len(stored) + time.perf_counter() - began
+                counts[kind] += 1
+    return {kind: seconds[kind] / count for kind, count in counts.items() if count}
+
+
+def report(found: Mapping[str, twins.Twin], encoders: Mapping[str, Encoder], precision: str) -> list[str]:
+    """Lines that say what twins hold, how exact it is, and whether reading them is cheaper than encoding.
+
+    Args:
+        found: The twin of each tar.
+        encoders: Those that it was written with.
+        precision: What it was written as.
+    """
+    total: dict[str, Figures] = {}
+    for twin in found.values():
+        for kind, figures in twin.header["media"].items():
+            total.setdefault(kind, Figures()).add(Figures(**figures))
+    threads, lines = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # as in the loader's workers
+    reading = seconds_to_read(encoders, list(found.values()))
+    torch.set_num_threads(threads)
+    for kind, figures in total.items():
+        lines.append(
+            f"{kind}: {figures.media:,} media, {figures.bad:,} bad; {figures.bytes / 1e6:,.1f} MB as "
+            f"{precision}; error {figures.largest_error:.3g} at most, rel. RMS {figures.relative_error():.2e}"
+        )
+        if not figures.media or kind not in reading:
+            continue
+        again, decode = figures.encode_s / figures.media, figures.decode_s / (figures.media + figures.bad)
+        ratio = (again + decode) / reading[kind]
+        lines.append(
+            f"  for 1,000 media: encoding again costs {1000 * again:.2f} s, decoding and reading the original "
+            f"{1000 * decode:.2f} s, reading features {1000 * reading[kind]:.2f} s: "
+            + (f"the features pay, {ratio:.1f} times less" if ratio > 1 else f"they do not pay ({ratio:.2f})")
+        )
+    originals = sum(os.path.getsize(path) for path, twin in found.items() if twin.encoders)
+    written = sum(os.path.getsize(twin.path) for twin in found.values() if twin.encoders)
+    return [*lines, f"{written / 1e6:,.1f} MB of twins beside {originals / 1e6:,.1f} MB of tars"]
