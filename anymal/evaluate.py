@@ -124,11 +124,18 @@ def _read(prepare: Prepare, samples: Sequence[Sample]) -> tuple[list[Sample], li
     decoded, questions = [], []
     for sample in samples:
         try:
-            decoded.append(prepare.decode(sample))
+            decoded.append(prepare.decode(_unanswered(prepare, sample)))
             questions.append(prepare.prompt.question(decoded[-1]))
         except BadSample as error:
             raise UserError(f"{sample.shard}, key {sample.key!r}: {error}; held-out data must be whole") from error
     return decoded, questions
+
+
+def _unanswered(prepare: Prepare, sample: Sample) -> Sample:
+    """A sample without a hint at its right answer: its views leave room for the longest option, whichever is right."""
+    if not sample.options:
+        return sample.question()
+    return max(map(sample.answered, sample.options), key=prepare.prompt.text_tokens)
 
 
 def _options(prepare: Prepare, sample: Sample) -> list[list[int]]:
@@ -167,8 +174,8 @@ def pieces(samples: Sequence[Sample]) -> int:
 
 
 def _asked(sample: Sample) -> str:
-    asked = sample.messages[:-1] if sample.answer() else sample.messages
-    return " ".join(p.content for m in asked for p in m.parts if p.kind == "text" and m.role != "system")
+    asked = [message for message in sample.question().messages if message.role != "system"]
+    return " ".join(part.content for message in asked for part in message.parts if part.kind == "text")
 
 
 def _encode(model: AnyMAL, questions: Sequence[Tokens], batch_size: int) -> list[Features]:

@@ -64,17 +64,15 @@ class Prompt:
 
     def question(self, sample: Sample) -> Tokens:
         """The conversation up to where the assistant answers: all labels are ignored."""
-        asked = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
-        ids = self._given(self._complete(asked))
-        return self._widen(ids, [IGNORED] * len(ids), replace(sample, messages=asked))
+        asked = sample.question()
+        ids = self._given(self._complete(asked.messages))
+        return self._widen(ids, [IGNORED] * len(ids), asked)
 
     def answers(self, sample: Sample, texts: Sequence[str]) -> list[list[int]]:
         """For each text, the ids (end token included) that would answer `question(sample)`."""
-        asked = sample.messages[:-1] if sample.messages[-1].role == "assistant" else sample.messages
         found = []
         for text in texts:
-            answer = Message(role="assistant", parts=[Part(kind=TEXT, content=text)])
-            labels = self.sample(replace(sample, messages=[*asked, answer])).labels
+            labels = self.sample(sample.answered(text)).labels
             spans = [list(span) for given, span in groupby(labels, key=lambda label: label == IGNORED) if not given]
             found.append(spans[-1])
         return found

@@ -124,6 +124,17 @@ class Sample:
         last = self.messages[-1]
         return "".join(p.content for p in last.parts if p.kind == TEXT) if last.role == "assistant" else ""
 
+    def question(self) -> "Sample":
+        """The conversation up to where the assistant's last message, if it ends with one, begins."""
+        if self.messages[-1].role != "assistant":
+            return self
+        return dataclasses.replace(self, messages=self.messages[:-1])
+
+    def answered(self, text: str) -> "Sample":
+        """Its question with another answer."""
+        answer = Message(role="assistant", parts=[Part(kind=TEXT, content=text)])
+        return dataclasses.replace(self, messages=[*self.question().messages, answer])
+
 
 @dataclass(kw_only=True)
 class Tokens:

@@ -15,6 +15,7 @@ import tiny_encoders
 from anymal import checkpoint
 from anymal.config import Config, load
 from anymal.errors import UserError
+from anymal.model import select_trainable, trainable
 from conftest import make_llm
 from launch.build import build
 from launch.mix import Mix, hollow_llm, mix_checkpoints, mix_llms
@@ -38,8 +39,9 @@ def make_checkpoint(llm: Path, encoders: Path, run: Path, seed: int, *overrides:
     given = ["model.llm.bits=32", "train=[projectors,lora]", "model.lora.rank=4", "model.lora.alpha=8", *overrides]
     more = {name.replace(".", "__"): value for name, value in (override.split("=") for override in given)}
     config = load(Config, None, settings(llm, encoders, run, "none.tar", list(kinds), **more))
-    built = build(config, CPU)
-    trained = {n: p for n, p in built.model.named_parameters() if n.startswith("projectors.") or "lora_" in n}
+    built = build(config, CPU, train=config.train)
+    select_trainable(built.model, config.train)
+    trained = trainable(built.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trained.values():
@@ -96,6 +98,25 @@ def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
     said = python("launch/mix.py", f"a={tmp_path / 'a'}", f"b={made[1]}", f"out={tmp_path / 'out'}").stdout
     assert said.startswith(f"{tmp_path / 'out'}: 0.5 · ") and not (tmp_path / "out" / "lora").exists()
     build(checkpoint.recipe(tmp_path / "out"), CPU, start=checkpoint.existing(tmp_path / "out"))
+
+
+def test_trained_networks_are_mixed_too(tiny_llm, encoders, tmp_path):
+    trained = ["train=[projectors,llm,encoders.image]"]
+    for seed, name in enumerate("ab"):
+        make_checkpoint(tiny_llm, encoders, tmp_path / name, seed, *trained)
+    mix_checkpoints(Mix(a=str(tmp_path / "a"), b=str(tmp_path / "b"), beta=0.25, out=str(tmp_path / "out")))
+    a, b = (checkpoint.existing(tmp_path / name) for name in "ab")
+    for place in ("llm", "encoders/image"):
+        first, second, out = (tensors(folder / place) for folder in (a, b, tmp_path / "out"))
+        assert out and any(not torch.equal(first[name], second[name]) for name in out)
+        for name, tensor in out.items():
+            torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+    built = build(checkpoint.recipe(tmp_path / "out"), CPU, start=tmp_path / "out")
+    mixed = {name.removeprefix("vision_model."): w for name, w in tensors(tmp_path / "out/encoders/image").items()}
+    assert all(torch.equal(w, mixed[name]) for name, w in built.model.encoders["image"].network.named_parameters())
+    shutil.rmtree(b / "encoders")
+    with pytest.raises(UserError, match=r"trained networks"):
+        mix_checkpoints(Mix(a=str(a), b=str(b), beta=0.25, out=str(tmp_path / "none")))
 
 
 def test_nothing_of_the_llm_is_loaded_for_a_lora(tiny_llm):

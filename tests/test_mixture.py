@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tiny_encoders as tiny
 from adapters import build_adapters, load_encoder
 from adapters.image import ImageOptions, load_image_encoder
-from adapters.pictures import Pixels, square
+from adapters.pictures import Pixels, pixels_for, square
 from adapters.pretrained import shapes_only
 from anymal.config import Config, ModalityConfig, ProjectorConfig, load
 from anymal.cost import forward_flops
@@ -451,3 +452,13 @@ def test_mini_gemini_mines_a_map_of_36864_positions(real):
     assert adapter.encoder.parts == ((576, 1024), (192 * 192, 192 + 384 + 768 + 1536))
     assert adapter.encoder.parts[1] == (36864, 2880)
     assert (adapter.tokens, adapter.projector.cell) == (576, 8)
+
+
+def test_pixels_as_timms_processor_says():
+    """Of its processor only the ``data_config`` is read; it needs torchvision, of which PyPI has no build for CPUs."""
+    found = {"input_size": [3, 256, 256], "interpolation": "bicubic", "mean": CLIP_MEAN, "std": CLIP_STD}
+    processor = SimpleNamespace(data_config=found)
+    assert pixels_for(processor, 0, "x") == Pixels(size=256, mode="bicubic", mean=CLIP_MEAN, std=CLIP_STD)
+    assert pixels_for(processor, 1024, "x").size == 1024
+    found["interpolation"] = "bilinear"
+    assert pixels_for(processor, 0, "x").mode == "bilinear"

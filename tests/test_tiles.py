@@ -1,5 +1,7 @@
 """Tiles: which grid a picture gets, how it is cut, and what is left of it when the context is short."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from adapters.tiles import any_resolution, area_preserving, cut, grid_rule, larg
 from anymal.budget import degrade
 from anymal.config import Config, load
 from anymal.errors import UserError
+from anymal.evaluate import _options, _read
 from anymal.model import select_trainable
 from anymal.packing import pack
 from anymal.sample import Message, Part, Sample
@@ -174,6 +177,22 @@ def test_pictures_give_way_to_the_text(tiny_llm, tmp_path):
             asked(Part(kind="image", content=data), Part(kind="image", content=data))
         )
     assert counts[400] == 34 > counts[120] > counts[70] > counts[40] >= 2
+
+
+def test_evaluation_cuts_for_the_longest_option_whichever_is_right(tiny_llm, tmp_path):
+    made = built(tiny_llm, tmp_path, "image", "tiles=area", "max_tiles=16", max_tokens=120)
+    picture = Part(kind="image", content=tiny_encoders.picture(size=(128, 128)))
+    options = ["a dog", "a red apple on the table " * 7]
+    closed = [replace(asked(picture).answered(option), options=options) for option in options]
+    decoded, questions = _read(made.prepare, closed)
+    assert len(questions[0].runs) == len(questions[1].runs) < len(made.prepare(asked(picture)).runs)
+    assert max(len(ids) for ids in _options(made.prepare, decoded[0])) + len(questions[0].ids) <= 120
+    free = [asked(picture).answered(answer) for answer in ("a dog", "a dog " * 20)]
+    short, long = (question.runs for question in _read(made.prepare, free)[1])
+    assert short == long  # nor does an answer that is to be given freely tell how long it is
+    decoded, _ = _read(made.prepare, [replace(closed[0], options=["a dog", "a dog " * 100])])
+    with pytest.raises(UserError, match=r"s, key 'k', with its longest option: has \d+ tokens.*raise data\.max_tokens"):
+        _options(made.prepare, decoded[0])
 
 
 def test_frames_give_way_to_the_text(tiny_llm, tmp_path):
