@@ -116,6 +116,18 @@ def make_engine(model: AnyMAL, config: Config) -> Any:
     return engine
 
 
+def end_engine(engine: Any) -> None:
+    """Free what an engine holds, and give torch its own ``linear`` back.
+
+    Under ZeRO-3 DeepSpeed puts one in its place that keeps the input of every layer, frozen ones too, and leaves it
+    there for whatever the process does next: the stages that follow would hold more memory and recompute more.
+    """
+    engine.destroy()
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patch
+
+    torch.nn.functional.linear = getattr(patch, "linear_bk", torch.nn.functional.linear)
+
+
 def learning_rate(step: int, config: Config) -> float:
     """The rate of the step that follows `step` finished ones: linear warm-up, then half a cosine down to zero.
 

@@ -20,7 +20,7 @@ from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.cost import Cost
-from anymal.engine import full_moments, make_engine, portable_parameters, restore_moments, start_processes
+from anymal.engine import end_engine, full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
 from anymal.generate import embed_prompt, generate
@@ -125,7 +125,7 @@ def run_stage(config: Config) -> int:
         if finished:
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
-    engine.destroy()
+    end_engine(engine)
     return 0 if finished else 1
 
 
