@@ -155,9 +155,7 @@ class AudioEncoder(nn.Module):
     def forward(self, spectrograms: Tensor) -> Tensor:
         """[N, ...] spectrograms → [N, tokens, width]."""
         if self.family == "clap":
-            # "longer" asks for fusion with crops of a longer sound; decoding has cropped already
-            longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
-            features = self.network(spectrograms, is_longer=longer).last_hidden_state  # [N, width, frequency, time]
+            features = self.network(spectrograms[:, :1]).last_hidden_state  # [N, width, frequency, time]
             return features.permute(0, 3, 2, 1).flatten(1, 2)
         features = self.network(spectrograms).last_hidden_state
         if self.family == "whisper":
@@ -193,6 +191,8 @@ def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:
         raise UserError(f"seconds is {seconds:g}; {name!r} takes clips of {MIN_SECONDS} to {own:g} s")
     if family == "whisper":
         _shorten_whisper(network, extractor, name, seconds)
+    if family == "clap":
+        _unfuse(network)
     decode = AudioDecoder(
         extractor=extractor,
         field=extractor.model_input_names[0],
@@ -208,6 +208,15 @@ def _own_seconds(extractor: Any, family: str) -> float:
     if family == "whisper":
         return extractor.chunk_length
     return extractor.max_length / 100  # AST: frames of 10 ms
+
+
+def _unfuse(network: nn.Module) -> None:
+    """Take from CLAP the fusion with crops of a longer sound (channels 1 to 3 of its spectrograms).
+
+    Decoding has cropped already. What is left is what it does with sounds that are not "longer", without looking at
+    each sample whether it is.
+    """
+    network.audio_encoder.enable_fusion = network.audio_encoder.patch_embed.enable_fusion = False
 
 
 def _shorten_whisper(network: nn.Module, extractor: Any, name: str, seconds: float) -> None:

@@ -41,7 +41,7 @@ class EstimateConfig(Recipe):
     world: int = 1
     """Processes, one a GPU, over which ZeRO divides."""
     sample_tokens: int = 160
-    """Tokens of a sample, media included."""
+    """Tokens of a sample, media included; more where its media and answer alone take more."""
     answer_tokens: int = 40
     """Those of them that are answers."""
     media: list[str] = field(default_factory=list)
@@ -137,7 +137,7 @@ def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: i
     for _ in range(ROUNDS):
         curve = np.polyfit(points, [rehearse(n) for n in points], 2)
         few = 8 * max(found)  # few samples say little about very many
-        guess = min(_last_below(curve, room), few, MOST_TOKENS // work.tokens)
+        guess = min(_last_below(curve, room), few, MOST_TOKENS // rehearsal.mean_tokens(work))
         if guess in found or guess < 1:
             break
         rehearse(guess)
@@ -166,7 +166,7 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
         return []
     needed, _ = rehearsal.flops(work, samples)
     saved = needed["encoders"] / needed.total()
-    token = (needed.total() - needed["encoders"]) / (samples * work.tokens)
+    token = (needed.total() - needed["encoders"]) / (samples * rehearsal.mean_tokens(work))
     lines = [f"Encoding one medium at {rate:g} TFLOP/s; reading its features (bf16) at {config.read_mb_per_s:g} MB/s"]
     lines += [f"  {'':<34} {'as tokens':>9} {'encode, ms':>11} {'read, ms':>9} {'kB':>9}"]
     pays = []
@@ -194,7 +194,7 @@ def estimate(config: EstimateConfig) -> None:
     """Rehearse and print."""
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
     rehearsal = Rehearsal(config, gpu=config.gpu)
-    samples = max(1, config.data.row_tokens // config.sample_tokens)
+    samples = max(1, config.data.row_tokens // rehearsal.mean_tokens(work))
     if not config.data.row_tokens:
         samples = config.data.batch_size
     print("\n".join(_memory(rehearsal, work, samples, config)))
@@ -206,7 +206,8 @@ def estimate(config: EstimateConfig) -> None:
 def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of a micro-batch's memory by part."""
     predicted = predict(rehearsal, work, samples, world=config.world)
-    lines = [f"Memory at the peak of a step: {samples} samples of {work.tokens} tokens in a row, GB (10^9 bytes)"]
+    each = rehearsal.mean_tokens(work)
+    lines = [f"Memory at the peak of a step: {samples} samples of {each} tokens in a row, GB (10^9 bytes)"]
     lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in predicted.parts.items() if size]
     return [*lines, f"  {'in all':<34} {predicted.total / GB:>9.3f}", ""]
 
@@ -222,14 +223,14 @@ def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: E
         now = predict(tried, work, samples, world=config.world).total
         most = largest_batch(tried, work, room, world=config.world)
         name = f"{mode} (the recipe's)" if mode == chosen else mode
-        lines.append(f"  {name:<34} {now / GB:>9.3f} {most:>9,} {most * work.tokens:>9,}")
+        lines.append(f"  {name:<34} {now / GB:>9.3f} {most:>9,} {most * rehearsal.mean_tokens(work):>9,}")
     return [*lines, ""]
 
 
 def _arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of FLOPs, and what they take in time and money."""
     needed, recomputed = rehearsal.flops(work, samples)
-    tokens = samples * work.tokens
+    tokens = samples * rehearsal.mean_tokens(work)
     per_step = samples * config.optim.accumulate * config.world
     lines = [f"Arithmetic: GFLOP a token, TFLOP an optimizer step of {per_step} samples on {config.world} GPU(s)"]
     micro = config.optim.accumulate * config.world

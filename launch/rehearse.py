@@ -12,13 +12,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adapters import build_adapters
 from adapters.pretrained import shapes_only
 from anymal import networks
+from anymal.budget import degrade
 from anymal.config import Config
 from anymal.cost import Cost
+from anymal.errors import UserError
 from anymal.footprint import Footprint, as_on
 from anymal.llm import add_lora
 from anymal.modality import Adapter
@@ -37,7 +39,7 @@ class Workload:
     """The samples of a micro-batch."""
 
     tokens: int
-    """Tokens of a sample, media included."""
+    """Tokens of a sample, media included; more where its media and answers alone take more."""
     answers: int
     """Those that are answered."""
     media: list[str] = field(default_factory=list)
@@ -134,14 +136,28 @@ class Rehearsal:
         )
 
     def rows(self, work: Workload, samples: int) -> list[tuple[int, list[str]]]:
-        """Length, and modality of each view of its media, of each sample of a micro-batch."""
-        names = list(self.adapters)
-        found = []
+        """Length, and modality of each view of its media, of each sample of a micro-batch.
+
+        Media in views take as many as ``data.max_tokens`` lets them beside the answer.
+        """
+        names, found = list(self.adapters), []
         for i in range(samples):
             media = work.media or [names[i % len(names)]] if names else []
-            kinds = [kind for kind in media for _ in range(self.adapters[kind].views)]
-            found.append((max(work.tokens, work.answers + sum(self.adapters[kind].tokens for kind in kinds)), kinds))
+            sizes = [self.adapters[kind].tokens for kind in media]
+            choices = [
+                [size * n for n in range(self.adapters[kind].views, 0, -1)]
+                for kind, size in zip(media, sizes, strict=True)
+            ]
+            taken = degrade(choices, self.config.data.max_tokens - work.answers)
+            views = [tokens // size for tokens, size in zip(taken, sizes, strict=True)]
+            kinds = [kind for kind, count in zip(media, views, strict=True) for _ in range(count)]
+            found.append((max(work.tokens, work.answers + sum(taken)), kinds))
         return found
+
+    def mean_tokens(self, work: Workload) -> int:
+        """Tokens of a sample, on average over the modalities that take turns."""
+        lengths = [length for length, _ in self.rows(work, max(1, len(self.adapters)))]
+        return round(sum(lengths) / len(lengths))
 
     def batch(self, work: Workload, samples: int, *, real: bool = False) -> Batch:
         """A micro-batch of `samples` samples as the stream would pack it: noise if it is `real`, else shapes only."""
@@ -183,12 +199,22 @@ class Rehearsal:
         return Rehearsal(config, gpu=self.gpu, llm_config=self._llm_config)
 
     def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
-        """What a step keeps alive beyond what is held, by phase and by label, in bytes."""
+        """What a step keeps alive beyond what is held, by phase and by label, in bytes.
+
+        Raises:
+            UserError: A network cannot be run on shapes alone.
+        """
         key = (work.tokens, work.answers, *work.media, samples)
         if key in self._peaks:
             return self._peaks[key]
         batch = self.batch(work, samples)
-        runs = {depth: _step(model, batch, self) for depth, model in self._models.items()}
+        try:
+            runs = {depth: _step(model, batch, self) for depth, model in self._models.items()}
+        except DataDependentOutputException as error:
+            raise UserError(
+                "a network of this recipe looks at numbers to know its shapes (SigLIP 2 of flexible resolution does), "
+                "so no step can be run without weights; estimate with another encoder in its place"
+            ) from error
         found = {}
         for phase in PHASES:
             labels = set().union(*(run[phase] for run in runs.values()))

@@ -97,13 +97,15 @@ def test_long_sounds_are_cropped_the_same_way_each_time(tmp_path, fusion):
         assert torch.equal(encoder.decode(data), first)
 
 
-def test_clap_gives_what_transformers_gives_in_the_order_of_time(tmp_path):
+@pytest.mark.parametrize("fusion", [False, True])
+def test_clap_gives_what_transformers_gives_in_the_order_of_time(tmp_path, fusion):
     from transformers import ClapModel
 
-    encoder = load_audio_encoder(tiny.clap(tmp_path), AudioOptions())
+    encoder = load_audio_encoder(tiny.clap(tmp_path, fusion=fusion), AudioOptions())
     spectrogram = encoder.decode(sound())[None]
+    shorter = torch.tensor([[False]])  # than the clip, as decoding leaves it
     with torch.no_grad():
-        maps = ClapModel.from_pretrained(tmp_path).audio_model(spectrogram).last_hidden_state
+        maps = ClapModel.from_pretrained(tmp_path).audio_model(spectrogram, is_longer=shorter).last_hidden_state
     features = encoder(spectrogram)
     rows = maps.shape[2]
     for time, row in ((0, 0), (1, 0), (1, rows - 1), (maps.shape[3] - 1, 0)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_encoders
 from anymal.config import Config, load
 from anymal.errors import UserError
 from anymal.model import select_trainable
@@ -144,3 +145,22 @@ def test_the_program_needs_no_weights(folders, tmp_path):
     for said in tables:
         assert said in done.stdout
     assert "Failed" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_media_in_views_take_what_the_context_allows(folders):
+    where = "model.modalities.image"
+    tiles = [f"{where}.options.tiles=area", f"{where}.options.max_tiles=16", "data.max_tokens=60"]
+    rehearsal = Rehearsal(_config(folders, *tiles), gpu=False)
+    tiled = Workload(tokens=48, answers=12, media=["image"])
+    assert rehearsal.rows(tiled, 1) == [(12 + 12 * 4, 12 * ["image"])]
+    assert rehearsal.mean_tokens(tiled) == rehearsal.batch(tiled, 1).ids.numel() == 60
+    assert rehearsal.mean_tokens(WORK) == (60 + 48) / 2  # pictures and motion take turns
+    needed, _ = rehearsal.flops(tiled, 2)
+    assert needed["LLM body (4N)"] == 4 * rehearsal.cost.llm.body * 120
+
+
+def test_a_network_that_needs_numbers_is_refused(folders, tmp_path):
+    flexible = f"model.modalities.image.encoder={tiny_encoders.siglip2(tmp_path)}"
+    given = [f"model.llm.name={folders / 'llm'}", flexible, "model.modalities.image.projector.tokens=4"]
+    with pytest.raises(UserError, match=r"SigLIP 2 of flexible resolution does.*another encoder"):
+        Rehearsal(load(Config, None, given), gpu=False).peaks(WORK, 2)

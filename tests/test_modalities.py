@@ -11,8 +11,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
+from adapters.pretrained import shapes_only
 from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from anymal.command_line import field_docs
 from anymal.config import ModalityConfig, ProjectorConfig, options
@@ -43,6 +45,20 @@ def test_features_have_the_stated_shape(loaded):
     alone = encoder(medium[None])
     assert torch.allclose(features[:1], alone, atol=1e-4), "a medium's features depend on its neighbours in the batch"
     assert not torch.allclose(features[0], features[1]), "features do not depend on the medium"
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_an_encoder_without_weights_has_the_same_sizes_and_runs(name, kind, tmp_path):
+    folder = ENCODERS[name][kind](tmp_path)
+    with shapes_only(fake := FakeTensorMode(allow_non_fake_inputs=True)):
+        shapes = _load(name, folder)
+    assert all(isinstance(p, FakeTensor) for p in shapes.parameters())
+    real = _load(name, folder)
+    assert (shapes.tokens, shapes.width, shapes.shape) == (real.tokens, real.width, real.shape)
+    if kind == "siglip2":
+        return  # transformers looks up in numbers how large a picture is: launch/estimate.py says so (test_estimate.py)
+    with fake:
+        assert shapes(torch.zeros(2, *shapes.shape)).shape == (2, real.tokens, real.width)
 
 
 def test_encoder_is_frozen_and_of_fp32(loaded):
