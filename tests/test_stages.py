@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import tiny_encoders
 from adapters import load_encoder
@@ -352,22 +353,29 @@ def test_another_encoder_than_the_checkpoint_was_trained_from_is_refused(recipe,
 
 
 @pytest.mark.slow
-def test_two_ranks_train_encoders_though_each_sees_another_modality(recipe, encoders, tmp_path):
-    """Rank 0 gets only images, rank 1 only sounds; then a second stage, and all of it again by one rank."""
+def test_two_ranks_train_encoders_and_llm_though_each_sees_another_modality(recipe, encoders, tmp_path, tiny_llm):
+    """Rank 0 gets only images, rank 1 only sounds, through three stages; then all of it again by one rank."""
     kinds = ["image", "audio"]
     mixed = write_pairs(tmp_path / "mixed", kinds, shards=1, per_shard=40)
     more = {"optim__steps": 4, "data__shuffle": 0, "data__batch_size": 2, "optim__lr": 1e-3}
-    text = "stages:\n"
+    text = "model: {llm: {bits: 4}}\nstages:\n"
     for zero in (2, 3):
         both = f"engine: {{zero: {zero}}}"
         text += f"  - {{name: a{zero}, train: [projectors, encoders], {both}, model: {{checkpoint: null}}}}\n"
         text += f"  - {{name: b{zero}, train: [encoders.audio], {both}}}\n"
-    given = [*recipe(text, **more, data__shards=mixed), "model.llm.bits=4"]
+        text += f"  - {{name: c{zero}, train: [projectors, llm], {both}, model: {{llm: {{bits: 16}}}}}}\n"
+    given = recipe(text, **more, data__shards=mixed)
     given += [f"model.modalities.{k}.encoder={encoders / k}" for k in kinds]
     given += [f"model.modalities.{k}.projector.tokens=4" for k in kinds]
     deepspeed(2, "launch/pretrain.py", *given)
-    one = [f"run.dir={tmp_path / 'one'}" if setting.startswith("run.dir=") else setting for setting in given]
-    pretrain_here(*one, "optim.accumulate=2")
-    for stage in ("a2", "b2", "a3", "b3"):
-        two, one = losses(tmp_path / "run" / stage), losses(tmp_path / "one" / stage)
-        assert sorted(two) == [1, 2, 3, 4] and two == pytest.approx(one, rel=1e-4)
+    alone = [f"run.dir={tmp_path / 'one'}" if setting.startswith("run.dir=") else setting for setting in given]
+    pretrain_here(*alone, "optim.accumulate=2")
+    for stage in ("a2", "b2", "c2", "a3", "b3", "c3"):
+        two, one = tmp_path / "run" / stage, tmp_path / "one" / stage
+        assert sorted(losses(two)) == [1, 2, 3, 4] and losses(two) == pytest.approx(losses(one), rel=1e-4)
+        if stage[0] == "c":
+            weights = [load_file(checkpoint.existing(run) / "llm" / "model.safetensors") for run in (two, one)]
+            untrained = load_file(tiny_llm / "model.safetensors")
+            for name, weight in weights[0].items():
+                torch.testing.assert_close(weight, weights[1][name], rtol=0.01, atol=1e-4)  # they are bfloat16
+                assert not torch.equal(weight, untrained[name].bfloat16()), name
