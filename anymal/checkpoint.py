@@ -216,8 +216,8 @@ def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
     return add_lora(llm, config.model.lora) if "lora" in config.train else llm
 
 
-def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *, partly: bool = False) -> list[str]:
-    """Load the projectors of a checkpoint into the model; return the modalities found.
+def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *, partly: bool = False) -> None:
+    """Load the projectors of a checkpoint into the model.
 
     Args:
         model: What they go into.
@@ -228,13 +228,14 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
     Raises:
         UserError: A modality is missing, a file is damaged, or a projector does not fit. Names file and tensor.
     """
-    found = []
     for name in adapters:
         path = folder / "adapters" / name / "model.safetensors"
         if not path.is_file():
             if partly:
                 continue
-            raise UserError(f"{folder} has no projector for {name}; it has {_names(folder)}")
+            raise UserError(
+                f"{folder} has no projector for {name}; it has {', '.join(modalities_in(folder)) or 'none'}"
+            )
         try:
             weights = load_file(path)
         except SafetensorError as error:
@@ -249,12 +250,11 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
                 f"{wanted.get(differs)} in this model; compare {path.with_name('adapter_config.json')}"
             )
         projector.load_state_dict(weights)
-        found.append(name)
-    return found
 
 
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in (folder / "adapters").iterdir())) or "none"
+def modalities_in(folder: Path) -> list[str]:
+    """The modalities of which a checkpoint holds projectors."""
+    return sorted(path.name for path in (folder / "adapters").iterdir())
 
 
 def load_training_state(folder: Path) -> TrainingState:

@@ -111,6 +111,8 @@ def run_stage(config: Config) -> int:
         tracker.note(stream.cached)
         if resume is not None:
             tracker.note(f"going on from {resume}, step {state.step}")
+        elif start is not None:
+            tracker.note(_start_of(built, start))
 
         def save(place: int, bookmark: dict) -> None:
             parameters, moments = portable_parameters(engine), full_moments(engine)
@@ -127,6 +129,14 @@ def run_stage(config: Config) -> int:
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
     end_engine(engine)
     return 0 if finished else 1
+
+
+def _start_of(built: Built, start: Path) -> str:
+    """What a stage takes from the checkpoint it starts from, and what not."""
+    here, there = set(built.adapters), set(checkpoint.modalities_in(start))
+    shares = {"": here & there, "new here": here - there, "left behind, since the recipe lacks them": there - here}
+    parts = [f"{', '.join(sorted(names))}{f' ({what})' if what else ''}" for what, names in shares.items() if names]
+    return f"starting from {start}, projectors: {'; '.join(parts)}"
 
 
 def _identities(built: Built, config: Config) -> dict[str, str]:

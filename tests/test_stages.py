@@ -332,7 +332,7 @@ def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, enco
     assert kept.samefile(checkpoint.existing(run / "joint") / "llm" / "model.safetensors")
 
 
-def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(recipe, tmp_path):
+def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(recipe, tmp_path, capsys):
     given = recipe(ONELLM, optim__steps=1)
     text = (tmp_path / "recipe.yaml").read_text().replace("audio", "imu").split("  - name: motion")[0]
     (tmp_path / "recipe.yaml").write_text(text.replace('/imu",', '/imu", options: {rate: 50},'))
@@ -340,6 +340,10 @@ def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(rec
     first, second = (checkpoint.existing(tmp_path / "run" / name) / "adapters" for name in ("image", "sound"))
     assert [sorted(p.name for p in folder.iterdir()) for folder in (first, second)] == [["image"], ["image", "imu"]]
     assert (first / "image/model.safetensors").read_bytes() == (second / "image/model.safetensors").read_bytes()
+    assert f"starting from {first.parent}, projectors: image; imu (new here)" in capsys.readouterr().out
+    (tmp_path / "recipe.yaml").write_text(text.split("  - name: sound")[0])
+    assert run_stages(stages_of(given, f"model.checkpoint={second.parent}", f"run.dir={tmp_path / 'less'}")) == 0
+    assert "projectors: image; imu (left behind, since the recipe lacks them)" in capsys.readouterr().out
 
 
 def test_another_encoder_than_the_checkpoint_was_trained_from_is_refused(recipe, encoders, tmp_path):
