@@ -20,9 +20,10 @@ from adapters.pretrained import new_tensors
 from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
-from anymal.config import ModalityConfig, options
+from anymal.config import ModalityConfig
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Modality, parts
+from anymal.settings import options
 
 __all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options", "load_encoder"]
 

@@ -25,8 +25,8 @@ from adapters.image import ImageOptions
 from adapters.pictures import FITS, SquareDecoder
 from adapters.pretrained import save_network
 from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
-from anymal.config import options
 from anymal.errors import UserError
+from anymal.settings import options
 
 RESIZES = ("bilinear", "nearest")
 

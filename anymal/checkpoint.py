@@ -29,8 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anymal import config as settings
-from anymal import networks
+from anymal import networks, settings
 from anymal.config import Config
 from anymal.errors import UserError
 from anymal.llm import add_lora, load_lora

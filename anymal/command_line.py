@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
-from anymal.config import load
+from anymal.settings import load
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -61,7 +61,7 @@ def parse_args(
 
     ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
     launcher passes is accepted and not needed: the rank comes from the environment. Returns what `read` makes of it,
-    which takes the same as `anymal.config.load`.
+    which takes the same as `anymal.settings.load`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:

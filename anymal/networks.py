@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anymal import config as settings
+from anymal import settings
 from anymal.config import Config, LLMConfig, ModalityConfig
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder

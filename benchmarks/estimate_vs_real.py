@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.engine import make_engine, start_processes
 from anymal.llm import on_gpu
 from anymal.model import select_trainable
 from anymal.sample import Batch
+from anymal.settings import load
 from data_prep.demo_assets import cache_folder
 from launch.build import build, device, run_program
 from launch.estimate import predict

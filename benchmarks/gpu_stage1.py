@@ -31,11 +31,12 @@ from adapters.image import ImageDecoder, ImageEncoder
 from adapters.projectors import build_projector
 from anymal import attention
 from anymal.activations import set_checkpointing
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.cost import Cost
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.modality import Adapter, parts
 from anymal.model import AnyMAL, select_trainable, trainable
+from anymal.settings import load
 from launch.estimate import largest_batch, predict
 from launch.rehearse import Rehearsal, Workload
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import Quarantine
 from anymal.model import AnyMAL, fingerprint, select_trainable, trainable
 from anymal.packing import pack
 from anymal.sample import Batch
+from anymal.settings import load
 from anymal.stream import Stream
 from data_prep.demo_assets import cache_folder
 from launch.build import build, run_program, suffixes

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import Quarantine
 from anymal.features import dump
 from anymal.features import load as load_features
@@ -53,6 +53,7 @@ from anymal.model import AnyMAL, select_trainable
 from anymal.packing import pack
 from anymal.prompt import IGNORED
 from anymal.sample import Batch, Features, Tokens
+from anymal.settings import load
 from anymal.stream import Stream
 from data_prep.demo_assets import cache_folder
 from launch.allocated import peak_bytes

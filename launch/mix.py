@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapters.pretrained import license_of
-from anymal import checkpoint
-from anymal import config as settings
+from anymal import checkpoint, settings
 from anymal.command_line import parse_args
 from anymal.errors import UserError
 from anymal.weightless import read_config

@@ -14,8 +14,7 @@ import torch.distributed
 from omegaconf import OmegaConf
 
 from adapters import describe_options
-from anymal import checkpoint
-from anymal import config as settings
+from anymal import checkpoint, settings
 from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config

@@ -35,9 +35,10 @@ import webdataset as wds
 
 import anymal.train
 import launch.stage
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.engine import gather
 from anymal.meter import Meter
+from anymal.settings import load
 from conftest import make_llm
 from small_runs import make_encoders, metrics, settings, write_pairs
 

@@ -6,11 +6,12 @@ from torch.profiler import profile
 
 import tiny_llms
 from anymal.activations import set_checkpointing
-from anymal.config import Config, LLMConfig, LoraConfig, load
+from anymal.config import Config, LLMConfig, LoraConfig
 from anymal.errors import UserError
 from anymal.llm import add_lora, load_llm, set_frozen_mode
 from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
+from anymal.settings import load
 from launch.allocated import kept_bytes
 from toys import medium, sample, text, toy_adapters, toy_model
 

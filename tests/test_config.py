@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from anymal import config
 from anymal.command_line import parse_args
-from anymal.config import Config, ModalityConfig, load
+from anymal.config import Config, ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import load, options, save
 
 NAMED = "model.llm.name=x"
 
@@ -24,7 +24,7 @@ def test_modalities_are_typed_though_their_names_are_free():
     loaded = load(
         Config, None, [NAMED, "model.modalities.smell.encoder=e", "model.modalities.smell.projector.tokens=5"]
     )
-    assert loaded.model.modalities["smell"] == ModalityConfig(encoder="e", projector=config.ProjectorConfig(tokens=5))
+    assert loaded.model.modalities["smell"] == ModalityConfig(encoder="e", projector=ProjectorConfig(tokens=5))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path):
 
 def test_resolved_settings_are_read_back_alike(tmp_path):
     original = load(Config, None, [NAMED, "model.modalities.image.encoder=e", "data.shards=[a,b]", "train=[lora]"])
-    config.save(original, tmp_path / "recipe.yaml")
+    save(original, tmp_path / "recipe.yaml")
     assert load(Config, tmp_path / "recipe.yaml") == original
 
 
@@ -109,5 +109,5 @@ def test_unknown_options_of_a_modality_name_the_nearest():
     from adapters.video import MODALITY
 
     with pytest.raises(UserError, match=r"model\.x: unknown option 'framez'; did you mean frames\?"):
-        config.options(MODALITY.options, {"framez": 4}, "model.x")
-    assert config.options(MODALITY.options, {"frames": 4}, "model.x").frames == 4
+        options(MODALITY.options, {"framez": 4}, "model.x")
+    assert options(MODALITY.options, {"frames": 4}, "model.x").frames == 4

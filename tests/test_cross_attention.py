@@ -16,7 +16,7 @@ from adapters.projectors import build_projector
 from adapters.projectors.cross import GatedCrossAttention
 from anymal import attention, checkpoint
 from anymal.bridge import Bridges, Look, Sight, _cross, looks
-from anymal.config import Config, LLMConfig, LoraConfig, ProjectorConfig, PromptConfig, load
+from anymal.config import Config, LLMConfig, LoraConfig, ProjectorConfig, PromptConfig
 from anymal.cost import Cost
 from anymal.errors import UserError
 from anymal.generate import embed_prompt, generate, log_likelihoods
@@ -26,6 +26,7 @@ from anymal.model import AnyMAL, fingerprint, select_trainable, trainable
 from anymal.packing import pack
 from anymal.prompt import IGNORED, Prompt
 from anymal.sample import Part, Tokens, Views
+from anymal.settings import load
 from launch.build import build
 from launch.rehearse import Rehearsal, Workload
 from small_runs import deepspeed, go_back, losses, make_encoders, pretrain_here, settings, write_pairs

@@ -16,13 +16,14 @@ import webdataset as wds
 import anymal.model
 from adapters import MODALITIES, build_adapters
 from anymal import checkpoint, features, shards, twins
-from anymal.config import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig, load
+from anymal.config import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.errors import Quarantine, UserError
 from anymal.llm import load_llm
 from anymal.model import run_encoder
 from anymal.packing import pack
 from anymal.prompt import prepare
 from anymal.sample import PartlyEncoded
+from anymal.settings import load
 from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import Stream
 from launch.build import suffixes

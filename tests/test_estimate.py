@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import tiny_encoders
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import UserError
 from anymal.model import select_trainable
+from anymal.settings import load
 from anymal.weightless import int8_bytes, nf4_bytes, stored_bytes
 from conftest import make_llm
 from launch.build import build
@@ -129,7 +130,7 @@ def test_the_program_needs_no_weights(folders, tmp_path):
     shutil.copytree(folders, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = _config(bare)
     recipe = tmp_path / "recipe.yaml"
-    from anymal.config import save
+    from anymal.settings import save
 
     save(config, recipe)
     done = python(

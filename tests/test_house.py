@@ -23,7 +23,7 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 FLOORS = [
     ["cpu", "footprint"],
     ["budget", "errors", "sample"],
-    ["config", "metrics"],
+    ["config", "settings", "metrics"],
     ["attention", "bridge", "command_line", "modality", "activations", "features", "stages"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],

@@ -13,9 +13,10 @@ import anymal  # noqa: F401  before anything imports transformers
 import launch.mix
 import tiny_encoders
 from anymal import checkpoint
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import UserError
 from anymal.model import select_trainable, trainable
+from anymal.settings import load
 from conftest import make_llm
 from launch.build import build
 from launch.mix import Mix, hollow_llm, mix_checkpoints, mix_llms

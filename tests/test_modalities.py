@@ -17,8 +17,9 @@ from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
 from adapters.pretrained import shapes_only
 from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from anymal.command_line import field_docs
-from anymal.config import ModalityConfig, ProjectorConfig, options
+from anymal.config import ModalityConfig, ProjectorConfig
 from anymal.errors import BadSample, UserError
+from anymal.settings import options
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, hostile
 
 CASES = [(name, kind) for name in MODALITIES for kind in ENCODERS[name]]

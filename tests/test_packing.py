@@ -9,12 +9,13 @@ import torch
 import transformers
 
 import tiny_encoders
-from anymal.config import Config, DataConfig, load
+from anymal.config import Config, DataConfig
 from anymal.errors import UserError
 from anymal.llm import isolates_packed_samples
 from anymal.model import select_trainable
 from anymal.packing import Item, Packer, pack
 from anymal.sample import Message, Part, Sample, Tokens
+from anymal.settings import load
 from launch.build import build
 from small_runs import make_encoders, settings
 from toys import medium, sample, text, toy_model

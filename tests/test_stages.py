@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 import tiny_encoders
 from adapters import load_encoder
 from anymal import checkpoint
-from anymal.config import Config, ModalityConfig, load
+from anymal.config import Config, ModalityConfig
 from anymal.errors import UserError
 from anymal.model import select_trainable, trainable
 from anymal.networks import _renamed, _save_encoder, load_bare
+from anymal.settings import load
 from anymal.stages import Recipe, config_of, load_stages
 from launch.build import build
 from launch.stage import run_stages

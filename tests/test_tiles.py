@@ -10,12 +10,13 @@ from PIL import Image
 import tiny_encoders
 from adapters.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
 from anymal.budget import degrade
-from anymal.config import Config, load
+from anymal.config import Config
 from anymal.errors import UserError
 from anymal.evaluate import _options, _read
 from anymal.model import select_trainable
 from anymal.packing import pack
 from anymal.sample import Message, Part, Sample
+from anymal.settings import load
 from launch.build import build
 from toys import text
 

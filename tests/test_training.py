@@ -14,12 +14,13 @@ import torch
 import transformers
 
 from anymal import checkpoint
-from anymal.config import Config, DataConfig, load
+from anymal.config import Config, DataConfig
 from anymal.engine import deepspeed_config, learning_rate
 from anymal.errors import Quarantine, UserError
 from anymal.model import fingerprint, select_trainable, trainable
 from anymal.packing import pack
 from anymal.sample import Batch, Sample, Tokens
+from anymal.settings import load
 from anymal.stream import Stream
 from launch.build import build, suffixes
 from launch.stage import run_stage

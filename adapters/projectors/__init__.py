@@ -30,8 +30,9 @@ from adapters.projectors.pooled import linear, mlp
 from adapters.projectors.qformer import QFormerOptions, qformer
 from adapters.projectors.resampler import resampler
 from adapters.projectors.shuffle import PixelShuffleOptions, pixel_shuffle
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "linear": linear,

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.projectors.fit import Fit, asked_tokens, grid_side, scaled_mlp
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 
 @dataclass(kw_only=True)

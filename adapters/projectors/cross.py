@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from adapters.projectors.fit import Fit
 from adapters.projectors.resampler import Resampler
 from anymal.bridge import Look
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 LATENTS = 64
 """Flamingo's."""

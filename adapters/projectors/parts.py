@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from adapters.projectors.fit import Fit
 from adapters.projectors.pooled import PooledProjector
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from adapters.pretrained import call, load_config, quiet, without_weights
 from adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 
 @dataclass(kw_only=True)

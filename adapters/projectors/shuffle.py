@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from adapters.projectors.fit import Fit, grid_side, scaled_mlp
-from anymal.config import ProjectorConfig, options
+from anymal.config import ProjectorConfig
 from anymal.errors import UserError
+from anymal.settings import options
 
 
 @dataclass(kw_only=True)
