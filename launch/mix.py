@@ -109,7 +109,7 @@ def mix_checkpoints(mix: Mix) -> None:
     """Write `mix.out` as a checkpoint that `anymal.checkpoint.existing` finds."""
     a, b = checkpoint.existing(mix.a), checkpoint.existing(mix.b)
     config = checkpoint.recipe(a)
-    modalities = [sorted(path.name for path in (folder / "adapters").iterdir()) for folder in (a, b)]
+    modalities = [checkpoint.modalities_in(folder) for folder in (a, b)]
     require_alike(*({"modalities": found} for found in modalities), where="adapters")
     require_alike(*({"LoRA": (folder / "lora").is_dir()} for folder in (a, b)), where="checkpoints")
     with written_whole(Path(mix.out)) as out:

@@ -15,8 +15,8 @@ from anymal import manifest, remote, shards
 from anymal.config import DatasetConfig
 from anymal.errors import UserError
 from anymal.remote import Remote
+from streams import folder, samples, stream
 from test_shards import pairs, write
-from test_stream import folder, samples, stream
 
 
 class Server(http.server.ThreadingHTTPServer):
