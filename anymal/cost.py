@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anymal.bridge import Look, looks
@@ -100,17 +102,21 @@ def numel(parameter: Tensor) -> int:
 def forward_flops(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
     """FLOPs of one forward pass over an input of `shape`, of matrix products, convolutions and attention.
 
-    The module runs on the meta device, by torch's own counter: no weights are read and nothing is computed.
+    The module runs on fake tensors, by torch's own counter: no weights are read and nothing is computed.
     """
-    return _on_meta(module, torch.empty(shape, dtype=dtype, device="meta"))[1]
+    return _on_shapes(module, torch.empty(shape, dtype=dtype, device="meta"))[1]
 
 
-def _on_meta(module: nn.Module, *inputs: Any) -> tuple[Any, int]:
-    """What the module makes of tensors on the meta device, and the FLOPs that it would take."""
+def _on_shapes(module: nn.Module, *inputs: Any) -> tuple[Any, int]:
+    """What the module makes of inputs of which only the shapes count, and the FLOPs that it would take."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        made = functional_call(module, meta, inputs)
+    # Not the meta device: transformers looks into masks there, but not into those of fake tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+        given = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        # The counter knows of no fused attention on a CPU, only of the products that it stands for.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            made = functional_call(module, fake, tuple(given))
     return made, counter.get_total_flops()
 
 
@@ -127,12 +133,12 @@ def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dt
 def _bridge_flops(projector: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
     """FLOPs of a projector's context and bridges for one medium, and for each token that sees one."""
     features = torch.empty(shape, device="meta")
-    latents, context = _on_meta(projector.context, features)
-    width = _on_meta(projector, features)[0].shape[-1]
+    latents, context = _on_shapes(projector.context, features)
+    width = _on_shapes(projector, features)[0].shape[-1]
 
     def for_tokens(tokens: int) -> int:
         hidden, seen = torch.empty(tokens, width, device="meta"), [Look(tokens, 0, 1)]
-        return sum(_on_meta(bridge, hidden, latents, seen)[1] for bridge in projector.bridges.values())
+        return sum(_on_shapes(bridge, hidden, latents, seen)[1] for bridge in projector.bridges.values())
 
     token = for_tokens(2) - for_tokens(1)
     return context + for_tokens(1) - token, token

@@ -8,13 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_encoders
-from anymal.config import LLMConfig, LoraConfig, ProjectorConfig
+from adapters import load_encoder
+from anymal.config import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
 from anymal.cost import Cost, forward_flops, llm_cost
 from anymal.llm import add_lora, load_llm
 from anymal.meter import Meter
 from anymal.packing import pack
 from anymal.prompt import IGNORED
 from anymal.sample import Tokens
+from benchmarks import stand_ins
 from conftest import make_llm
 from toys import toy_model
 
@@ -93,6 +95,15 @@ def test_an_encoder_is_counted_on_shapes(tmp_path):
         projector(features).sum().backward()
     # Latents and features need no gradient of their own in the first layers, hence a little less than three passes.
     assert 2.5 < counter.get_total_flops() / forward_flops(projector, features.shape) <= 3
+
+
+def test_pix2struct_is_counted_though_it_looks_into_a_mask(tmp_path):
+    folder = stand_ins.make("google/pix2struct-large", tmp_path / "pix2struct", narrow=True)
+    tree = {"channels": [{"name": folder, "size": 720}], "grid": 32}
+    encoder = load_encoder("image", ModalityConfig(encoder=tree))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encoder(torch.zeros(1, *encoder.shape, dtype=torch.uint8))
+    assert forward_flops(encoder, (1, *encoder.shape), torch.uint8) == counter.get_total_flops() > 0
 
 
 def test_the_meter_reports_flops_per_second_and_utilisation(tiny_llm):
