@@ -7,6 +7,7 @@ decodes wav, flac, ogg, opus and mp3; torchaudio resamples to the encoder's rate
 """
 
 import io
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -220,21 +221,21 @@ def _unfuse(network: nn.Module) -> None:
 
 
 def _shorten_whisper(network: nn.Module, extractor: Any, name: str, seconds: float) -> None:
-    """Let Whisper take clips of `seconds`: the start of its table of positions is kept."""
-    own, positions = network.config.max_source_positions, round(seconds * WHISPER_POSITIONS)
-    if own != extractor.chunk_length * WHISPER_POSITIONS:
+    """Let Whisper take clips of `seconds`, in whole positions: the start of its table of them is kept."""
+    own, positions = network.config.max_source_positions, math.ceil(seconds * WHISPER_POSITIONS - 1e-6)
+    if own != round(extractor.chunk_length * WHISPER_POSITIONS):  # for 1.1 s the product is 55.00000000000001
         raise UserError(
             f"{name!r}: max_source_positions is {own} in config.json, but chunk_length is {extractor.chunk_length} s "
             f"in preprocessor_config.json; {WHISPER_POSITIONS} positions a second are wanted"
         )
+    extractor.n_samples = positions * extractor.sampling_rate // WHISPER_POSITIONS
+    extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
     if positions == own:
         return
     weight = network.embed_positions.weight[:positions]
     network.embed_positions = nn.Embedding.from_pretrained(weight.clone(), freeze=True)
     network.config.max_source_positions = network.max_source_positions = positions
-    extractor.chunk_length = seconds
-    extractor.n_samples = positions * extractor.sampling_rate // WHISPER_POSITIONS
-    extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
+    extractor.chunk_length = positions / WHISPER_POSITIONS  # not `seconds`: what is saved must fit the table
 
 
 MODALITY = Modality(

@@ -104,7 +104,7 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
         where: The place in the recipe, for errors.
 
     Raises:
-        UserError: The processor does not say its size.
+        UserError: The processor does not say its size, or has none.
     """
     timm = getattr(processor, "data_config", None)
     if timm:
@@ -120,6 +120,8 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
         return Pixels(size=size or int(patches**0.5) * side, mode=BILINEAR)
     cropped = processor.crop_size if getattr(processor, "do_center_crop", False) else None
     sizes = cropped or processor.size
+    if sizes is None:
+        raise UserError(f"{where}: an encoder of flexible resolution has no place in a composition")
     given = [sizes[key] for key in ("height", "shortest_edge", "longest_edge") if sizes[key]]
     if not size and not given:
         raise UserError(f"{where}: its image processor names no size in pixels; set size")

@@ -222,7 +222,8 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
         model: What they go into.
         adapters: As the model was made from.
         folder: The checkpoint.
-        partly: Whether the checkpoint may lack some of the model's modalities (they keep their fresh weights).
+        partly: Whether the checkpoint may lack some of the model's modalities (they keep their fresh weights), and may
+            be of a stage with tiles where this one has none, or the other way round.
 
     Raises:
         UserError: A modality is missing, a file is damaged, or a projector does not fit. Names file and tensor.
@@ -240,6 +241,10 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}; use an older checkpoint") from error
         projector = model.projectors[name]
+        if partly and ("skip" in weights) != hasattr(projector, "skip"):
+            weights.pop("skip", None)
+            if hasattr(projector, "skip"):  # the embedding of skipped views keeps its fresh weights
+                weights["skip"] = projector.skip.detach()
         wanted = {key: tuple(p.shape) for key, p in projector.state_dict().items()}
         given = {key: tuple(p.shape) for key, p in weights.items()}
         if wanted != given:

@@ -23,6 +23,7 @@ another name (plural, synonym, a part of a name, a word of the caption) is never
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def describe(number: int, place: tuple[str, int, int], names: Names) -> Picture:
     except (ValueError, RecursionError) as error:  # of UTF-8 and of JSON
         raise BadSample(f"its text is damaged: {error}") from error
     objects = _objects(described if isinstance(described, dict) else {}, caption, names)
-    objects = list(dict.fromkeys(name for name in map(names.name, objects) if name))
+    objects = list(dict.fromkeys(name for name in map(names.name, map(_bare, objects)) if name))
     return Picture(number=number, key=key, place=place, member=pictures[0], objects=objects, caption=caption)
 
 
@@ -125,7 +126,7 @@ def _objects(described: dict[str, Any], caption: str, names: Names) -> list[str]
     if answer := _answer(described):
         return [answer]
     if not caption:
-        raise BadSample('nothing tells what is in it: no list "objects" in its json, no closed question, no caption')
+        raise BadSample('nothing tells what is in it: its json has no "objects" and asks for none, and no caption')
     if names:
         return names.found_in(caption)
     if len(words(caption)) > _LONGEST_NAME:
@@ -135,12 +136,19 @@ def _objects(described: dict[str, Any], caption: str, names: Names) -> list[str]
     return [caption]
 
 
+def _bare(name: str) -> str:
+    """A name without its article."""
+    return re.sub(r"^(a|an|the)\s+", "", name.strip(), flags=re.IGNORECASE)
+
+
 def _answer(described: dict[str, Any]) -> str:
-    """The right answer, if this is a closed question with one answer; else empty."""
+    """The right answer, if this is a closed question with one answer that names something; else empty."""
     options, messages = _list(described.get("options")), _list(described.get("messages"))
     content = messages[-1].get("content") if messages and isinstance(messages[-1], dict) else None
     said = [part.get("text") for part in _list(content) if isinstance(part, dict)] or [content]
-    return said[0] if len(said) == 1 and isinstance(said[0], str) and said[0] in options else ""
+    if len(said) != 1 or not isinstance(said[0], str) or said[0] not in options:
+        return ""
+    return "" if re.fullmatch(r"yes|no|\w|[\d.,%]+", said[0].strip(" .").lower()) else said[0]
 
 
 def _list(value: Any) -> list[Any]:

@@ -92,7 +92,8 @@ def main() -> None:
     prompt = embed_prompt(built.model, question)
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
     answer = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)[0]
-    print(answer if painter is None else _drawn(answer, painter, Path(config.draw_out)))
+    del built, prompt  # room for what draws
+    say(answer, painter, Path(config.draw_out))
 
 
 def _painter(config: ChatConfig) -> Painter | None:
@@ -104,11 +105,14 @@ def _painter(config: ChatConfig) -> Painter | None:
     )
 
 
-def _drawn(answer: str, painter: Painter, folder: Path) -> str:
-    """The reply, and a line for each picture that the answer asked for."""
+def say(answer: str, painter: Painter | None, folder: Path) -> None:
+    """Print the answer; with a painter the reply first, then a line for each picture that it asked for."""
+    if painter is None:
+        return print(answer)
     reply, prompts = split(answer)
-    paths = painter.draw(prompts, folder)
-    return "\n".join([reply, *(f"drawn: {path} ({prompt})" for path, prompt in zip(paths, prompts, strict=True))])
+    print(reply, flush=True)  # it stands, whatever comes of the drawing
+    for path, prompt in zip(painter.draw(prompts, folder), prompts, strict=True):
+        print(f"drawn: {path} ({prompt})")
 
 
 if __name__ == "__main__":

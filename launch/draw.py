@@ -6,6 +6,7 @@ The contract is Mini-Gemini's (Li and others, arXiv 2403.18814): the LLM writes 
 plain text, and a diffusion model that nobody trained draws it. `launch/chat.py` is what people run.
 """
 
+import gc
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Painter:
     def __post_init__(self):
         if min(self.steps, self.size, self.seed) < 0:
             raise UserError("draw_steps, draw_size and draw_seed cannot be negative")
+        if self.size % 8:
+            raise UserError(f"draw_size is {self.size}; pipelines draw in multiples of 8 pixels")
         try:
             import diffusers  # noqa: F401  (now, not after the LLM has answered)
         except ImportError as error:
@@ -60,17 +63,23 @@ class Painter:
         The same pipeline, prompts, seed and device give the same pictures.
 
         Raises:
-            UserError: The pipeline does not load.
+            UserError: The pipeline does not load, or cannot draw a prompt.
         """
         if not prompts:
             return []
+        gc.collect()  # whatever held the GPU before
+        if self.place.type == "cuda":
+            torch.cuda.empty_cache()
         pipeline, paths = self._load(), []
         given = {"num_inference_steps": self.steps, "height": self.size, "width": self.size}
         given = {name: value for name, value in given.items() if value}
         folder.mkdir(parents=True, exist_ok=True)
         for i, prompt in enumerate(prompts):
             noise = torch.Generator("cpu").manual_seed(self.seed + i)  # on the CPU: the same noise whatever draws
-            picture = pipeline(prompt, generator=noise, **given).images[0]
+            try:
+                picture = pipeline(prompt, generator=noise, **given).images[0]
+            except (ValueError, torch.OutOfMemoryError) as error:
+                raise UserError(f"draw={self.name} cannot draw {prompt!r}: {error}") from error
             path = next(p for n in range(10**9) if not (p := folder / f"{n:04d}.png").exists())
             picture.save(path)
             paths.append(path)

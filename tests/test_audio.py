@@ -87,6 +87,16 @@ def test_whisper_is_shortened_to_the_clip(tmp_path):
         load_audio_encoder(folder, AudioOptions())
 
 
+@pytest.mark.parametrize("seconds", [0.31, 0.55, 0.56, 0.57])  # of positions no whole numbers, or not as floats
+def test_a_shortened_whisper_can_be_saved_and_loaded(tmp_path, seconds):
+    first = load_audio_encoder(tiny.whisper(tmp_path / "whole"), AudioOptions(seconds=seconds))
+    first.save_pretrained(tmp_path / "saved", first.state_dict())
+    again = load_audio_encoder(str(tmp_path / "saved"), AudioOptions(seconds=seconds))
+    spectrogram = first.decode(sound())
+    assert torch.equal(again.decode(sound()), spectrogram)
+    assert torch.equal(again(spectrogram[None]), first(spectrogram[None]))
+
+
 @pytest.mark.parametrize("fusion", [False, True])
 def test_long_sounds_are_cropped_the_same_way_each_time(tmp_path, fusion):
     encoder = load_audio_encoder(tiny.clap(tmp_path, fusion=fusion), AudioOptions())

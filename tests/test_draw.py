@@ -9,7 +9,7 @@ from PIL import Image
 
 import anymal  # noqa: F401  (makes torchaudio importable before diffusers imports transformers)
 from anymal.errors import UserError
-from launch.chat import _drawn
+from launch.chat import say
 from launch.draw import Painter, split
 
 
@@ -96,14 +96,24 @@ def test_prompts_become_png_files_that_follow_the_seed(pipeline, tmp_path):
     assert prompted.read_bytes() != one.read_bytes()
 
 
-def test_chat_says_where_the_pictures_are(pipeline, tmp_path):
-    said = _drawn("Here you are: <h>a cat</h> Anything else?", painter(pipeline), tmp_path)
-    assert said == f"Here you are: Anything else?\ndrawn: {tmp_path / '0000.png'} (a cat)"
+def test_chat_says_where_the_pictures_are(pipeline, tmp_path, capsys):
+    say("Here you are: <h>a cat</h> Anything else?", painter(pipeline), tmp_path)
+    assert capsys.readouterr().out == f"Here you are: Anything else?\ndrawn: {tmp_path / '0000.png'} (a cat)\n"
     assert (tmp_path / "0000.png").is_file()
+    say("<h>as it is</h>", None, tmp_path)
+    assert capsys.readouterr().out == "<h>as it is</h>\n"
+
+
+def test_an_answer_stands_though_it_cannot_be_drawn(tmp_path, capsys):
+    with pytest.raises(UserError, match="does not load"):
+        say("Words. <h>a cat</h>", painter("nowhere"), tmp_path / "out")
+    assert capsys.readouterr().out == "Words.\n"
+    with pytest.raises(UserError, match="draw_size is 100; pipelines draw in multiples of 8"):
+        painter("nowhere", size=100)
 
 
 def test_nothing_is_loaded_when_nothing_is_to_be_drawn(tmp_path):
-    assert _drawn("Just words.", painter("nowhere"), tmp_path / "out") == "Just words."
+    say("Just words.", painter("nowhere"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -455,6 +455,12 @@ def test_mini_gemini_mines_a_map_of_36864_positions(real):
     assert (adapter.tokens, adapter.projector.cell) == (576, 8)
 
 
+def test_an_encoder_of_flexible_resolution_is_refused(tmp_path):
+    tree = {"name": tiny.siglip2(tmp_path)}
+    with pytest.raises(UserError, match="flexible resolution has no place in a composition"):
+        load_encoder("image", ModalityConfig(encoder=tree))
+
+
 def test_pixels_as_timms_processor_says():
     """Of its processor only the ``data_config`` is read; it needs torchvision, of which PyPI has no build for CPUs."""
     found = {"input_size": [3, 256, 256], "interpolation": "bicubic", "mean": CLIP_MEAN, "std": CLIP_STD}

@@ -15,6 +15,7 @@ from data_prep.negatives import WAYS, Chooser, Picture
 from data_prep.objects import Names, forms, occurs, read_table
 from data_prep.shards import labelled_sample, read_shards, write_shards
 
+NAMES = ["fox", "owl", "cat"]
 TABLE = [["person", "man", "woman"], ["dog", "puppy"], ["hot dog"], ["fire truck", "fire engine"], ["knife"]]
 
 
@@ -171,8 +172,8 @@ def test_the_same_data_and_seed_give_the_same_bytes_wherever_they_lie(tmp_path, 
 
 
 def test_captions_and_closed_questions_tell_what_is_there(tmp_path):
-    label = [labelled_sample(f"l{i}", "image", "png", tiny_encoders.picture(), name) for i, name in enumerate("xyz")]
-    asked = labelled_sample("q", "image", "png", tiny_encoders.picture(), "y", options=["x", "y"])
+    label = [labelled_sample(f"l{i}", "image", "png", tiny_encoders.picture(), name) for i, name in enumerate(NAMES)]
+    asked = labelled_sample("q", "image", "png", tiny_encoders.picture(), "owl", options=["fox", "owl"])
     write_shards(tmp_path / "in", [*label, asked], per_shard=9)
     found = list(read_shards(program(tmp_path, f"shards={tmp_path / 'in'}", "ways=[random]") / "random"))
     yes = [
@@ -180,7 +181,19 @@ def test_captions_and_closed_questions_tell_what_is_there(tmp_path):
         for s in found
         if s["json"]["messages"][1]["content"][0]["text"] == "yes"
     ]
-    assert yes == [("l0", "x"), ("l1", "y"), ("l2", "z"), ("q", "y")]
+    assert yes == [("l0", "fox"), ("l1", "owl"), ("l2", "cat"), ("q", "owl")]
+
+
+def test_articles_are_no_part_of_a_name():
+    said = ["a dog", "An owl", "the red cat", "anvil", "theatre"]
+    assert [negatives._bare(name) for name in said] == ["dog", "owl", "red cat", "anvil", "theatre"]
+
+
+@pytest.mark.parametrize("said", ["yes", "No", "B", "3", "12.5", "no."])
+def test_an_answer_that_names_nothing_is_no_object(said):
+    described = {"options": [said, "cat"], "messages": [{"role": "assistant", "content": said}]}
+    assert negatives._answer(described) == ""
+    assert negatives._answer({"options": ["cat"], "messages": [{"role": "assistant", "content": "cat"}]}) == "cat"
 
 
 def test_a_table_finds_objects_in_captions(tmp_path):

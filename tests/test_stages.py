@@ -347,6 +347,18 @@ def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(rec
     assert "projectors: image; imu (left behind, since the recipe lacks them)" in capsys.readouterr().out
 
 
+def test_tiles_may_come_and_go_between_stages(recipe, encoders, tmp_path):
+    """Plain, then with tiles (LLaVA-NeXT's order), then plain again; the embedding of skipped views comes and goes."""
+    plain = f"{{encoder: {encoders / 'image'}, projector: {{tokens: 4}}}}"
+    tiled = plain.replace("projector", "options: {tiles: 2x2}, projector")
+    text = "train: [projectors]\nstages:\n"
+    for name, image in (("a", plain), ("b", tiled), ("c", plain)):
+        text += f"  - {{name: {name}, model: {{modalities: {{image: {image}}}}}}}\n"
+    assert run_stages(stages_of(recipe(text, optim__steps=1))) == 0
+    held = [load_file(checkpoint.existing(tmp_path / "run" / n) / "adapters/image/model.safetensors") for n in "abc"]
+    assert ["skip" in weights for weights in held] == [False, True, False]
+
+
 def test_another_encoder_than_the_checkpoint_was_trained_from_is_refused(recipe, encoders, tmp_path):
     image = f"model.modalities.image.encoder={encoders / 'image'}"
     given = recipe("train: [encoders]\n", optim__steps=1)
