@@ -4,7 +4,7 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,6 +288,11 @@ class RunConfig:
         _require(least > 0, "run.save_every, run.keep and run.log_every must be at least 1")
         _require(self.peak_tflops >= 0, f"run.peak_tflops is {self.peak_tflops}; it cannot be negative")
         _require(self.samples >= 0, f"run.samples is {self.samples}; it cannot be negative")
+
+
+def encoder_learns(modality: str, train: Sequence[str]) -> bool:
+    """Whether `train`, as in a recipe, names the encoder of a modality."""
+    return "encoders" in train or f"encoders.{modality}" in train
 
 
 @dataclass(kw_only=True)

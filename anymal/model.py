@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anymal import attention
 from anymal.bridge import Bridges, Sight, looks
+from anymal.config import encoder_learns
 from anymal.errors import UserError
 from anymal.llm import compute_dtype, set_frozen_mode
 from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
@@ -206,11 +207,6 @@ class AnyMAL(nn.Module):
             if "lora_" in name:
                 module.train(mode)
         return self
-
-
-def encoder_learns(modality: str, train: Sequence[str]) -> bool:
-    """Whether `train`, as in a recipe, names the encoder of a modality."""
-    return "encoders" in train or f"encoders.{modality}" in train
 
 
 def place_encoder(encoder: Encoder, device: torch.device) -> None:

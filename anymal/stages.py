@@ -12,14 +12,14 @@ docs/stages.md has examples.
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from anymal.config import Config
+from anymal.config import Config, encoder_learns
 from anymal.errors import UserError
 from anymal.settings import load
 
@@ -109,6 +109,56 @@ def _parts(recipe: str | Path | None) -> dict[str, dict[str, Any]]:
             model = {"checkpoint": f"${{run.dir}}/{list(parts)[-1]}"} | model
         parts[name] = part | {"model": model, "stages": []}
     return parts
+
+
+def left_behind(stages: Sequence[Config]) -> dict[str, str]:
+    """Where stages leave the encoders that they train → the name of what each is made from."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        for name, modality in stage.model.modalities.items():
+            if encoder_learns(name, stage.train):
+                made_from = next(encoder_names(modality.encoder))
+                found[f"{stage.run.dir}/checkpoints/latest/encoders/{name}"] = found.get(made_from, made_from)
+    return found
+
+
+def encoder_names(encoder: Any) -> Iterator[str]:
+    """Every hub name or folder in a recipe's ``encoder``: a name, or a composition's mapping."""
+    if isinstance(encoder, str):
+        yield encoder
+    elif isinstance(encoder, dict):
+        for key in ("name", "channels", "append"):
+            yield from encoder_names(encoder.get(key, []))
+    else:
+        for one in encoder:
+            yield from encoder_names(one)
+
+
+def load_untrained(
+    schema: type[Recipe],
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Sequence[str] = (),
+) -> list[Recipe]:
+    """As `load_stages`; encoders that an earlier stage leaves behind replaced by those that they are made from.
+
+    These are there before anything is trained, and of the same shapes: all that ``launch/estimate.py`` asks for.
+    """
+    every = [override for override in overrides if not override.startswith("stage=")]
+    origin = left_behind(load_stages(schema, recipe, every, defaults))
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return origin.get(value, value) if isinstance(value, str) else value
+
+    found = []
+    for stage in load_stages(schema, recipe, overrides, defaults):
+        modalities = {n: replace(m, encoder=resolved(m.encoder)) for n, m in stage.model.modalities.items()}
+        found.append(replace(stage, model=replace(stage.model, modalities=modalities)))
+    return found
 
 
 def config_of(stage: Recipe) -> Config:

@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -37,11 +36,11 @@ from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Message, Part, Sample
-from anymal.stages import Recipe, config_of, load_stages
+from anymal.stages import Recipe, config_of, load_untrained
 from anymal.stream import samples_once
-from benchmarks.stand_ins import replaced
 from data_prep.demo_assets import cache_folder
 from launch.build import build, run_program, suffixes, unchanged
+from stand_ins import replaced
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 PAPER: dict[str, dict[str, int]] = {
@@ -99,29 +98,12 @@ def recipes() -> list[str]:
 
 def stages(name: str) -> list[Recipe]:
     """The settings of each stage, encoders that an earlier stage leaves behind replaced by what they were made from."""
-    found = load_stages(Recipe, RECIPES / f"{name}.yaml", GIVEN)
-    origin = {f"{stage.run.dir}/checkpoints/latest/encoders/image": stage for stage in found}
-
-    def resolved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: resolved(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [resolved(item) for item in value]
-        return _name(origin[value].model.modalities["image"].encoder) if value in origin else value
-
+    found = load_untrained(Recipe, RECIPES / f"{name}.yaml", GIVEN)
     for stage in found:
         for modality in stage.model.modalities.values():
-            modality.encoder = resolved(modality.encoder)
             if "rate" in modality.options:
                 modality.options["rate"] = RATE
     return found
-
-
-def _name(encoder: Any) -> str:
-    """The one name in an encoder's setting."""
-    if isinstance(encoder, str):
-        return encoder
-    return _name(encoder["name"] if "name" in encoder else encoder["channels"][0])
 
 
 def _with_stand_ins(config: Config, folder: Path, *, narrow: bool) -> Config:

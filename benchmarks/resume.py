@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from stream import BATCH, demo_samples, ours, theirs, write
 
 from anymal.stream import merge_bookmarks
 from launch.build import run_program
+from stream import BATCH, demo_samples, ours, theirs, write
 
 GOAL = 2.0  # seconds, at any position, with the index
 SHARDS, PER_SHARD, WORKERS, TIMES = 3, 10_000, 2, 3

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from adapters import describe_options, load_encoder
 from anymal import checkpoint, features, manifest, networks, shards, twins
 from anymal.command_line import parse_args
-from anymal.config import Config, DataConfig
+from anymal.config import Config, DataConfig, encoder_learns
 from anymal.errors import BadSample, UserError
 from anymal.modality import Encoder
-from anymal.model import encoder_learns, place_encoder, run_encoder
+from anymal.model import place_encoder, run_encoder
 from anymal.parse import modality_of, parse
-from anymal.stages import Recipe, load_stages
+from anymal.stages import Recipe, encoder_names, left_behind, load_stages
 from anymal.stream import tars
 from anymal.workers import each, reason_of
 from launch.build import device, run_program, suffixes
@@ -261,7 +261,7 @@ def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, 
     for name, modality in networks.encoders_of(stage, start).items():
         if encoder_learns(name, stage.train):
             print(f"{name}: its encoder learns, so its features do not last")
-        elif start is None and any(encoder_learns(name, one.train) for one in earlier):
+        elif _awaited(stage, name, start, earlier):
             print(f"{name}: its encoder is yet to be trained by an earlier stage; start again after that")
         elif hasattr((encoder := load_encoder(name, modality)).decode, "most_views"):
             print(f"{name}: how many views of a medium are seen depends on its sample; no features are written")
@@ -269,6 +269,14 @@ def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, 
             found[name] = encoder
     networks.load_bare(found, start)
     return found
+
+
+def _awaited(stage: Config, name: str, start: Path | None, earlier: Sequence[Config]) -> bool:
+    """Whether an earlier stage has yet to train a modality's encoder, or one that it is made of."""
+    if stage.model.checkpoint is not None and start is None:
+        return any(encoder_learns(name, one.train) for one in earlier)
+    made = left_behind(earlier)
+    return any(path in made and not Path(path).is_dir() for path in encoder_names(stage.model.modalities[name].encoder))
 
 
 def encode_stage(stage: Recipe, earlier: Sequence[Recipe], place: torch.device) -> None:

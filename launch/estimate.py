@@ -17,7 +17,7 @@ from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.engine import BUCKET
 from anymal.errors import UserError
-from anymal.stages import Recipe, load_stages
+from anymal.stages import Recipe, load_untrained
 from launch.build import run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
@@ -184,7 +184,7 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 
 def main() -> None:
     """Read the command line, rehearse and print, stage by stage."""
-    for config in parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_stages):
+    for config in parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_untrained):
         if config.stage:
             print(f"Stage {config.stage}: {', '.join(config.train)} learn\n")
         estimate(config)

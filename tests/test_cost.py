@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import stand_ins
 import tiny_encoders
 from adapters import load_encoder
 from anymal.config import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
@@ -16,7 +17,6 @@ from anymal.meter import Meter
 from anymal.packing import pack
 from anymal.prompt import IGNORED
 from anymal.sample import Tokens
-from benchmarks import stand_ins
 from conftest import make_llm
 from toys import toy_model
 

@@ -148,6 +148,31 @@ def test_each_stage_is_encoded_with_the_weights_that_it_loads(tiny_llm, encoders
         frozen_encoders(load_stages(Recipe, path, [*given, "model.checkpoint=nowhere", "stage=tune"])[0])
 
 
+ALIGNED = """
+stages:
+  - {name: align, train: [projectors, encoders], model: {modalities: {image: {encoder: "${oc.env:ENCODERS}/image"}}}}
+  - name: combine # the aligned encoder as one like any other, a fresh projector
+    train: [projectors]
+    model: {checkpoint: null, modalities: {image: {encoder: "${run.dir}/align/checkpoints/latest/encoders/image"}}}
+"""
+
+
+def test_an_encoder_that_an_earlier_stage_trains_is_encoded_once_it_is_there(
+    tiny_llm, encoders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("ENCODERS", str(encoders))
+    data = write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=8)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ALIGNED)
+    tokens = {"model__modalities__image__projector__tokens": 4}
+    given = settings(tiny_llm, encoders, tmp_path / "run", data, [], optim__steps=1, **tokens)
+    align, combine = load_stages(Recipe, path, given)
+    assert frozen_encoders(combine, [align]) == {}
+    assert "yet to be trained by an earlier stage" in capsys.readouterr().out
+    run_stages([config_of(align)])
+    assert list(frozen_encoders(combine, [align])) == ["image"]
+
+
 def test_media_in_views_are_passed_over(tiny_llm, encoders, tmp_path, capsys):
     data = write_pairs(tmp_path / "data", ["image", "imu"], shards=1, per_shard=4)
     tiles = {"model__modalities__image__options__tiles": "2x2"}

@@ -12,6 +12,7 @@ from anymal.config import Config
 from anymal.errors import UserError
 from anymal.model import select_trainable
 from anymal.settings import load
+from anymal.stages import load_untrained
 from anymal.weightless import int8_bytes, nf4_bytes, stored_bytes
 from conftest import make_llm
 from launch.build import build
@@ -158,6 +159,21 @@ def test_media_in_views_take_what_the_context_allows(folders):
     assert rehearsal.mean_tokens(WORK) == (60 + 48) / 2  # pictures and motion take turns
     needed, _ = rehearsal.flops(tiled, 2)
     assert needed["LLM body (4N)"] == 4 * rehearsal.cost.llm.body * 120
+
+
+def test_encoders_that_are_yet_to_be_trained_are_estimated_by_what_they_are_made_from(folders, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "stages:\n"
+        f"  - {{name: align, train: [encoders], model: {{modalities: {{image: {{encoder: {folders}/image}}}}}}}}\n"
+        "  - name: combine\n"
+        "    model:\n"
+        "      modalities: {image: {encoder: {channels: ['${run.dir}/align/checkpoints/latest/encoders/image']}}}\n"
+    )
+    given = [f"model.llm.name={folders}/llm", f"run.dir={tmp_path}", "stage=combine"]
+    (combine,) = load_untrained(EstimateConfig, recipe, given)
+    assert combine.model.modalities["image"].encoder == {"channels": [f"{folders}/image"]}
+    assert Rehearsal(combine, gpu=False).held().encoders > 0
 
 
 def test_a_network_that_needs_numbers_is_refused(folders, tmp_path):

@@ -133,3 +133,10 @@ def test_every_command_of_the_readme_names_a_program_and_settings_that_exist():
             names = {word.split("=")[0] for word in after if "=" in word}
             names = {re.sub(r"(modalities|datasets)\.\w+", r"\1.NAME", name) for name in names}
             assert names <= known, names - known
+
+
+def test_benchmarks_find_what_they_import_wherever_they_are_started(tmp_path):
+    names = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    program = f"import sys; sys.path[0] = {str(ROOT / 'benchmarks')!r}; import anymal, {', '.join(names)}"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import tiny_encoders
-from benchmarks.recipe_table import PAPER, RECIPES, WIDTHS, measure, recipes, stages
+from recipe_table import PAPER, RECIPES, WIDTHS, measure, recipes, stages
 
 LEARNS = {
     "eagle-x4": {
