@@ -4,7 +4,8 @@ A model that answers from the wording of the question alone scores the same in a
 controls was seen or heard.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from anymal.model import AnyMAL
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
 
+CONDITIONS = ("accuracy", "blank", "shuffled")
 Features = dict[str, Tensor]  # one sample's encoded media: modality → [N, tokens, width]
 
 
@@ -53,22 +55,15 @@ def evaluate(
     Raises:
         UserError: A sample is bad. Names shard and key.
     """
-    decoded, questions = _read(prepare, samples)
-    real = _encode(model, questions, batch_size)
-    said: list[str] = []
-    for start in range(0, len(samples), batch_size):
-        chosen = slice(start, start + batch_size)
-        prompts = [embed_prompt(model, q, f) for q, f in zip(questions[chosen], real[chosen], strict=True)]
-        said += generate(model, prepare.prompt.tokenizer, prompts, max_new_tokens=max_new_tokens)
-        progress(len(prompts))
-
-    conditions = {"accuracy": real, "blank": _blank(model, questions), "shuffled": _shuffled(questions, real, seed)}
-    options = {i: _options(prepare, decoded[i]) for i, sample in enumerate(samples) if sample.options}
-    choices = {}
-    for name, features in conditions.items():
-        asked = {i: ids for i, ids in options.items() if features[i] is not None}
-        likeliest = _likeliest(model, questions, features, asked, batch_size, progress)
-        choices[name] = {i: samples[i].options[number] for i, number in likeliest.items()}
+    said: dict[int, str] = {}
+    choices: dict[str, dict[int, str]] = {name: {} for name in CONDITIONS}
+    for window in _windows(model, prepare, samples, batch_size, seed):
+        answers, chosen = _answer(model, prepare, window, max_new_tokens=max_new_tokens)
+        said |= answers
+        for name, numbers in chosen.items():
+            choices[name] |= {i: samples[i].options[number] for i, number in numbers.items()}
+        progress(len(answers) + sum(map(len, chosen.values())))
+    said, choices = [said[i] for i in range(len(samples))], {n: dict(sorted(c.items())) for n, c in choices.items()}
     return figures(samples, said, choices) | {
         "predictions": [
             {
@@ -149,23 +144,58 @@ def _options(prepare: Prepare, sample: Sample) -> list[list[int]]:
         ) from error
 
 
-def _likeliest(
-    model: AnyMAL,
-    questions: Sequence[Tokens],
-    features: Sequence[Features | None],
-    options: dict[int, list[list[int]]],
-    batch_size: int,
-    progress: Callable[[int], Any],
-) -> dict[int, int]:
-    """For each question in `options` (index → token ids of its options), the number of the likeliest option."""
-    found, asked = {}, list(options)
-    for start in range(0, len(asked), batch_size):
-        chosen = asked[start : start + batch_size]
-        prompts = [embed_prompt(model, questions[i], features[i]) for i in chosen]
-        likelihoods = log_likelihoods(model, prompts, [options[i] for i in chosen])
-        found |= {i: int(scores.argmax()) for i, scores in zip(chosen, likelihoods, strict=True)}
-        progress(len(chosen))
-    return found
+@dataclass(kw_only=True)
+class _Asked:
+    """One sample of a window, decoded and encoded."""
+
+    sample: Sample
+    question: Tokens
+    features: dict[str, Features | None]
+    """Of its own media, of blank ones and of another's (``accuracy``, ``blank``, ``shuffled``); None where none are."""
+
+
+def _windows(
+    model: AnyMAL, prepare: Prepare, samples: Sequence[Sample], batch_size: int, seed: int
+) -> Iterator[dict[int, _Asked]]:
+    """All samples by their number, `batch_size` at a time, so that no more media are held, however large the set is."""
+    lender = _lenders(prepare, samples, seed)
+    order, zeros = list(lender), {}
+    known: dict[int, Features] = {}  # of the window before, too: the first sample's lender is in it
+    for start in range(0, len(order), batch_size):
+        window = order[start : start + batch_size]
+        needed = list(dict.fromkeys([*window, *(lender[i] for i in window if lender[i] is not None)]))
+        decoded, questions = _read(prepare, [samples[i] for i in needed])
+        fresh = [n for n, i in enumerate(needed) if i not in known]
+        encoded = iter(_encode(model, [questions[n] for n in fresh], batch_size))
+        known = {i: known[i] if i in known else next(encoded) for i in needed}
+        yield {
+            i: _Asked(
+                sample=decoded[n],
+                question=questions[n],
+                features={
+                    "accuracy": known[i],
+                    "blank": _blank(model, questions[n], zeros),
+                    "shuffled": None if lender[i] is None else known[lender[i]],
+                },
+            )
+            for n, i in enumerate(window)
+        }
+
+
+def _answer(
+    model: AnyMAL, prepare: Prepare, window: dict[int, _Asked], *, max_new_tokens: int
+) -> tuple[dict[int, str], dict[str, dict[int, int]]]:
+    """What is said of each sample with its own media; and condition → sample → number of its likeliest option."""
+    prompts = [embed_prompt(model, asked.question, asked.features["accuracy"]) for asked in window.values()]
+    said = generate(model, prepare.prompt.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    options = {i: _options(prepare, asked.sample) for i, asked in window.items() if asked.sample.options}
+    chosen = {}
+    for name in CONDITIONS:
+        closed = [i for i in options if window[i].features[name] is not None]
+        prompts = [embed_prompt(model, window[i].question, window[i].features[name]) for i in closed]
+        likelihoods = log_likelihoods(model, prompts, [options[i] for i in closed]) if closed else []
+        chosen[name] = {i: int(scores.argmax()) for i, scores in zip(closed, likelihoods, strict=True)}
+    return dict(zip(window, said, strict=True)), chosen
 
 
 def pieces(samples: Sequence[Sample]) -> int:
@@ -197,27 +227,27 @@ def _encode(model: AnyMAL, questions: Sequence[Tokens], batch_size: int) -> list
     return found
 
 
-def _blank(model: AnyMAL, questions: Sequence[Tokens]) -> list[Features]:
-    """What the encoders make of media that are all zeros."""
-    known: Features = {}
-    found = []
-    for question in questions:
-        for (modality, *_), medium in zip(question.runs, question.media, strict=True):
-            if modality not in known:
-                known[modality] = model.encode({modality: torch.zeros_like(medium)[None]})[modality]
-        names = [run[0] for run in question.runs]
-        found.append({m: known[m].expand(names.count(m), -1, -1) for m in dict.fromkeys(names)})
-    return found
+def _blank(model: AnyMAL, question: Tokens, known: Features) -> Features:
+    """What the encoders make of media that are all zeros; `known` remembers it by modality."""
+    for (modality, *_), medium in zip(question.runs, question.media, strict=True):
+        if modality not in known:
+            known[modality] = model.encode({modality: torch.zeros_like(medium)[None]})[modality]
+    names = [run[0] for run in question.runs]
+    return {name: known[name].expand(names.count(name), -1, -1) for name in dict.fromkeys(names)}
 
 
-def _shuffled(questions: Sequence[Tokens], real: Sequence[Features], seed: int) -> list[Features | None]:
-    """Give every sample the media of another one that has as many of each modality; None where there is no other."""
+def _lenders(prepare: Prepare, samples: Sequence[Sample], seed: int) -> dict[int, int | None]:
+    """Sample → another one with as many media of each modality, which lends it its own; None where there is no other.
+
+    They stand in rings, each sample behind its lender: who goes through them in this order has seen the lender's media
+    just before.
+    """
     alike: dict[tuple, list[int]] = {}
-    for i, question in enumerate(questions):
+    for i, sample in enumerate(samples):
+        (question,) = _read(prepare, [sample])[1]
         alike.setdefault(tuple(sorted(run[0] for run in question.runs)), []).append(i)
-    found: list[Features | None] = [None] * len(real)
-    for members in (several for several in alike.values() if len(several) > 1):
-        ring = np.random.default_rng([seed, len(members)]).permutation(members)
-        for mine, theirs in zip(ring, np.roll(ring, 1), strict=True):
-            found[mine] = real[theirs]
+    found: dict[int, int | None] = {}
+    for members in alike.values():
+        ring = np.random.default_rng([seed, len(members)]).permutation(members).tolist()
+        found |= dict(zip(ring, [ring[-1], *ring[:-1]], strict=True)) if len(ring) > 1 else {ring[0]: None}
     return found

@@ -64,6 +64,11 @@ def test_generation_leaves_training_as_it_was(toy):
     assert model.projectors["eye"].scale.grad.abs() > 0
 
 
+def raw(kind: str, value: float) -> Part:
+    """A toy medium as it is in a shard."""
+    return Part(kind=kind, content=torch.tensor([float(value)]).numpy().tobytes(), member=f"{kind}.bin")
+
+
 def closed(value: float, answer: str, key: str) -> Sample:
     data = torch.tensor([value]).numpy().tobytes()
     turns = [
@@ -118,16 +123,30 @@ def test_sets_of_yes_no_questions_have_popes_figures(tiny_llm):
 
 
 def test_shuffled_media_are_never_ones_own(tiny_llm):
-    from anymal.evaluate import _encode, _shuffled
+    from anymal.evaluate import _lenders
+    from toys import decode
 
-    model, prompt = toy_model(tiny_llm, eye=3, ear=2)
-    asked = [sample(medium("eye", i), text("what?")) for i in range(5)]
-    asked += [sample(medium("ear", i), medium("eye", i), text("what?")) for i in range(5, 8)]
-    questions = [prompt.question(s) for s in asked]
-    real = _encode(model, questions, batch_size=2)
-    shuffled = _shuffled(questions, real, seed=0)
-    for mine, given in zip(real, shuffled, strict=True):
-        assert mine.keys() == given.keys()
-        assert not torch.equal(mine["eye"], given["eye"])
-    everyone = sorted(float(f["eye"][0, 0, 0]) for f in real)
-    assert sorted(float(f["eye"][0, 0, 0]) for f in shuffled) == everyone
+    _, prompt = toy_model(tiny_llm, eye=3, ear=2)
+    asked = [sample(raw("eye", i), text("what?")) for i in range(5)]
+    asked += [sample(raw("ear", i), raw("eye", i), text("what?")) for i in range(5, 8)]
+    asked += [sample(text("no media, and nobody else has none"))]
+    lenders = _lenders(Prepare(prompt=prompt, decoders={"eye": decode, "ear": decode}), asked, seed=0)
+    assert sorted(lenders) == list(range(9)) and lenders.pop(8) is None
+    assert sorted(lenders.values()) == list(range(8))
+    for mine, other in lenders.items():
+        assert mine != other and (mine < 5) == (other < 5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_figures_do_not_depend_on_the_batch_and_few_media_are_held(tiny_llm, monkeypatch, batch_size):
+    import anymal.evaluate
+    from toys import decode
+
+    model, prompt = toy_model(tiny_llm, eye=3)
+    prepare = Prepare(prompt=prompt, decoders={"eye": decode})
+    samples = [closed(float(i), ("yes", "the dog")[i % 2], f"k{i}") for i in range(8)]
+    whole = evaluate(model, prepare, samples, max_new_tokens=2, batch_size=8)
+    held, encode = [], anymal.evaluate._encode
+    monkeypatch.setattr(anymal.evaluate, "_encode", lambda m, q, n: held.append(len(q)) or encode(m, q, n))
+    assert evaluate(model, prepare, samples, max_new_tokens=2, batch_size=batch_size) == whole
+    assert max(held) <= batch_size + 1 and sum(held) <= 8 + 1, "each is encoded once, and one a second time"
