@@ -24,6 +24,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,11 +33,13 @@ from torch import Tensor
 from anymal import networks, settings
 from anymal.config import Config
 from anymal.errors import UserError
+from anymal.features import weights_digest
 from anymal.llm import add_lora, load_lora
 from anymal.modality import Adapter
 from anymal.model import AnyMAL
 
 LATEST = "latest"
+_FROZEN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # digests of encoders that do not change: hashed once a run
 
 
 @dataclass(kw_only=True)
@@ -94,7 +97,12 @@ def save(
     for name, adapter in adapters.items():
         place = temporary / "adapters" / name
         place.mkdir(parents=True)
-        (place / "adapter_config.json").write_text(json.dumps(adapter_config(adapter, config), indent=2))
+        described = adapter_config(adapter, config)
+        if name not in model.trained_encoders:
+            if adapter.encoder not in _FROZEN:
+                _FROZEN[adapter.encoder] = weights_digest(adapter.encoder)
+            described["encoder_weights"] = _FROZEN[adapter.encoder]
+        (place / "adapter_config.json").write_text(json.dumps(described, indent=2))
         save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
     _save_lora(model, parameters, temporary / "lora")
     networks.save(model, parameters, config, adapters, tokenizer, temporary, _newest(config) or start)
@@ -226,7 +234,8 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
             be of a stage with tiles where this one has none, or the other way round.
 
     Raises:
-        UserError: A modality is missing, a file is damaged, or a projector does not fit. Names file and tensor.
+        UserError: A modality is missing, a file is damaged, a projector does not fit, or was trained on an encoder of
+            other weights. Names file and tensor.
     """
     for name in adapters:
         path = folder / "adapters" / name / "model.safetensors"
@@ -254,6 +263,18 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
                 f"{wanted.get(differs)} in this model; compare {path.with_name('adapter_config.json')}"
             )
         projector.load_state_dict(weights)
+        _require_same_encoder(adapters[name], path.with_name("adapter_config.json"))
+
+
+def _require_same_encoder(adapter: Adapter, described: Path) -> None:
+    """A folder may hold other weights by now than the projector was trained on: those of a stage trained further."""
+    digest = json.loads(described.read_text()).get("encoder_weights")  # not there if the encoder learnt, too
+    if digest not in (None, weights_digest(adapter.encoder)):
+        raise UserError(
+            f"{described.parent}: this projector was trained on an encoder with other weights than "
+            f"model.modalities.{adapter.modality.name}.encoder has now: name the one it was trained on, or train the "
+            f"projector again (or, to join them all the same, take encoder_weights out of {described.name})"
+        )
 
 
 def modalities_in(folder: Path) -> list[str]:

@@ -119,12 +119,21 @@ def identity(encoder: Any) -> str:
     It is the same in every process, for a copy of the encoder's folder elsewhere, and whether the encoder is on a GPU
     by now: weights are compared as bfloat16. Costs one pass over the weights.
     """
-    digest = hashlib.sha256(json.dumps([VERSION, _plain(encoder)], sort_keys=True).encode())
+    plain = json.dumps([VERSION, _plain(encoder)], sort_keys=True)
+    return hashlib.sha256((plain + _weights(encoder)).encode()).hexdigest()[:16]
+
+
+def weights_digest(encoder: Any) -> str:
+    """16 hex digits over the weights alone, compared as `identity` does."""
+    return hashlib.sha256(_weights(encoder).encode()).hexdigest()[:16]
+
+
+def _weights(encoder: Any) -> str:
+    """The digest of every tensor by its name."""
     weights = sorted(encoder.state_dict().items()) if isinstance(encoder, nn.Module) else []
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
-        for (name, _), found in zip(weights, pool.map(_digest, [tensor for _, tensor in weights]), strict=True):
-            digest.update(f"{name} {found}".encode())
-    return digest.hexdigest()[:16]
+        found = pool.map(_digest, [tensor for _, tensor in weights])
+        return "".join(f"{name} {digest}" for (name, _), digest in zip(weights, found, strict=True))
 
 
 def _digest(tensor: Tensor) -> str:

@@ -333,6 +333,22 @@ def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, enco
     assert kept.samefile(checkpoint.existing(run / "joint") / "llm" / "model.safetensors")
 
 
+def test_a_projector_stays_with_the_encoder_that_it_was_trained_on(recipe, tmp_path):
+    """An expert that is trained further after the stage that took it, under the same name."""
+    given = recipe(EAGLE, optim__steps=2, run__samples=0, optim__lr=1e-3)
+    align, combine, joint = stages_of(given)
+    assert run_stages([align, combine]) == 0
+    align.optim.steps, combine.optim.steps = 3, 3
+    assert run_stages([align]) == 0
+    said = r"adapters/image: this projector was trained on .* other weights than model\.modalities\.image\.encoder"
+    for later in (combine, joint):
+        with pytest.raises(UserError, match=said):
+            run_stages([later])
+    with pytest.raises(UserError, match=said):
+        latest = checkpoint.existing(tmp_path / "run/combine")
+        build(checkpoint.recipe(latest), CPU, start=latest)
+
+
 def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(recipe, tmp_path, capsys):
     given = recipe(ONELLM, optim__steps=1)
     text = (tmp_path / "recipe.yaml").read_text().replace("audio", "imu").split("  - name: motion")[0]
