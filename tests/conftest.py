@@ -7,7 +7,14 @@ import torch
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the suite runs in two processes, for as many cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that in the end no process is left alone with them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -106,7 +106,7 @@ def zero_stages(path: Path, *stages: int) -> Path:
     return path
 
 
-def pretrain_here(recipe: Path, *arguments: str) -> None:
+def pretrain_here(recipe: Path | None, *arguments: str) -> None:
     """What launch/pretrain.py does, by one rank in this process: without the seconds that a start takes."""
     stages = load_stages(Recipe, recipe, list(arguments), ["train=[projectors]"])
     assert run_stages([config_of(stage) for stage in stages]) == 0

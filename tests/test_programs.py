@@ -16,7 +16,7 @@ from anymal import checkpoint
 from anymal.generate import embed_prompt, generate
 from anymal.sample import Message, Part, Sample
 from launch.build import build
-from small_runs import ROOT, environment, losses, make_encoders, python, settings, write_pairs
+from small_runs import ROOT, environment, losses, make_encoders, pretrain_here, python, settings, write_pairs
 
 KINDS = ["image", "imu"]
 
@@ -27,7 +27,7 @@ def trained(tiny_llm, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     shards = write_pairs(folder / "pairs", KINDS)
     encoders = make_encoders(folder / "encoders")
-    python("launch/pretrain.py", *settings(tiny_llm, encoders, folder / "run", shards, KINDS, optim__steps=3))
+    pretrain_here(None, *settings(tiny_llm, encoders, folder / "run", shards, KINDS, optim__steps=3))
     return folder / "run"
 
 
@@ -184,7 +184,7 @@ def test_hostile_shards_are_named_and_trained_through(tiny_llm, tmp_path):
     (folder / "empty.tar").write_bytes(b"")
     encoders = make_encoders(tmp_path / "encoders")
     more = {"optim__steps": 40, "data__workers": 2, "data__max_bad_share": 0.3, "data__shuffle": 0, "run__samples": 4}
-    python("launch/pretrain.py", *settings(tiny_llm, encoders, tmp_path / "run", str(folder), KINDS, **more))
+    pretrain_here(None, *settings(tiny_llm, encoders, tmp_path / "run", str(folder), KINDS, **more))
     assert len(losses(tmp_path / "run")) == 40
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     named = {line["key"] for line in lines if line["shard"].endswith("hostile.tar")}

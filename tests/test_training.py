@@ -335,7 +335,8 @@ def test_ranks_that_see_different_modalities_do_not_wait_forever(tiny_llm, encod
 @pytest.mark.slow
 def test_kill_minus_nine_then_the_same_command_goes_on_bit_for_bit(tiny_llm, encoders, shards, tmp_path):
     more = {"optim__steps": 30, "run__save_every": 4, "data__workers": 2, "run__wandb": "offline"}
-    python("launch/pretrain.py", *settings(tiny_llm, encoders, tmp_path / "whole", shards, KINDS, **more))
+    whole = settings(tiny_llm, encoders, tmp_path / "whole", shards, KINDS, **more | {"run__wandb": "disabled"})
+    pretrain_here(None, *whole)
     command = [sys.executable, str(ROOT / "launch/pretrain.py")]
     command += settings(tiny_llm, encoders, tmp_path / "killed", shards, KINDS, **more)
     process = subprocess.Popen(
