@@ -446,7 +446,7 @@ def test_ranks_with_different_modalities_are_one_rank_and_resume(tiny_llm, tmp_p
     kinds = ["image", "audio"]
     shards = write_pairs(tmp_path / "mixed", kinds, shards=1, per_shard=40)
     encoders = make_encoders(tmp_path / "encoders")
-    more = {"optim__steps": 6, "data__shuffle": 0, "data__batch_size": 2, "run__save_every": 3, "run__samples": 2}
+    more = {"optim__steps": 4, "data__shuffle": 0, "data__batch_size": 2, "run__save_every": 2, "run__samples": 2}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "stages:\n"
@@ -465,7 +465,6 @@ def test_ranks_with_different_modalities_are_one_rank_and_resume(tiny_llm, tmp_p
         assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
         saved = load_file(two / "checkpoints" / "latest" / "adapters" / "audio" / "model.safetensors")
         assert all(saved[f"bridges.{layer}.{gate}"].any() for layer in (0, 1) for gate in ("gate", "feed_forward_gate"))
-        go_back(alone, 3)
-    pretrain_here(recipe, *one)
-    for two, alone in runs:
-        assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
+    go_back(alone, 2)
+    pretrain_here(recipe, *one, "stage=zero3")
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-5)

@@ -106,7 +106,7 @@ def test_chat_says_where_the_pictures_are(pipeline, tmp_path, capsys):
 
 def test_an_answer_stands_though_it_cannot_be_drawn(tmp_path, capsys):
     with pytest.raises(UserError, match="does not load"):
-        say("Words. <h>a cat</h>", painter("nowhere"), tmp_path / "out")
+        say("Words. <h>a cat</h>", painter(str(tmp_path)), tmp_path / "out")
     assert capsys.readouterr().out == "Words.\n"
     with pytest.raises(UserError, match="draw_size is 100; pipelines draw in multiples of 8"):
         painter("nowhere", size=100)
