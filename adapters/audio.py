@@ -156,7 +156,8 @@ class AudioEncoder(nn.Module):
     def forward(self, spectrograms: Tensor) -> Tensor:
         """[N, ...] spectrograms → [N, tokens, width]."""
         if self.family == "clap":
-            features = self.network(spectrograms[:, :1]).last_hidden_state  # [N, width, frequency, time]
+            whole = spectrograms[:, :1]  # further channels are crops, for the fusion that `_unfuse` took away
+            features = self.network(whole).last_hidden_state  # [N, width, frequency, time]
             return features.permute(0, 3, 2, 1).flatten(1, 2)
         features = self.network(spectrograms).last_hidden_state
         if self.family == "whisper":

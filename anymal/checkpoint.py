@@ -35,11 +35,11 @@ from anymal.config import Config
 from anymal.errors import UserError
 from anymal.features import weights_digest
 from anymal.llm import add_lora, load_lora
-from anymal.modality import Adapter
+from anymal.modality import Adapter, Encoder
 from anymal.model import AnyMAL
 
 LATEST = "latest"
-_FROZEN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # digests of encoders that do not change: hashed once a run
+_DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
 
 @dataclass(kw_only=True)
@@ -99,9 +99,7 @@ def save(
         place.mkdir(parents=True)
         described = adapter_config(adapter, config)
         if name not in model.trained_encoders:
-            if adapter.encoder not in _FROZEN:
-                _FROZEN[adapter.encoder] = weights_digest(adapter.encoder)
-            described["encoder_weights"] = _FROZEN[adapter.encoder]
+            described["encoder_weights"] = _digest(adapter.encoder)
         (place / "adapter_config.json").write_text(json.dumps(described, indent=2))
         save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
     _save_lora(model, parameters, temporary / "lora")
@@ -266,10 +264,20 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
         _require_same_encoder(adapters[name], path.with_name("adapter_config.json"))
 
 
+def _digest(encoder: Encoder) -> str:
+    """Of the weights of an encoder that does not change, or not yet: hashed once."""
+    if encoder not in _DIGESTS:
+        _DIGESTS[encoder] = weights_digest(encoder)
+    return _DIGESTS[encoder]
+
+
 def _require_same_encoder(adapter: Adapter, described: Path) -> None:
     """A folder may hold other weights by now than the projector was trained on: those of a stage trained further."""
-    digest = json.loads(described.read_text()).get("encoder_weights")  # not there if the encoder learnt, too
-    if digest not in (None, weights_digest(adapter.encoder)):
+    try:
+        digest = json.loads(described.read_text()).get("encoder_weights")  # not there if the encoder learnt, too
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{described} is missing or damaged: {error}; use an older checkpoint") from error
+    if digest is not None and digest != _digest(adapter.encoder):
         raise UserError(
             f"{described.parent}: this projector was trained on an encoder with other weights than "
             f"model.modalities.{adapter.modality.name}.encoder has now: name the one it was trained on, or train the "

@@ -200,6 +200,15 @@ def test_a_damaged_projector_is_named(stage):
         stage("second", optim__steps=1, model__checkpoint=run)
 
 
+def test_a_damaged_description_of_a_projector_is_named(stage):
+    run = stage("first", optim__steps=1)
+    file = run / "checkpoints" / "latest" / "adapters" / "imu" / "adapter_config.json"
+    for content in ("{", "[]", None):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(UserError, match=r"imu/adapter_config\.json is missing or damaged"):
+            stage("second", optim__steps=1, model__checkpoint=run)
+
+
 def test_going_back_to_an_older_checkpoint_keeps_what_is_written_from_there(stage):
     run = stage(optim__steps=6, run__save_every=2, run__keep=3)
     whole, old = losses(run), run / "checkpoints" / "step-00000002"
