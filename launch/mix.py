@@ -65,10 +65,10 @@ def mixed(a: Tensor, b: Tensor, beta: float, name: str) -> Tensor:
     """
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         raise UserError(f"{name} is {list(a.shape)} of {a.dtype} in a, and {list(b.shape)} of {b.dtype} in b")
+    if torch.equal(a, b):
+        return a  # to the bit: projectors know the weights of the encoders that they were trained on
     if not a.is_floating_point():
-        if not torch.equal(a, b):
-            raise UserError(f"{name} is of {a.dtype} and differs: only floating point can be mixed")
-        return a
+        raise UserError(f"{name} is of {a.dtype} and differs: only floating point can be mixed")
     wide = torch.promote_types(a.dtype, torch.float32)
     return a.to(wide, copy=True).mul_(beta).add_(b.to(wide), alpha=1 - beta).to(a.dtype)
 

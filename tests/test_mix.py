@@ -101,6 +101,12 @@ def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
     build(checkpoint.recipe(tmp_path / "out"), CPU, start=checkpoint.existing(tmp_path / "out"))
 
 
+def test_what_is_the_same_in_both_stays_the_same_to_the_bit():
+    weight = torch.randn(1000)
+    assert torch.equal(launch.mix.mixed(weight, weight.clone(), 0.3, "x"), weight)
+    assert not torch.equal(0.3 * weight + 0.7 * weight, weight)
+
+
 def test_trained_networks_are_mixed_too(tiny_llm, encoders, tmp_path):
     trained = ["train=[projectors,llm,encoders.image]"]
     for seed, name in enumerate("ab"):
