@@ -21,7 +21,7 @@ from anymal.errors import UserError
 
 VERSION = 2  # of the order and of the bookmarks: a change of either must refuse older bookmarks
 LONGEST_CYCLE = 10_000
-_CYCLE, _SHARDS, _SAMPLES, _CHOICE = range(4)  # tells apart the random numbers of the permutations and of `choice`
+_CYCLE, _SHARDS, _SAMPLES, _CHOICE, ONCE = range(5)  # tells apart the random numbers of permutations and of `choice`
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from anymal import manifest, shards, twins
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import Quarantine, UserError
 from anymal.manifest import Shard
-from anymal.order import Counts, Order, Share, choice, merge_bookmarks
+from anymal.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
 from anymal.packing import Item, Packer
 from anymal.sample import Batch, Sample, Tokens
 from anymal.workers import Bad, Reader, Ticket, load
@@ -127,8 +127,15 @@ def samples_once(
     quarantine: Quarantine,
     rank: int = 0,
     world: int = 1,
+    seed: int | None = None,
+    limit: int = 0,
 ) -> Iterator[Any]:
-    """One pass in stored order, dataset after dataset, for evaluation; ratios, shuffle and batch size play no part.
+    """One pass, for evaluation; ratios, ``data.shuffle`` and batch size play no part.
+
+    Args:
+        data, suffixes, prepare, quarantine, rank, world: As for `Stream`.
+        seed: Of the order; None keeps the stored one, dataset after dataset.
+        limit: The first so many samples in that order alone; 0 takes all.
 
     Yields:
         What `prepare` makes of each good sample; rank r of R gets every R-th. Bad ones go to the quarantine.
@@ -139,8 +146,10 @@ def samples_once(
     shards_of = _survey(data, quarantine, rank / world)
     if not any(len(tar) for found in shards_of for tar in found):
         raise UserError("data: the shards hold no sample")
-    places = ((d, s, i) for d, found in enumerate(shards_of) for s, tar in enumerate(found) for i in range(len(tar)))
-    mine = islice(enumerate(places), rank, None, world)
+    places = [(d, s, i) for d, found in enumerate(shards_of) for s, tar in enumerate(found) for i in range(len(tar))]
+    if seed is not None:
+        places = [places[i] for i in permutation(len(places), seed, ONCE)]
+    mine = islice(enumerate(places[: limit or None]), rank, None, world)
     instructions = [dataset.instructions for dataset in _datasets(data).values()]
     tickets = (
         Ticket(position=p, dataset=d, shard=s, sample=i, instruction=_instruction(instructions[d], 0, p))
