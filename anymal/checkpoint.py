@@ -325,7 +325,10 @@ library_name: anymal
 # AnyMAL adapters for {llm.name}
 
 Projectors for {", ".join(adapters)}, trained for {step} steps {_beside(config)}
-(trained: {", ".join(config.train)}). They work with the same LLM at any precision.
+(trained: {", ".join(config.train)}).
+
+Beside the same LLM at another precision they may answer differently, or not at all: `precision.json`, if it is there,
+says what was measured, and `launch/evaluate.py bits=[4,16,32]` measures it.
 
 | part | source | licence |
 |---|---|---|

@@ -23,18 +23,27 @@ class Embedded:
     """What its tokens see of each modality that has bridges into the LLM."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """A free answer."""
+
+    text: str
+    """Without special tokens and outer spaces."""
+    cut: bool
+    """Whether it had no end before ``max_new_tokens``."""
+
+
 @torch.no_grad()
-def embed_prompt(model: AnyMAL, question: Tokens, features: dict[str, Tensor] | None = None) -> Embedded:
+def embed_prompt(model: AnyMAL, question: Tokens) -> Embedded:
     """One prompt as the LLM reads it.
 
     Args:
         model: The model.
-        question: From `anymal.prompt.Prompt.question`.
-        features: Encoded media by modality, if they are at hand; otherwise the encoders run.
+        question: From `anymal.prompt.Prompt.question`; its media may be `anymal.sample.Features`.
     """
     batch = pack([question]).to(model.device)
+    features = model.encode(batch.media)  # outside of autocast, as in training
     with model.autocast():
-        features = model.encode(batch.media) if features is None else features
         return Embedded(row=model.embed(batch, features)[0], sights=model.sights(batch, features))
 
 
@@ -54,7 +63,7 @@ def _left_padded(prompts: Sequence[Embedded]) -> tuple[Tensor, Tensor, dict[str,
 @torch.no_grad()
 def generate(
     model: AnyMAL, tokenizer: Any, prompts: Sequence[Embedded], *, max_new_tokens: int, **sampling
-) -> list[str]:
+) -> list[Said]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
 
     Args:
@@ -65,7 +74,7 @@ def generate(
         sampling: Passed on to transformers' ``generate``.
 
     Returns:
-        The answers as text, without special tokens.
+        The answer to each.
     """
     model.eval()
     rows, mask, sights = _left_padded(prompts)
@@ -77,7 +86,12 @@ def generate(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **{"do_sample": False, **sampling},
         )
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    ends = model.llm.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return [
+        Said(text=text.strip(), cut=ends.isdisjoint(answer))
+        for text, answer in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), ids.tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -53,13 +53,18 @@ class Prompt:
         Raises:
             BadSample: No answer token, too long, reserved text, or placeholders that do not match the media.
         """
+        tokens = self._labelled(sample)
+        if len(tokens.ids) > self.max_tokens:
+            raise BadSample(f"has {len(tokens.ids)} tokens, data.max_tokens is {self.max_tokens}")
+        return tokens
+
+    def _labelled(self, sample: Sample) -> Tokens:
+        """As `sample`, however long it is."""
         messages = self._complete(sample.messages)
         ids, labels = self._plain(messages) if self.config.template == "plain" else self._chat(messages)
         tokens = self._widen(ids, labels, sample)
         if all(label == IGNORED for label in tokens.labels[1:]):  # nothing predicts the first token
             raise BadSample("has no answer token: the assistant says nothing")
-        if len(tokens.ids) > self.max_tokens:
-            raise BadSample(f"has {len(tokens.ids)} tokens, data.max_tokens is {self.max_tokens}")
         return tokens
 
     def question(self, sample: Sample) -> Tokens:
@@ -69,10 +74,10 @@ class Prompt:
         return self._widen(ids, [IGNORED] * len(ids), asked)
 
     def answers(self, sample: Sample, texts: Sequence[str]) -> list[list[int]]:
-        """For each text, the ids (end token included) that would answer `question(sample)`."""
+        """For each text, however long, the ids (end token included) that would answer `question(sample)`."""
         found = []
         for text in texts:
-            labels = self.sample(sample.answered(text)).labels
+            labels = self._labelled(sample.answered(text)).labels
             spans = [list(span) for given, span in groupby(labels, key=lambda label: label == IGNORED) if not given]
             found.append(spans[-1])
         return found

@@ -1,5 +1,6 @@
 """From settings to the parts of a run: the one place where core and modalities meet. Every program here uses it."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import torch
 
 from adapters import MODALITIES, build_adapters
 from adapters.pretrained import license_of
-from anymal import networks
-from anymal.checkpoint import load_projectors, with_lora
+from anymal import networks, precision
+from anymal.checkpoint import load_projectors, recipe, with_lora
 from anymal.config import Config
 from anymal.errors import UserError
 from anymal.llm import load_llm, on_gpu
@@ -68,6 +69,9 @@ def build(
         train: What is about to be trained, as in the recipe: of encoders and LLM, it is held in float32.
     """
     config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
+    if start is not None and int(os.environ.get("RANK", 0)) == 0:
+        note = precision.note(start, recipe(start).model.llm.bits, config.model.llm.bits)
+        print(note, end="\n" if note else "", file=sys.stderr)
     torch.manual_seed(config.run.seed)  # fresh projectors and LoRA are the same on every rank
     llm, tokenizer = load_llm(networks.llm_of(config, start), place, learns="llm" in train)
     llm = with_lora(llm, config, start)

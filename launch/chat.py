@@ -91,9 +91,11 @@ def main() -> None:
         raise UserError(f"the prompt {error}") from error
     prompt = embed_prompt(built.model, question)
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
-    answer = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)[0]
+    (said,) = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)
     del built, prompt  # room for what draws
-    say(answer, painter, Path(config.draw_out))
+    say(said.text, painter, Path(config.draw_out))
+    if said.cut:
+        print(f"(cut off: max_new_tokens is {config.max_new_tokens})", file=sys.stderr)
 
 
 def _painter(config: ChatConfig) -> Painter | None:

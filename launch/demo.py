@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_prep.demo_assets import cache_folder
 from launch.build import run_program
-from launch.report import print_table
+from launch.tables import print_table
 
 RUN = Path("runs/demo")
 MODALITIES = ("image", "video", "audio", "imu")

@@ -1,32 +1,38 @@
 """Score a checkpoint on held-out shards, beside a blank and a shuffled control.
 
     python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test sets.imu=data/demo/imu/test
-    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test bits=4
+    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test 'bits=[4,16,32]'
 
-Writes evaluation.json, and the media that the predictions are about, to `out`; prints a table.
+Writes to `out`: records.jsonl (a line for each sample and condition, with the free answer, the loss, and how likely
+every option is), evaluation.json (the figures, computed from these), and some of the media. Prints tables.
 """
 
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal import checkpoint
+from anymal import checkpoint, precision
 from anymal.command_line import parse_args
-from anymal.config import DataConfig
-from anymal.errors import Quarantine, UserError
-from anymal.evaluate import evaluate, pieces
+from anymal.config import Config, DataConfig
+from anymal.errors import BudgetExceeded, Quarantine, UserError
+from anymal.evaluate import ask, evaluate
 from anymal.sample import Sample
+from anymal.scores import RULES, agreement, figures, predictions, read_records, write_record
 from anymal.stream import samples_once
 from launch.build import build, device, run_program, suffixes, unchanged
-from launch.report import print_table, read_lines
+from launch.report import read_lines
+from launch.tables import print_table
+
+BITS = (4, 8, 16, 32)
 
 
 @dataclass(kw_only=True)
@@ -38,91 +44,135 @@ class EvaluateConfig:
     sets: dict[str, Any] = field(default_factory=dict)
     """Shards of each held-out set, by a name of yours, as data.shards."""
     out: str = ""
-    """Folder for evaluation.json and media; empty takes CHECKPOINT/evaluation."""
-    bits: int = 0
-    """Precision of the LLM: 4, 8, 16 or 32; 0 takes the one it was trained with."""
+    """Folder for what is written; empty takes CHECKPOINT/evaluation."""
+    bits: Any = 0
+    """Precision of the LLM: 4, 8, 16 or 32, or a list of several, such as [4,16,32], to have them side by side; 0
+    takes the one that the checkpoint was trained with."""
     limit: int = 0
-    """Samples of each set; 0 takes all."""
+    """So many samples of each set, drawn by `seed`; 0 takes all."""
+    choose: str = "sum"
+    """By what an option is chosen, for the figures called accuracy (all three are reported): sum, the log-likelihood of
+    the option; bytes, that by byte of its text; or blank, that less the same with a blank medium."""
     max_new_tokens: int = 16
-    """Longest free answer."""
+    """Longest free answer; 0 asks for none."""
     batch_size: int = 16
-    """Media encoded, and answers generated, at once."""
+    """Media encoded, and prompts answered, at once."""
+    workers: int = 2
+    """Processes that read and decode; 0 does it in this process."""
+    media: int = 64
+    """So many samples of each set have their media and predictions kept for the report."""
     seed: int = 0
-    """Of the exchange of media in the shuffled control."""
+    """Of the order: which samples `limit` takes, and who lends whom media in the shuffled control."""
     notes: list[str] = field(default_factory=list)
     """Remarks that the report shows."""
 
-
-def read_sets(config: EvaluateConfig) -> dict[str, list[Sample]]:
-    """The samples of each set, media still encoded.
-
-    Raises:
-        UserError: No set is given, or one holds a bad or no sample: held-out data must be whole.
-    """
-    if not config.sets:
-        raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
-    found = {}
-    for name, shards in config.sets.items():
-        quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-        data = DataConfig(shards=shards, workers=0)
-        samples = samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=quarantine)
-        found[name] = list(islice(samples, config.limit or None))
-        for sample in found[name]:
-            if sample.options and sample.answer() not in sample.options:
-                raise UserError(f"{sample.shard}, key {sample.key!r}: {sample.answer()!r} is not among its options")
-    return found
-
-
-def write_media(samples: list[Sample], folder: Path) -> list[list[str]]:
-    """Write each sample's media to `folder` as they are in the shard; return their names, sample by sample."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for i, sample in enumerate(samples):
-        names.append([f"{i:04d}-{n}.{part.member}" for n, part in enumerate(sample.media())])
-        for name, part in zip(names[-1], sample.media(), strict=True):
-            (folder / name).write_bytes(part.content)
-    return names
+    def __post_init__(self):
+        if self.choose not in RULES:
+            raise UserError(f"choose is {self.choose!r}; it can be {', '.join(RULES)}")
+        if min(self.limit, self.max_new_tokens, self.workers, self.media, self.seed) < 0 or self.batch_size < 1:
+            raise UserError("limit, max_new_tokens, workers, media and seed cannot be negative, batch_size not below 1")
+        several = self.bits if isinstance(self.bits, list) else [self.bits]
+        if not several or any(bits not in (0, *BITS) for bits in several):
+            raise UserError(f"bits is {self.bits}; it can be {', '.join(map(str, BITS))}, or a list of these")
 
 
 def main() -> None:
     """Read the command line, evaluate, write and print."""
     config = parse_args(EvaluateConfig, __doc__)
+    if not config.sets:
+        raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
-    overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
-    recipe = checkpoint.recipe(folder, overrides)
-    sets = read_sets(config)
-    built = build(recipe, device(), start=folder)
+    trained = checkpoint.recipe(folder).model.llm.bits
+    several = list(
+        dict.fromkeys(b or trained for b in (config.bits if isinstance(config.bits, list) else [config.bits]))
+    )
     out = Path(config.out or folder / "evaluation")
-    results = {}
-    with tqdm(total=sum(map(pieces, sets.values())), unit="answer", desc="evaluate", dynamic_ncols=True) as bar:
-        for name, samples in sets.items():
-            bar.set_postfix_str(name)
-            results[name] = evaluate(
-                built.model,
-                built.prepare,
-                samples,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                progress=bar.update,
-            )
-            for prediction, media in zip(
-                results[name]["predictions"], write_media(samples, out / "media" / name), strict=True
-            ):
-                prediction["media"] = [f"media/{name}/{file}" for file in media]
-    evaluation = {
-        "modalities": results,
-        "checkpoint": str(folder),
-        "bits": recipe.model.llm.bits,
-        "trained_parameters": trained_parameters(folder),
-        "tokens_per_s": training_speed(folder),
-        "notes": config.notes,
-    }
+    out.mkdir(parents=True, exist_ok=True)
+    media = {name: write_media(config, name, out / "media" / name) for name in config.sets}
+    temporary = out / f".records.jsonl.{os.getpid()}"
+    try:
+        with temporary.open("w") as lines:
+            for bits in several:
+                write_records(config, checkpoint.recipe(folder, [f"model.llm.bits={bits}"]), folder, lines)
+        temporary.replace(out / "records.jsonl")
+    finally:
+        temporary.unlink(missing_ok=True)
+    evaluation = summarise(config, out, folder, several, media)
     temporary = out / f".evaluation.json.{os.getpid()}"
     temporary.write_text(json.dumps(evaluation, indent=1))
     temporary.replace(out / "evaluation.json")
+    precision.save(folder, trained, {int(bits): sets for bits, sets in evaluation["precisions"].items()})
     print(print_table(evaluation))
     print(f"written: {out / 'evaluation.json'}")
+
+
+def held_out(config: EvaluateConfig, name: str, prepare: Any, limit: int) -> Iterator[Any]:
+    """The samples of a set in the order of the evaluation, each as `prepare` makes it.
+
+    Raises:
+        UserError: One is bad: held-out data must be whole.
+    """
+    data = DataConfig(shards=config.sets[name], workers=config.workers)
+    quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
+    order = {"seed": config.seed, "limit": limit}
+    try:
+        yield from samples_once(data, suffixes=suffixes(), prepare=prepare, quarantine=quarantine, **order)
+    except BudgetExceeded as error:
+        raise UserError(f"sets.{name}: held-out data must be whole. {error}") from error
+
+
+def write_records(config: EvaluateConfig, recipe: Config, folder: Path, lines: TextIO) -> None:
+    """Evaluate all sets with the LLM at one precision, record by record."""
+    built = build(recipe, device(), start=folder)
+    bits = recipe.model.llm.bits
+    sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    for name in config.sets:
+        asked = held_out(config, name, partial(ask, built.prepare), config.limit)
+        records = evaluate(built.model, built.tokenizer, asked, **sizes)
+        for record in tqdm(records, desc=f"{name}, {bits} bits", unit=" answers", dynamic_ncols=True):
+            lines.write(write_record(record, set=name, bits=bits))
+
+
+def summarise(
+    config: EvaluateConfig, out: Path, folder: Path, several: list[int], media: dict[str, dict[Any, list[str]]]
+) -> dict[str, Any]:
+    """What evaluation.json holds: all of it from the records."""
+    precisions: dict[str, dict[str, Any]] = {}
+    for name in config.sets:
+        reference = None
+        for bits in several:
+            records = read_records(out / "records.jsonl", set=name, bits=bits)
+            result = figures(records, config.choose)
+            result["same_choice"] = None if reference is None else agreement(reference, records, config.choose)
+            kept = (p for p in predictions(records, config.choose) if (p["shard"], p["key"]) in media[name])
+            result["predictions"] = [p | {"media": media[name][p["shard"], p["key"]]} for p in kept]
+            reference = records if reference is None else reference
+            precisions.setdefault(str(bits), {})[name] = result
+    return {
+        "precisions": precisions,
+        "checkpoint": str(folder),
+        "seed": config.seed,
+        "limit": config.limit,
+        "trained_parameters": trained_parameters(folder),
+        "tokens_per_s": training_speed(folder),
+        "notes": list(config.notes),
+    }
+
+
+def write_media(config: EvaluateConfig, name: str, folder: Path) -> dict[tuple[str, str], list[str]]:
+    """Write the media of a set's first samples as they are in the shard; (shard, key) → their names below `out`."""
+    if not config.media:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = min(config.limit or config.media, config.media)
+    names: dict[tuple[str, str], list[str]] = {}
+    samples: Iterator[Sample] = held_out(config, name, unchanged, limit)
+    for i, sample in enumerate(samples):
+        mine = names.setdefault((sample.shard, sample.key), [])
+        for n, part in enumerate(sample.media()):
+            mine.append(f"media/{name}/{i:04d}-{n}.{part.member}")
+            (folder.parent.parent / mine[-1]).write_bytes(part.content)
+    return names
 
 
 def training_speed(folder: Path) -> float | None:

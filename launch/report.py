@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,97 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from anymal.errors import UserError
-from anymal.metrics import wilson_interval, words
+from anymal.scores import CONDITIONS, OWN
+from launch.tables import Table, chose_right, percent, print_table, said_right, sets_of, tables
 
 CARDS = 8
 """Predictions shown for each modality: the first ones that have a medium, not chosen ones."""
 STAGES = ("pretrain", "finetune")
-COLUMNS = ("n", "accuracy", "95%", "blank", "shuffled", "× control", "chance", "CIDEr-D")
-YES_NO = ("n", "accuracy", "precision", "recall", "F1", "says yes")
-_YES_NO_KEYS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-
-
-def print_table(evaluation: Mapping[str, Any], predictions: int = 3) -> str:
-    """The evaluation as aligned text: one line for each modality, then the first few predictions of each.
-
-    Sets of yes/no questions have POPE's figures in a table of their own (see `anymal.metrics.yes_no`).
-    """
-    sets = evaluation["modalities"]
-    lines = _aligned([["modality", *COLUMNS], *([name, *_figures(result)] for name, result in sets.items())])
-    if any("yes_no" in result for result in sets.values()):
-        lines += ["", *_aligned([["yes/no questions", *YES_NO], *_yes_no_rows(sets)])]
-    for name, result in evaluation["modalities"].items():
-        lines += ["", name]
-        for prediction in result.get("predictions", [])[:predictions]:
-            mark = "✓" if is_right(prediction) else "✗"
-            said = textwrap.shorten(prediction.get("said") or prediction.get("choice") or "nothing", 60)
-            chosen = f", chose {prediction['choice']}" if prediction.get("choice") else ""
-            lines.append(f"  {mark} said “{said}”{chosen}; answer: {textwrap.shorten(prediction['answer'], 60)}")
-    if (trained := evaluation.get("trained_parameters")) is not None:
-        lines += ["", f"trained parameters: {trained:,}"]
-    if (speed := evaluation.get("tokens_per_s")) is not None:
-        lines.append(f"tokens/s in training: {speed:.0f}")
-    return "\n".join(lines)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the header, a rule, the rest; all but the first column flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *cells = (f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("  ".join([first, *cells]).rstrip())
-    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
-
-
-def _yes_no_rows(sets: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of `YES_NO` for each set of yes/no questions, once for each way of answering."""
-    return [
-        [f"{name}, {how}", str(found["n"]), *(_percent(found[key]) for key in _YES_NO_KEYS)]
-        for name, result in sets.items()
-        for how, found in result.get("yes_no", {}).items()
-        if found
-    ]
-
-
-def is_right(prediction: Mapping[str, Any]) -> bool:
-    """Whether the choice among the options, or what was said where there was no choice, is the answer."""
-    given = prediction.get("choice") or prediction.get("said") or ""
-    return words(given) == words(prediction["answer"])
-
-
-def _figures(result: Mapping[str, Any]) -> list[str]:
-    """The cells of one modality, in the order of `COLUMNS`."""
-    n, accuracy = result.get("n"), result.get("accuracy")
-    between = "–"
-    if n and accuracy is not None:
-        low, high = wilson_interval(round(accuracy * n), n)
-        between = f"{low * 100:.0f}–{high:.0%}"
-    cider = result.get("cider_d")
-    return [
-        "–" if n is None else str(n),
-        _percent(accuracy),
-        between,
-        _percent(result.get("blank")),
-        _percent(result.get("shuffled")),
-        _times_control(result),
-        _percent(result.get("chance")),
-        "–" if cider is None else f"{cider:.2f}",
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
-
-
-def _times_control(result: Mapping[str, Any]) -> str:
-    """The accuracy as a multiple of the better of the two controls."""
-    controls = [result[name] for name in ("blank", "shuffled") if result.get(name) is not None]
-    if not controls or result.get("accuracy") is None:
-        return "–"
-    if max(controls) == 0:
-        return "∞" if result["accuracy"] > 0 else "–"
-    return f"{result['accuracy'] / max(controls):.1f}×"
 
 
 def write_report(run: Path) -> Path:
@@ -123,12 +37,12 @@ def write_report(run: Path) -> Path:
     evaluation_file = run / "evaluation.json"
     if not stages and not evaluation_file.is_file():
         raise UserError(f"{run} holds neither evaluation.json nor a stage with metrics.jsonl")
-    evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.is_file() else {"modalities": {}}
+    evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.is_file() else {}
     body = [
         _header(run, stages, evaluation),
         _results(evaluation),
         *(_stage(stage) for stage in stages),
-        *(_examples(run, name, result) for name, result in evaluation["modalities"].items()),
+        *(_examples(run, name, result) for name, result in sets_of(evaluation).items()),
     ]
     style = Path(__file__).with_name("report.css").read_text()
     page = run / "report.html"
@@ -156,8 +70,8 @@ def _stages(run: Path) -> list[Path]:
 
 
 def _header(run: Path, stages: Sequence[Path], evaluation: Mapping[str, Any]) -> str:
-    modalities = ", ".join(evaluation["modalities"]) or "none evaluated"
-    numbers = {"modalities": str(len(evaluation["modalities"])), "stages": " → ".join(s.name for s in stages)}
+    sets = sets_of(evaluation)
+    numbers = {"held-out sets": str(len(sets)), "stages": " → ".join(s.name for s in stages)}
     if "trained_parameters" in evaluation:
         numbers["trained parameters"] = f"{evaluation['trained_parameters']:,}"
     if "tokens_per_s" in evaluation:
@@ -165,7 +79,7 @@ def _header(run: Path, stages: Sequence[Path], evaluation: Mapping[str, Any]) ->
     notes = "".join(f"<li>{escape(note)}</li>" for note in evaluation.get("notes", []))
     return (
         f"<h1>AnyMAL · {escape(run.name)}</h1>"
-        f'<p class="soft">A frozen language model given {escape(modalities)}. '
+        f'<p class="soft">A frozen language model, asked about {escape(", ".join(sets) or "nothing yet")}. '
         f"Written {time.strftime('%Y-%m-%d %H:%M')}.</p>{_numbers(numbers)}"
         + (f'<ul class="soft small">{notes}</ul>' if notes else "")
     )
@@ -177,24 +91,46 @@ def _numbers(numbers: Mapping[str, str]) -> str:
 
 
 def _results(evaluation: Mapping[str, Any]) -> str:
-    if not evaluation["modalities"]:
+    sets = sets_of(evaluation)
+    if not sets:
         return ""
-    head = "<th>modality</th>" + "".join(f'<th class="n">{name}</th>' for name in COLUMNS)
-    rows = []
-    for name, result in evaluation["modalities"].items():
-        cells = "".join(f'<td class="n">{escape(cell)}</td>' for cell in _figures(result))
-        bars = "".join(
-            f'<div class="bar{kind}" style="width:{100 * (result.get(key) or 0):.1f}%" title="{key}"></div>'
-            for key, kind in (("accuracy", " ours"), ("blank", ""), ("shuffled", ""))
-        )
-        rows.append(f'<tr><td>{escape(name)}</td>{cells}<td class="bars">{bars}</td></tr>')
+    shown = "".join(map(_table, tables(evaluation)))
     return (
-        "<h2>Held-out results</h2>"
-        f'<div class="scroll"><table><tr>{head}<th>accuracy, blank, shuffled</th></tr>{"".join(rows)}</table></div>'
-        '<p class="soft small">Accuracy: the right option is the likeliest. <b>Blank</b> and <b>shuffled</b> are the '
+        f"<h2>Held-out results</h2>{_bars(sets)}{shown}"
+        '<p class="soft small">Accuracy: the right option is chosen. <b>Blank</b> and <b>shuffled</b> are the '
         "same model with an empty medium and with another sample’s; × control compares with the better of them. "
-        "95% is the Wilson interval. CIDEr-D (0–10) is of what the model says freely.</p>"
+        "95% is the Wilson interval. CIDEr-D (0–10), exact, empty and cut are of what the model says freely; the loss "
+        "is that of the right answers, in nats per token.</p>"
     )
+
+
+def _table(table: Table) -> str:
+    first, *others = map(escape, table.columns)
+    head = f"<th>{first}</th>" + "".join(f'<th class="n">{name}</th>' for name in others)
+    body = "".join(
+        f"<tr><td>{escape(row[0])}</td>" + "".join(f'<td class="n">{escape(cell)}</td>' for cell in row[1:]) + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _bars(sets: Mapping[str, Any]) -> str:
+    """The accuracy of each set of closed questions above its controls."""
+    rows = []
+    for name, result in sets.items():
+        found = {condition: (result.get(condition) or {}).get("accuracy") for condition in CONDITIONS}
+        if found[OWN] is None:
+            continue
+        bars = "".join(
+            f'<div class="bar{" ours" if key == OWN else ""}" style="width:{100 * (share or 0):.1f}%" '
+            f'title="{key}: {percent(share)}"></div>'
+            for key, share in found.items()
+        )
+        rows.append(
+            f'<tr><td>{escape(name)}</td><td class="n">{percent(found[OWN])}</td><td class="bars">{bars}</td></tr>'
+        )
+    head = '<tr><th>set</th><th class="n">accuracy</th><th>accuracy, blank, shuffled</th></tr>'
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else ""
 
 
 def _stage(stage: Path) -> str:
@@ -250,13 +186,19 @@ def _model_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _examples(run: Path, name: str, result: Mapping[str, Any]) -> str:
     predictions = result.get("predictions", [])
     shown = [p for p in predictions if p.get("media")][:CARDS] or predictions[:CARDS]
-    right = sum(map(is_right, shown))
+    right = sum(map(bool, map(_is_right, shown)))
     return (
         f"<h2>{escape(name)}</h2>"
         f'<p class="soft small">The first {len(shown)} of {result.get("n", len(predictions))} held-out samples, not '
         f"chosen; {right} of them right.</p>"
         f'<div class="grid">{"".join(_card(run, prediction) for prediction in shown)}</div>'
     )
+
+
+def _is_right(prediction: Mapping[str, Any]) -> bool:
+    """Whether the choice, or without options what was said, is the answer."""
+    chosen = chose_right(prediction)
+    return bool(said_right(prediction)) if chosen is None else chosen
 
 
 def _card(run: Path, prediction: Mapping[str, Any]) -> str:
@@ -268,12 +210,12 @@ def _card(run: Path, prediction: Mapping[str, Any]) -> str:
         if path.resolve().is_relative_to(run.resolve()):  # a page that is passed on holds nothing from elsewhere
             shown.append(medium_html(path))
     medium = "".join(shown) or '<p class="missing">This medium was not kept.</p>'
-    if is_right(prediction):
+    if _is_right(prediction):
         mark = '<span class="mark right" title="right">✓ right</span>'
     else:
         mark = '<span class="mark wrong" title="wrong">✗ wrong</span>'
     chosen = f"<p>chose <b>{escape(prediction['choice'])}</b></p>" if prediction.get("choice") else ""
-    said = f"<p>said “{escape(prediction['said'])}”</p>" if prediction.get("said") else ""
+    said = "" if prediction.get("said") is None else f"<p>said “{escape(prediction['said'])}”</p>"
     question = f'<p class="soft small">{escape(prediction["question"])}</p>' if prediction.get("question") else ""
     return (
         f'<div class="card"><div class="medium">{medium}</div><div class="words">{question}<p>{mark}</p>'

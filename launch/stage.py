@@ -190,6 +190,8 @@ def _show(built: Built, samples: list[Shown], tracker: Tracker, step: int) -> No
         return
     prompts = [embed_prompt(built.model, question) for _, _, question in samples]
     said = generate(built.model, built.tokenizer, prompts, max_new_tokens=16)
-    rows = [[key, question.group(), answer, text] for (key, answer, question), text in zip(samples, said, strict=True)]
+    rows = [
+        [key, question.group(), answer, one.text] for (key, answer, question), one in zip(samples, said, strict=True)
+    ]
     tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
     built.model.train()

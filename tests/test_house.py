@@ -23,8 +23,8 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 FLOORS = [
     ["cpu", "footprint"],
     ["budget", "errors", "sample"],
-    ["config", "settings", "metrics"],
-    ["attention", "bridge", "command_line", "modality", "activations", "features", "stages"],
+    ["config", "settings", "metrics", "scores"],
+    ["attention", "bridge", "command_line", "modality", "activations", "features", "stages", "precision"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],
     ["stream", "model", "weightless"],

@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 
 import tiny_encoders
-from anymal import checkpoint
+from anymal import checkpoint, precision
 from anymal.errors import UserError
 from anymal.generate import embed_prompt, generate
 from anymal.sample import Message, Part, Sample
@@ -45,7 +45,7 @@ def test_chat_answers_interleaved_prompts(trained, tmp_path):
     message = Message(role="user", parts=[Part(kind=kind, content=content) for kind, content in parts])
     asked = built.prepare.decode(Sample(key="k", shard="s", messages=[message]))
     prompt = embed_prompt(built.model, built.prepare.prompt.question(asked))
-    assert said.rstrip("\n") == generate(built.model, built.tokenizer, [prompt], max_new_tokens=8)[0]
+    assert said.rstrip("\n") == generate(built.model, built.tokenizer, [prompt], max_new_tokens=8)[0].text
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,28 @@ def test_evaluate_writes_figures_and_media(trained, tmp_path):
             ]
             described = {"messages": turns, "options": colours}
             tar.write({"__key__": f"t{i}", "png": tiny_encoders.picture(size=(40 + i, 40)), "json": described})
-    done = python(
-        "launch/evaluate.py", f"checkpoint={trained}", f"sets.image={tmp_path / 'test.tar'}", f"out={tmp_path / 'out'}"
-    )
+    given = [f"checkpoint={trained}", f"sets.image={tmp_path / 'test.tar'}", f"out={tmp_path / 'out'}"]
+    done = python("launch/evaluate.py", *given, "bits=[4,32]", "media=4", "workers=1")
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    result = evaluation["modalities"]["image"]
+    assert list(evaluation["precisions"]) == ["4", "32"]
+    result = evaluation["precisions"]["4"]["image"]
     assert result["n"] == 6 and result["chance"] == pytest.approx(1 / 3)
     right = [p["choice"] == p["answer"] for p in result["predictions"]]
-    assert result["accuracy"] == pytest.approx(sum(right) / 6)
-    media = [tmp_path / "out" / name for p in result["predictions"] for name in p["media"]]
-    assert len(media) == 6 and media[0].read_bytes() == tiny_encoders.picture(size=(40, 40))
+    assert len(right) == 4 and 0 <= sum(right) <= 6 * result["own"]["accuracy"]
+    for prediction in result["predictions"]:
+        number = int(prediction["key"].removeprefix("t"))
+        (name,) = prediction["media"]
+        assert (tmp_path / "out" / name).read_bytes() == tiny_encoders.picture(size=(40 + number, 40))
     assert "image" in done.stdout and evaluation["trained_parameters"] > 0
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 6 * 3 * 2 and {json.loads(line)["bits"] for line in lines} == {4, 32}
+
+    folder = checkpoint.existing(trained)
+    assert precision.note(folder, 4, 4) == ""
+    own = [evaluation["precisions"][bits]["image"]["own"]["accuracy"] for bits in ("4", "32")]
+    assert f"image accuracy {own[0]:.0%} → {own[1]:.0%} (n=6)" in precision.note(folder, 4, 32)
+    assert "was not measured yet" in precision.note(folder, 4, 8)
+    assert "trained beside its LLM at 4 bits; at 32" in done.stderr, "said where it is loaded"
 
 
 SMELL = '''"""A made-up modality: three receptors."""

@@ -12,7 +12,9 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from anymal.errors import UserError
-from launch.report import is_right, print_table, write_report
+from anymal.metrics import wilson_interval
+from launch.report import write_report
+from launch.tables import chose_right, print_table, said_right
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -81,12 +83,16 @@ def write_run(run: Path, count: int = 4) -> dict:
     (run / "pretrain" / "model.json").write_text(json.dumps(rows))
     (run / "pretrain" / "recipe.yaml").write_text("optim:\n  lr: 0.001\n")
     evaluation = {
-        "modalities": {
-            "image": _result(0.7, 0.1, 0.12, _predictions("jpg", "cat", "dog", count)),
-            "video": _result(0.64, 0.2, 0.18, _predictions("mp4", "square moving right", "circle moving up", count)),
-            "audio": _result(0.56, 0.1, 0.14, _predictions("flac", "guitar", "drum", count)),
-            "imu": _result(0.8, 0.0, 0.0, _predictions("imu.npy", "pendulum swing", "row", count)),
-            "smell": {"n": 2, "predictions": [{"key": "1", "question": "", "answer": "rose", "said": "Rose!"}]},
+        "precisions": {
+            "4": {
+                "image": _result(0.7, 0.1, 0.12, _predictions("jpg", "cat", "dog", count)),
+                "video": _result(
+                    0.64, 0.2, 0.18, _predictions("mp4", "square moving right", "circle moving up", count)
+                ),
+                "audio": _result(0.56, 0.1, 0.14, _predictions("flac", "guitar", "drum", count)),
+                "imu": _result(0.8, 0.0, 0.0, _predictions("imu.npy", "pendulum swing", "row", count)),
+                "smell": {"n": 2, "predictions": [{"key": "1", "question": "", "answer": "rose", "said": "Rose!"}]},
+            }
         },
         "notes": ["Video: generated motion over real pictures."],
         "trained_parameters": 4567890,
@@ -97,8 +103,14 @@ def write_run(run: Path, count: int = 4) -> dict:
 
 
 def _result(accuracy: float, blank: float, shuffled: float, predictions: list[dict]) -> dict:
-    controls = {"blank": blank, "shuffled": shuffled, "chance": 0.14, "cider_d": 1.234}
-    return {"n": 50, "accuracy": accuracy, **controls, "predictions": predictions}
+    def condition(share: float) -> dict:
+        by = {"sum": share, "bytes": share / 2, "blank": None}
+        free = {"exact": 0.5, "cider_d": 1.234, "empty": 0.25, "cut": 0.0, "loss": 0.5}
+        return {"n": 50, "accuracy": share, "accuracy_by": by, **free}
+
+    conditions = {"own": condition(accuracy), "blank": condition(blank), "shuffled": condition(shuffled)}
+    interval = wilson_interval(round(50 * accuracy), 50)
+    return {"n": 50, "closed": 50, "chance": 0.14, "interval": interval, **conditions, "predictions": predictions}
 
 
 def test_page_holds_every_modality_and_needs_no_network(tmp_path):
@@ -127,7 +139,7 @@ def test_media_that_cannot_be_shown_do_not_stop_the_page(tmp_path):
     (tmp_path.parent / "outside.jpg").write_bytes(b"secret")
     names = [f"media/{name}" for name in media] + ["media/missing.jpg", "../outside.jpg"]
     predictions = [{"answer": "x", "said": "y", "media": [name]} for name in names]
-    (tmp_path / "evaluation.json").write_text(json.dumps({"modalities": {"any": {"predictions": predictions}}}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"precisions": {"4": {"any": {"predictions": predictions}}}}))
     page = write_report(tmp_path).read_text()
     assert page.count('class="card"') == len(names)
     assert page.count("cannot be shown") == 3
@@ -138,26 +150,50 @@ def test_media_that_cannot_be_shown_do_not_stop_the_page(tmp_path):
 
 def test_table_for_the_terminal(tmp_path):
     lines = print_table(write_run(tmp_path)).splitlines()
-    assert lines[0].split() == [
-        "modality",
+    assert re.split(r"  +", lines[0])[:8] == [
+        "closed questions",
         "n",
         "accuracy",
         "95%",
         "blank",
         "shuffled",
-        "×",
-        "control",
-        *lines[0].split()[8:],
+        "× control",
+        "chance",
     ]
-    image = lines[2].split()
-    assert image == ["image", "50", "70%", "56–81%", "10%", "12%", "5.8×", "14%", "1.23"]
+    image = ["image", "50", "70%", "56–81%", "10%", "12%", "5.8×", "14%", "70%", "35%", "–"]
+    assert lines[2].split() == image
     assert lines[5].split()[6] == "∞"
-    assert lines[6].split() == ["smell", "2", *"–––––––"]
     assert len({len(line) for line in lines[:6]}) == 1, "columns are aligned"
+    free = lines.index("") + 1
+    assert lines[free].startswith("free answers")
+    assert lines[free + 2].split() == ["image", "50", "50%", "50%", *["1.23"] * 3, "25%", "0%", *["0.50"] * 3]
+    assert lines[free + 6].split() == ["smell", "2", *"––––––––––"], "a set without options has no other row"
     start = lines.index("audio")
-    assert lines[start + 1].startswith("  ✗ said “It is a drum")
-    assert lines[start + 2] == "  ✓ said “A guitar.”, chose guitar; answer: guitar"
+    assert lines[start + 1].startswith("  ✗ chose drum, ✗ said “It is a drum")
+    assert lines[start + 2] == "  ✓ chose guitar, ✗ said “A guitar.” (answer: guitar)"
     assert lines[start + 4] == "", "three predictions"
+
+
+def test_an_empty_answer_is_shown_empty(tmp_path):
+    """It was once printed as the chosen option, in quotes and with a tick."""
+    evaluation = write_run(tmp_path, count=1)
+    prediction = {"answer": "dog", "choice": "dog", "said": "", "question": "What?"}
+    evaluation["precisions"] = {"4": {"pets": _result(1.0, 0.5, 0.5, [prediction])}}
+    assert "  ✓ chose dog, ✗ said “” (answer: dog)" in print_table(evaluation).splitlines()
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "<p>said “”</p>" in write_report(tmp_path).read_text()
+
+
+def test_precisions_stand_side_by_side(tmp_path):
+    evaluation = write_run(tmp_path, count=1)
+    assert "32 bits" not in print_table(evaluation)
+    at_32 = _result(0.5, 0.1, 0.1, []) | {"same_choice": 0.6}
+    evaluation["precisions"]["32"] = dict.fromkeys(evaluation["precisions"]["4"], at_32)
+    lines = print_table(evaluation).splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("precision"))
+    assert "same choice as at 4" in lines[start]
+    assert lines[start + 2].split() == ["image,", "4", "bits", "70%", "56–81%", "–", "50%", "1.23", "25%", "0.50"]
+    assert lines[start + 3].split()[:6] == ["image,", "32", "bits", "50%", "37–63%", "60%"]
 
 
 def test_yes_no_questions_have_a_table_of_their_own(tmp_path):
@@ -165,9 +201,9 @@ def test_yes_no_questions_have_a_table_of_their_own(tmp_path):
     assert "yes/no" not in print_table(evaluation)
     good = {"n": 50, "accuracy": 0.7, "precision": 0.8, "recall": 0.6, "f1": 0.69, "yes_ratio": 0.4}
     never = good | {"precision": None, "recall": 0.0, "f1": 0.0, "yes_ratio": 0.0}
-    evaluation["modalities"]["image"]["yes_no"] = {"said": never, "chosen": good, "blank": never, "shuffled": None}
+    evaluation["precisions"]["4"]["image"]["yes_no"] = {"said": never, "chosen": good, "blank": never, "shuffled": None}
     lines = print_table(evaluation).splitlines()
-    start = lines.index("") + 1
+    start = lines.index("", lines.index("") + 1) + 1
     assert lines[start].split() == ["yes/no", "questions", "n", "accuracy", "precision", "recall", "F1", "says", "yes"]
     assert lines[start + 2].split() == ["image,", "said", "50", "70%", "–", "0%", "0%", "0%"]
     assert lines[start + 3].split() == ["image,", "chosen", "50", "70%", "80%", "60%", "69%", "40%"]
@@ -175,11 +211,12 @@ def test_yes_no_questions_have_a_table_of_their_own(tmp_path):
     assert len({len(line) for line in lines[start : start + 5]}) == 1, "columns are aligned"
 
 
-def test_right_is_judged_by_the_choice_and_else_by_the_words():
-    assert is_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
-    assert is_right({"said": "Rose!", "answer": "rose"})
-    assert not is_right({"said": "a rose", "answer": "rose"})
-    assert not is_right({"answer": "rose"})
+def test_choice_and_words_are_judged_apart():
+    assert chose_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
+    assert not said_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
+    assert said_right({"said": "Rose!", "answer": "rose"}) and chose_right({"said": "Rose!", "answer": "rose"}) is None
+    assert not said_right({"said": "a rose", "answer": "rose"})
+    assert said_right({"said": None, "answer": "rose"}) is None
 
 
 def test_a_stage_without_evaluation_is_enough(tmp_path):
@@ -197,5 +234,5 @@ def test_command_line(tmp_path):
     write_run(tmp_path, count=1)
     command = [sys.executable, str(REPOSITORY / "launch/report.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.startswith("modality")
+    assert done.stdout.startswith("closed questions")
     assert done.stdout.endswith(f"{tmp_path}/report.html\n")

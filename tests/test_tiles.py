@@ -11,8 +11,8 @@ import tiny_encoders
 from adapters.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
 from anymal.budget import degrade
 from anymal.config import Config
-from anymal.errors import UserError
-from anymal.evaluate import _options, _read
+from anymal.errors import BadSample, UserError
+from anymal.evaluate import ask
 from anymal.model import select_trainable
 from anymal.packing import pack
 from anymal.sample import Message, Part, Sample
@@ -185,15 +185,15 @@ def test_evaluation_cuts_for_the_longest_option_whichever_is_right(tiny_llm, tmp
     picture = Part(kind="image", content=tiny_encoders.picture(size=(128, 128)))
     options = ["a dog", "a red apple on the table " * 7]
     closed = [replace(asked(picture).answered(option), options=options) for option in options]
-    decoded, questions = _read(made.prepare, closed)
-    assert len(questions[0].runs) == len(questions[1].runs) < len(made.prepare(asked(picture)).runs)
-    assert max(len(ids) for ids in _options(made.prepare, decoded[0])) + len(questions[0].ids) <= 120
+    questions = [ask(made.prepare, sample) for sample in closed]
+    views = [len(question.tokens.runs) for question in questions]
+    assert views[0] == views[1] < len(made.prepare(asked(picture)).runs)
+    assert max(map(len, questions[0].ids)) + len(questions[0].tokens.ids) <= 120
     free = [asked(picture).answered(answer) for answer in ("a dog", "a dog " * 20)]
-    short, long = (question.runs for question in _read(made.prepare, free)[1])
+    short, long = (ask(made.prepare, sample).tokens.runs for sample in free)
     assert short == long  # nor does an answer that is to be given freely tell how long it is
-    decoded, _ = _read(made.prepare, [replace(closed[0], options=["a dog", "a dog " * 100])])
-    with pytest.raises(UserError, match=r"s, key 'k', with its longest option: has \d+ tokens.*raise data\.max_tokens"):
-        _options(made.prepare, decoded[0])
+    with pytest.raises(BadSample, match=r"with its longest option: has \d+ tokens.*raise data\.max_tokens"):
+        ask(made.prepare, replace(closed[0], options=["a dog", "a dog " * 100]))
 
 
 def test_frames_give_way_to_the_text(tiny_llm, tmp_path):

@@ -1,0 +1,212 @@
+"""Records of an evaluation → what they are worth: accuracies, caption metrics, losses, each beside its controls.
+
+    evaluate.py ──Record──▶ records.jsonl ──▶ figures, agreement ──▶ evaluation.json, tables
+
+Nothing here runs a model: whoever has the records can compute other figures from them. docs/evaluation.md says how
+options are chosen, and why.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, yes_no
+
+OWN, BLANK, SHUFFLED = "own", "blank", "shuffled"
+CONDITIONS = (OWN, BLANK, SHUFFLED)
+"""With its own media, with blank ones, with another sample's."""
+RULES = ("sum", "bytes", "blank")
+"""By what an option is chosen: the logarithm of its probability; that by byte of its text, as lm-evaluation-harness's
+acc_norm; or that less the same with a blank medium, as pointwise mutual information."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One possible answer of a closed question."""
+
+    text: str
+    """The answer."""
+    log_likelihood: float
+    """Natural logarithm of its probability, end token included."""
+    tokens: int
+    """Its length, end token included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One sample under one condition."""
+
+    key: str
+    """The sample's key."""
+    shard: str
+    """Its tar."""
+    condition: str
+    """One of `CONDITIONS`."""
+    lender: str | None
+    """The key of the sample whose media it was shown, if they were another's."""
+    question: str
+    """What was asked, in words."""
+    answer: str
+    """What is right."""
+    loss: float
+    """Nats per token of the right answer, end token included."""
+    said: str | None
+    """The free answer; None if none was asked for."""
+    cut: bool
+    """Whether the free answer had no end before the longest length."""
+    options: list[Option] = field(default_factory=list)
+    """Every option of a closed question, the right one among them."""
+
+
+def write_record(record: Record, **also: Any) -> str:
+    """A line of JSON."""
+    return json.dumps(also | asdict(record)) + "\n"
+
+
+def read_records(path: Path, **wanted: Any) -> list[Record]:
+    """The records of a file that have these values, such as ``set="image"``."""
+    found = []
+    with path.open() as lines:
+        for line in lines:
+            known = json.loads(line)
+            if all(known.pop(name) == value for name, value in wanted.items()):
+                options = [Option(**option) for option in known.pop("options")]
+                found.append(Record(**known, options=options))
+    return found
+
+
+def _by_condition(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each condition, in one order of samples."""
+    found: dict[str, list[Record]] = {name: [] for name in CONDITIONS}
+    for record in records:
+        found[record.condition].append(record)
+    return found
+
+
+def _name(record: Record) -> tuple[str, str]:
+    return record.shard, record.key
+
+
+def choices(records: Sequence[Record], rule: str) -> dict[str, dict[tuple[str, str], str]]:
+    """Condition → (shard, key) of each closed question → the option that is chosen by a rule of `RULES`.
+
+    By the rule "blank" there is no choice with blank media, where all options are equal.
+    """
+    several = _by_condition(records)
+    blank = {_name(record): record for record in several[BLANK]}
+
+    def score(record: Record, number: int) -> float:
+        option = record.options[number]
+        if rule == "bytes":
+            return option.log_likelihood / max(1, len(option.text.encode()))
+        if rule == "blank":
+            return option.log_likelihood - blank[_name(record)].options[number].log_likelihood
+        return option.log_likelihood
+
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for condition, of_condition in several.items():
+        found[condition] = {}
+        for record in of_condition:
+            if not record.options or (rule == "blank" and (condition == BLANK or _name(record) not in blank)):
+                continue
+            best = max(range(len(record.options)), key=lambda number: score(record, number))
+            found[condition][_name(record)] = record.options[best].text
+    return found
+
+
+def figures(records: Sequence[Record], rule: str) -> dict[str, Any]:
+    """What the records of one set are worth.
+
+    Args:
+        records: Of all samples and conditions.
+        rule: By what options are chosen; see `RULES`.
+
+    Returns:
+        ``n`` samples, ``closed`` ones with options, ``chance`` (the mean of 1 / options), ``rule``; ``interval``, the
+        95% Wilson interval of the accuracy; and for each condition ``own``, ``blank`` and ``shuffled`` a dict or None:
+        ``n``, ``accuracy`` (by `rule`), ``accuracy_by`` (each rule), ``loss`` (nats per token of the right answers, the
+        mean over samples), and of the free answers ``exact`` (right to the letter), ``cider_d``, ``rouge_l``,
+        ``bleu_4``, and the shares ``empty`` and ``cut``. What is not defined is None. If all samples are yes/no
+        questions, ``yes_no`` has `anymal.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the
+        choices with ``blank`` and ``shuffled`` media.
+    """
+    several = _by_condition(records)
+    chosen = {name: choices(records, name) for name in RULES}
+    own = several[OWN]
+    counts = [len(record.options) for record in own if record.options]
+    result: dict[str, Any] = {"n": len(own), "closed": len(counts), "rule": rule, "chance": None, "interval": None}
+    for condition, of_condition in several.items():
+        result[condition] = _condition(of_condition, {r: chosen[r][condition] for r in RULES}, rule)
+    if counts:
+        result["chance"] = sum(1 / count for count in counts) / len(counts)
+    if result[OWN] and result[OWN]["accuracy"] is not None:
+        made = len(chosen[rule][OWN])
+        result["interval"] = wilson_interval(round(result[OWN]["accuracy"] * made), made)
+    if own and all(sorted(o.text.strip().lower() for o in record.options) == ["no", "yes"] for record in own):
+        result["yes_no"] = _yes_no(several, chosen[rule])
+    return result
+
+
+def _condition(
+    records: Sequence[Record], chosen: dict[str, dict[tuple[str, str], str]], rule: str
+) -> dict[str, Any] | None:
+    """The figures of one condition, given the choices by each rule."""
+    if not records:
+        return None
+    right = {_name(record): record.answer for record in records}
+
+    def share_right(made: dict[tuple[str, str], str]) -> float | None:
+        return accuracy(list(made.values()), [right[name] for name in made]) if made else None
+
+    result: dict[str, Any] = {"n": len(records), "loss": sum(record.loss for record in records) / len(records)}
+    result["accuracy_by"] = {name: share_right(made) for name, made in chosen.items()}
+    result["accuracy"] = result["accuracy_by"][rule]
+    result |= dict.fromkeys(("exact", "cider_d", "rouge_l", "bleu_4", "empty", "cut"))
+    said = [record.said for record in records]
+    if None not in said:
+        answers = [record.answer for record in records]
+        references = [[answer] for answer in answers]
+        result |= {"exact": accuracy(said, answers), "cider_d": cider_d(said, references)}
+        result |= {"rouge_l": rouge_l(said, references), "bleu_4": bleu(said, references)}
+        result["empty"] = sum(not text.strip() for text in said) / len(said)
+        result["cut"] = sum(record.cut for record in records) / len(said)
+    return result
+
+
+def _yes_no(several: dict[str, list[Record]], chosen: dict[str, dict[tuple[str, str], str]]) -> dict[str, Any]:
+    answers = {_name(record): record.answer for record in several[OWN]}
+    result: dict[str, Any] = {"said": None}
+    if all(record.said is not None for record in several[OWN]):
+        result["said"] = yes_no([record.said for record in several[OWN]], list(answers.values()))
+    for condition, label in ((OWN, "chosen"), (BLANK, BLANK), (SHUFFLED, SHUFFLED)):
+        made = chosen[condition]
+        options = [option.lower() for option in made.values()]
+        result[label] = yes_no(options, [answers[name] for name in made]) if made else None
+    return result
+
+
+def agreement(records: Sequence[Record], others: Sequence[Record], rule: str) -> float | None:
+    """The share of closed questions that two evaluations of one set answer alike, right or not; None without any."""
+    ours, theirs = choices(records, rule)[OWN], choices(others, rule)[OWN]
+    common = [name for name in ours if name in theirs]
+    return sum(ours[name] == theirs[name] for name in common) / len(common) if common else None
+
+
+def predictions(records: Sequence[Record], rule: str) -> Iterator[dict[str, Any]]:
+    """What a person wants to read of each sample: question, answer, the choice and what was said, with its controls."""
+    chosen = choices(records, rule)
+    several = {name: {_name(r): r for r in of_condition} for name, of_condition in _by_condition(records).items()}
+    for name, record in several[OWN].items():
+        blank = several[BLANK].get(name)
+        yield {
+            "key": record.key,
+            "shard": record.shard,
+            "question": record.question,
+            "answer": record.answer,
+            "choice": chosen[OWN].get(name),
+            "said": record.said,
+            "cut": record.cut,
+            "said_blank": None if blank is None else blank.said,
+        }
