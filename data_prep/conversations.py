@@ -2,10 +2,11 @@
 
     python data_prep/conversations.py media=data/demo folder=data/demo/conversations
 
-Reads the shards that the demo's other steps wrote (``media/MODALITY/train`` and ``test``), and makes five forms of
-conversation from their media and labels: a question in other words than stage 1's, a question in every turn, one about
-two media together, one about which of two media, and a check (yes or no). ``train`` is made of training media only;
-``test`` of held-out media, and its last answer is one of its options.
+Reads the shards that the demo's other steps wrote (``media/MODALITY/SPLIT``), and makes five forms of conversation from
+their media and labels: a question in other words than stage 1's, a question in every turn, one about two media
+together, one about which of two media, and a check (yes or no). Each split is made of that split's media only:
+``validation`` and ``test`` are about objects, people and instruments that training never had. The last answer of a
+conversation is one of its options.
 """
 
 import random
@@ -18,7 +19,7 @@ from omegaconf import MISSING
 
 from anymal.command_line import parse_args
 from anymal.errors import UserError
-from data_prep.shards import QUESTION, read_shards, write_shards
+from data_prep.shards import QUESTION, SPLITS, read_shards, write_shards
 from data_prep.steps import is_done, run
 
 MEMBERS = {"image": "jpg", "audio": "flac", "imu": "imu.npy", "video": "mp4"}
@@ -37,13 +38,15 @@ class Settings:
     """Settings of this step."""
 
     media: str = MISSING
-    """The folder that holds image, audio, imu and video, each with train and test shards."""
+    """The folder that holds image, audio, imu and video, each with the shards of every split."""
     folder: str = MISSING
-    """The folder to write train and test into."""
+    """The folder to write train, validation and test into."""
     train: int = 240
     """Training conversations."""
-    test: int = 40
-    """Held-out conversations."""
+    validation: int = 100
+    """Conversations for validation."""
+    test: int = 300
+    """Conversations for the test."""
     seed: int = 0
     """Which media are put together, and how they are asked about."""
 
@@ -174,8 +177,8 @@ def read_media(folder: Path, split: str) -> list[Medium]:
 
 
 def make(settings: Settings) -> None:
-    """Write ``train`` and ``test`` shards into the settings' folder, whichever is not there yet."""
-    for split, count in (("train", settings.train), ("test", settings.test)):
+    """Write the shards of every split into the settings' folder, whichever is not there yet."""
+    for split, count in zip(SPLITS, (settings.train, settings.validation, settings.test), strict=True):
         folder = Path(settings.folder, split)
         if not is_done(folder):
             media = read_media(Path(settings.media), split)

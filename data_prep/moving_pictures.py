@@ -4,8 +4,9 @@
 
 The pictures are real (see `data_prep.openmoji`), the motion is generated: a picture crosses a plain background to the
 left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video could be had from
-the package registry, so this is what the demo has, and what its report must say. Held-out clips move pictures that no
-training shard holds, of images or of clips.
+the package registry, so this is what the demo has, and what its report must say. Validation and test move pictures that
+no training shard holds, of images or of clips: the 28 and 42 that `data_prep.openmoji` holds out with the same seed.
+The test's 336 clips move each of its 42 pictures eight times.
 """
 
 import io
@@ -22,7 +23,7 @@ from PIL import Image
 from anymal.command_line import parse_args
 from data_prep.demo_assets import cache_folder
 from data_prep.openmoji import Picture, draw, light_colour, pictures, split
-from data_prep.shards import labelled_sample, write_shards
+from data_prep.shards import SPLITS, labelled_sample, write_shards
 from data_prep.steps import is_done, mapped, run, worker_pool
 
 MOTIONS = {
@@ -42,15 +43,15 @@ class Settings:
     """Settings of this step."""
 
     folder: str = MISSING
-    """The folder to write train and test into."""
+    """The folder to write train, validation and test into."""
     cache: str = ""
     """Folder of the downloads, as in demo_assets.py."""
     per_motion: int = 48
     """Training clips of each motion."""
-    test_per_motion: int = 8
-    """Held-out clips of each motion."""
-    test_per_kind: int = 8
-    """Held-out pictures of each kind, as in openmoji.py."""
+    validation_per_motion: int = 18
+    """Clips of each motion for validation."""
+    test_per_motion: int = 56
+    """Clips of each motion for the test."""
     seed: int = 0
     """What is held out (as in openmoji.py), and how pictures move."""
 
@@ -62,7 +63,7 @@ class _Task:
     name: str
     cache: Path
     seed: int
-    test: bool
+    held_out: bool
 
 
 def move(picture: Image.Image, motion: str, rng: random.Random) -> list[Image.Image]:
@@ -105,33 +106,35 @@ def encode(frames: list[Image.Image], rate: int) -> bytes:
 def _make(task: _Task) -> dict:
     """Move one picture; runs in a worker process. All its randomness comes from the seed and the sample's name."""
     frames = move(draw(task.picture.key, 130, task.cache), task.motion, random.Random(f"{task.seed}/{task.name}"))
-    about = {"name": task.picture.name, "picture": task.picture.key}
-    options = MOTIONS if task.test else ()
+    about = {"name": task.picture.name, "source": task.picture.key}
+    options = MOTIONS if task.held_out else ()
     return labelled_sample(task.name, "video", "mp4", encode(frames, _RATE), task.motion, options=options, **about)
 
 
-def _tasks(settings: Settings, cache: Path) -> tuple[list[_Task], list[_Task]]:
-    both = []
-    train, held_out = split(pictures(cache), settings.test_per_kind, settings.seed)
-    for found, per_motion in ((train, settings.per_motion), (held_out, settings.test_per_motion)):
-        random.Random(f"{settings.seed}/video").shuffle(found)
-        todo = []
-        for number in range(per_motion * len(MOTIONS)):
-            picture, motion = found[number % len(found)], list(MOTIONS)[number % len(MOTIONS)]
-            name = f"video-{picture.key}-{motion.replace(' ', '-')}-{number // len(found)}"
-            test = found is held_out
-            todo.append(_Task(picture=picture, motion=motion, name=name, cache=cache, seed=settings.seed, test=test))
-        random.Random(settings.seed).shuffle(todo)
-        both.append(todo)
-    return both[0], both[1]
+def _tasks(settings: Settings, cache: Path, name: str) -> list[_Task]:
+    found, held_out = split(pictures(cache), settings.seed)[name], name != "train"
+    counts = {
+        "train": settings.per_motion,
+        "validation": settings.validation_per_motion,
+        "test": settings.test_per_motion,
+    }
+    per_motion = counts[name]
+    random.Random(f"{settings.seed}/video/{name}").shuffle(found)
+    todo = []
+    for number in range(per_motion * len(MOTIONS)):
+        picture, motion = found[number % len(found)], list(MOTIONS)[number // per_motion]
+        key = f"video-{picture.key}-{motion.replace(' ', '-')}-{number // len(found)}"
+        todo.append(_Task(picture=picture, motion=motion, name=key, cache=cache, seed=settings.seed, held_out=held_out))
+    random.Random(settings.seed).shuffle(todo)
+    return todo
 
 
 def make(settings: Settings, pool: Executor) -> None:
-    """Write ``train`` and ``test`` shards into the settings' folder, whichever is not there yet."""
+    """Write the shards of every split into the settings' folder, whichever is not there yet."""
     cache, folder = cache_folder(settings.cache), Path(settings.folder)
-    for name, tasks in zip(("train", "test"), _tasks(settings, cache), strict=True):
+    for name in SPLITS:
         if not is_done(folder / name):
-            samples: Iterator[dict] = mapped(pool, _make, tasks, f"moving pictures, {name}")
+            samples: Iterator[dict] = mapped(pool, _make, _tasks(settings, cache, name), f"moving pictures, {name}")
             write_shards(folder / name, samples, per_shard=48)
 
 

@@ -29,6 +29,8 @@ import numpy as np
 from anymal.errors import UserError
 from data_prep.steps import whole_folder
 
+SPLITS = ("train", "validation", "test")
+"""The demo's splits: what is learnt from, what choices are made by, and what is reported, once."""
 QUESTION = "What is this?"
 """What is asked about every held-out medium of the demo. Stage 1 learns to answer it: its ``prompt.instruction``."""
 
@@ -79,7 +81,8 @@ def labelled_sample(
         label: What it is; one of `options`, if there are any.
         options: With these it is a closed question: the medium, `QUESTION`, the label as the answer. Without, it is a
             pair whose caption is the label.
-        about: What else is kept in ``json``, beside the label.
+        about: What else is kept in ``json``, beside the label. The demo's steps give ``source``: the object, person or
+            instrument that it is of, since samples of one are no independent evidence.
     """
     sample = {"__key__": key, member: data, "json": {"label": label, **about}}
     if not options:

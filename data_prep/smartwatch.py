@@ -4,8 +4,10 @@
 
 The package seglearn (BSD) ships what a watch measured while ten people did seven shoulder exercises (Burns et al.,
 arXiv 1802.01489): 140 recordings, 81 minutes, at 50 Hz. The accelerometer is in g and becomes m/s² here; the gyroscope
-is in rad/s. Held out are all recordings of two people. The training shards serve two programs:
-``launch/pretrain_imu_encoder.py`` reads ``imu.npy`` and the label in ``json``, stage 1 reads ``imu.npy`` and ``txt``.
+is in rad/s. The seed deals the people: three to test, two to validation, five to training. Held-out windows overlap by
+up to half: the test's 308 are of three people, and an interval that counts windows is too narrow for what other people
+would give. The training shards serve two programs: ``launch/pretrain_imu_encoder.py`` reads ``imu.npy`` and the label
+in ``json``, stage 1 reads ``imu.npy`` and ``txt``.
 
 The recordings come as a pickle, which could run code when read. It is pinned by hash, and read by an unpickler that
 knows numpy's arrays and nothing else; shards hold plain arrays.
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from anymal.command_line import parse_args
 from anymal.errors import UserError
 from data_prep.demo_assets import cache_folder, read
-from data_prep.shards import labelled_sample, write_shards
+from data_prep.shards import SPLITS, labelled_sample, write_shards
 from data_prep.steps import is_done, run
 
 EXERCISES = {
@@ -39,8 +41,8 @@ EXERCISES = {
     "ROW": "upright row",
 }
 """The recordings' labels → what is said of them."""
-HELD_OUT = (9, 10)
-"""The people whose recordings are in the test split only."""
+VALIDATION_PEOPLE, TEST_PEOPLE = 2, 3
+"""How many people are held out."""
 RATE, SECONDS = 50, 5
 _GRAVITY = 9.80665
 _PICKLED = {
@@ -57,15 +59,17 @@ class Settings:
     """Settings of this step."""
 
     folder: str = MISSING
-    """The folder to write train and test into."""
+    """The folder to write train, validation and test into."""
     cache: str = ""
     """Folder of the downloads, as in demo_assets.py."""
     per_exercise: int = 140
-    """Training windows of each exercise; they may overlap by half."""
-    test_per_exercise: int = 8
-    """Held-out windows of each exercise; they do not overlap."""
+    """Training windows of each exercise; they begin at every second."""
+    validation_per_exercise: int = 24
+    """Windows of each exercise for validation; they overlap by half at most, as those for the test."""
+    test_per_exercise: int = 44
+    """Windows of each exercise for the test."""
     seed: int = 0
-    """Which windows are taken, and their order."""
+    """Who is held out, which windows are taken, and their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,18 @@ def recordings(cache: Path) -> list[Recording]:
     ]
 
 
+def split(found: list[Recording], seed: int) -> dict[str, list[Recording]]:
+    """The recordings of each split; all of one person's are in one."""
+    people = sorted({recording.person for recording in found})
+    random.Random(seed).shuffle(people)
+    test, validation = people[:TEST_PEOPLE], people[TEST_PEOPLE : TEST_PEOPLE + VALIDATION_PEOPLE]
+    splits: dict[str, list[Recording]] = {name: [] for name in SPLITS}
+    for recording in found:
+        name = "test" if recording.person in test else "validation" if recording.person in validation else "train"
+        splits[name].append(recording)
+    return splits
+
+
 def windows(found: list[Recording], per_exercise: int, stride: int, seed: int) -> list[tuple[Recording, int]]:
     """(recording, first sample) of `per_exercise` windows for each exercise, `stride` samples apart, shuffled.
 
@@ -143,27 +159,27 @@ def windows(found: list[Recording], per_exercise: int, stride: int, seed: int) -
     return taken
 
 
-def _samples(taken: list[tuple[Recording, int]], test: bool) -> Iterator[dict]:
+def _samples(taken: list[tuple[Recording, int]], held_out: bool) -> Iterator[dict]:
     for recording, start in taken:
         key, window = f"imu-{recording.number:03d}-{start:05d}", recording.motion[start : start + RATE * SECONDS]
-        about = {"person": recording.person, "side": recording.side}
-        options = EXERCISES.values() if test else ()
+        about = {"source": f"person {recording.person}", "side": recording.side}
+        options = EXERCISES.values() if held_out else ()
         yield labelled_sample(key, "imu", "imu.npy", window, recording.exercise, options=options, **about)
 
 
 def make(settings: Settings) -> None:
-    """Write ``train`` and ``test`` shards into the settings' folder, whichever is not there yet."""
-    found = recordings(cache_folder(settings.cache))
-    window = RATE * SECONDS
-    splits = {
-        "train": ([r for r in found if r.person not in HELD_OUT], settings.per_exercise, window // 2),
-        "test": ([r for r in found if r.person in HELD_OUT], settings.test_per_exercise, window),
+    """Write the shards of every split into the settings' folder, whichever is not there yet."""
+    of_split, half = split(recordings(cache_folder(settings.cache)), settings.seed), RATE * SECONDS // 2
+    counts = {
+        "train": (settings.per_exercise, RATE),
+        "validation": (settings.validation_per_exercise, half),
+        "test": (settings.test_per_exercise, half),
     }
-    for name, (of_split, count, stride) in splits.items():
+    for name, (count, stride) in counts.items():
         folder = Path(settings.folder, name)
         if not is_done(folder):
-            taken = windows(of_split, count, stride, settings.seed)
-            progress = tqdm(_samples(taken, name == "test"), total=len(taken), desc=f"motion, {name}", leave=False)
+            taken = windows(of_split[name], count, stride, settings.seed)
+            progress = tqdm(_samples(taken, name != "train"), total=len(taken), desc=f"motion, {name}", leave=False)
             write_shards(folder, progress, per_shard=128)
 
 

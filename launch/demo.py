@@ -1,10 +1,15 @@
 """The whole pipeline on real data, on a machine without a GPU: `make demo`.
 
     python launch/demo.py
+    python launch/demo.py seed=1
 
 Runs the programs that a real run uses, one after another, each as you would start it by hand (the commands are
 printed): download, convert, prepare, train the IMU encoder, stage 1, stage 2, evaluate, report. What is done already is
 not done again. Downloads, models and data go to ANYMAL_CACHE (~/.cache/anymal/demo by default), results to runs/demo.
+
+All that was chosen was chosen by the validation splits; the evaluation reports the test splits, a sample of each that
+`seed` draws. Another seed holds other things out (`data_prep.demo_data`); its data and results have folders of their
+own.
 """
 
 import json
@@ -13,51 +18,92 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from anymal.command_line import parse_args
 from data_prep.demo_assets import cache_folder
 from launch.build import run_program
 from launch.tables import print_table
 
-RUN = Path("runs/demo")
 MODALITIES = ("image", "video", "audio", "imu")
 NOTES = [
+    "The test is of 42 pictures (image and video), some ten instruments and three people, each in many samples: other "
+    "pictures, instruments and people would vary by more than the intervals, which count samples.",
     "image: pictures of objects that training never showed; near relatives of some were in training.",
     "video: generated motion over real pictures; held-out clips show pictures that training never moved.",
     "audio: the encoder is Whisper tiny.en, made for speech; held-out sounds are of instruments not in training.",
-    "imu: two people whom neither projector nor encoder saw; the encoder had learnt the exercises of eight others.",
+    "imu: people whom neither projector nor encoder saw; the encoder had learnt the exercises of five others.",
+    "conversations: about one to three media of the above; whoever always takes one of two answers has half of them.",
 ]
 
 
-def commands(cache: Path) -> list[tuple[str, list[str]]]:
+@dataclass(kw_only=True)
+class Settings:
+    """Settings of the demo."""
+
+    seed: int = 0
+    """Which pictures, instruments and people are held out."""
+    limit: int = 96
+    """Samples of each test split that are evaluated; 0 takes all (300 and more), and six minutes longer."""
+
+
+def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
     """What is done, and by which program."""
-    data, models = cache / "data", cache / "models"
-    sets = [f"sets.{name}={data}/{name}/test" for name in MODALITIES]
-    evaluation = [*sets, "max_new_tokens=8", f"notes={json.dumps(NOTES)}"]
+    data, models, run = data_folder(cache, settings.seed), cache / "models", run_folder(settings.seed)
+    sets = [f"sets.{name}={data}/{name}/test" for name in (*MODALITIES, "conversations")]
+    evaluation = [
+        *sets,
+        f"limit={settings.limit}",
+        f"seed={settings.seed}",
+        "max_new_tokens=8",
+        f"notes={json.dumps(NOTES)}",
+    ]
+    pretrain, finetune = (
+        ["launch/pretrain.py", "launch/recipes/demo-pretrain.yaml"],
+        ["launch/finetune.py", "launch/recipes/demo-finetune.yaml"],
+    )
+    if settings.seed:  # the recipes name the folders of seed 0
+        shards = [f"data.datasets.{name}.shards={data}/{name}/train" for name in MODALITIES]
+        shards.append(f"model.modalities.imu.encoder={data}/imu-encoder")
+        pretrain += [*shards, f"run.dir={run}/pretrain"]
+        finetune += [*shards, f"data.datasets.conversations.shards={data}/conversations/train"]
+        finetune += [f"model.checkpoint={run}/pretrain", f"run.dir={run}/finetune"]
     return [
         ("download models and data", ["data_prep/demo_assets.py"]),
         ("convert the models", ["data_prep/demo_models.py", f"folder={models}"]),
-        ("make shards", ["data_prep/demo_data.py", f"folder={data}"]),
+        ("make shards", ["data_prep/demo_data.py", f"folder={data}", f"seed={settings.seed}"]),
         (
             "train the IMU encoder",
             [
                 "launch/pretrain_imu_encoder.py",
                 f"shards={data}/imu/train",
-                f"eval_shards={data}/imu/test",
-                f"out={models}/imu",
+                f"eval_shards={data}/imu/validation",
+                f"out={data}/imu-encoder",
             ],
         ),
-        ("stage 1: projectors", ["launch/pretrain.py", "launch/recipes/demo-pretrain.yaml"]),
-        ("stage 2: projectors and LoRA", ["launch/finetune.py", "launch/recipes/demo-finetune.yaml"]),
-        ("evaluate", ["launch/evaluate.py", "checkpoint=runs/demo/finetune", f"out={RUN}", *evaluation]),
-        ("report", ["launch/report.py", str(RUN)]),
+        ("stage 1: projectors", pretrain),
+        ("stage 2: projectors and LoRA", finetune),
+        ("evaluate", ["launch/evaluate.py", f"checkpoint={run}/finetune", f"out={run}", *evaluation]),
+        ("report", ["launch/report.py", str(run)]),
     ]
+
+
+def data_folder(cache: Path, seed: int) -> Path:
+    """The data of a seed, and the IMU encoder that its training people taught."""
+    return cache / (f"data-{seed}" if seed else "data")
+
+
+def run_folder(seed: int) -> Path:
+    """The results of a seed."""
+    return Path(f"runs/demo-{seed}" if seed else "runs/demo")
 
 
 def main() -> int:
     """Run the steps; the first that fails ends the demo with its exit code."""
-    cache, began = cache_folder(), time.monotonic()
-    steps = commands(cache)
+    settings = parse_args(Settings, __doc__)
+    cache, began, folder = cache_folder(), time.monotonic(), run_folder(settings.seed)
+    steps = commands(cache, settings)
     environment = os.environ | {"ANYMAL_CACHE": str(cache)}
     for number, (title, command) in enumerate(steps, 1):
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
@@ -69,8 +115,8 @@ def main() -> int:
             print(f"error: step {number} ended with code {done.returncode}; mend it and run make demo again")
             return done.returncode
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    print("\n" + print_table(json.loads((RUN / "evaluation.json").read_text())))
-    print(f"\nDone in {minutes}:{seconds:02d}. Pictures: {RUN / 'report.html'}")
+    print("\n" + print_table(json.loads((folder / "evaluation.json").read_text())))
+    print(f"\nDone in {minutes}:{seconds:02d}. Pictures: {folder / 'report.html'}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Train the IMU encoder on labelled windows, once, so that stage 1 has a frozen one: none is published.
 
-    python launch/pretrain_imu_encoder.py shards=data/demo/imu/train eval_shards=data/demo/imu/test out=models/imu
+    python launch/pretrain_imu_encoder.py shards=data/imu/train eval_shards=data/imu/validation out=models/imu
     python launch/pretrain_imu_encoder.py shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
 
 Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s) and ``json`` with a

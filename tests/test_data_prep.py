@@ -15,9 +15,20 @@ from PIL import Image
 
 from anymal.errors import BudgetExceeded, UserError
 from anymal.parse import parse
-from data_prep import conversations, demo_assets, instruments, llava, moving_pictures, openmoji, smartwatch
-from data_prep.shards import QUESTION, labelled_sample, read_shards, write_shards
+from anymal.stages import Recipe, config_of, load_stages
+from data_prep import (
+    conversations,
+    demo_assets,
+    demo_data,
+    instruments,
+    llava,
+    moving_pictures,
+    openmoji,
+    smartwatch,
+)
+from data_prep.shards import QUESTION, SPLITS, labelled_sample, read_shards, write_shards
 from data_prep.steps import is_done, whole_folder, worker_pool
+from launch import demo
 
 SUFFIXES = {"jpg": "image", "flac": "audio", "imu.npy": "imu", "mp4": "video"}
 
@@ -139,23 +150,71 @@ def test_cache_folder_comes_from_argument_environment_or_home(monkeypatch):
 
 
 def test_held_out_pictures_share_no_word_with_others():
-    names = {"animal": ["cat", "cat face", "owl", "whale", "spouting whale", "snake"], "plant": ["rose", "tulip"]}
+    names = {
+        "animal": ["cat", "cat face", "owl", "whale", "spouting whale", "snake"],
+        "plant": ["rose", "tulip", "fern"],
+    }
     for kind in openmoji.KINDS:
-        names.setdefault(kind, [f"one {kind}", f"lone{kind}"])
+        names.setdefault(kind, [f"one {kind}", f"lone{kind}", f"sole{kind}"])
     found = [
         openmoji.Picture(key=f"{number:x}", name=name, kind=kind)
         for number, (kind, name) in enumerate((kind, name) for kind, all_of in names.items() for name in all_of)
     ]
-    train, test = openmoji.split(found, 1, seed=3)
-    assert len(test) == len(openmoji.KINDS) and len(train) + len(test) == len(found)
-    assert next(p for p in test if p.kind == "animal").name in {"owl", "snake"}
-    assert openmoji.split(list(found), 1, seed=3) == (train, test)
+    splits = openmoji.split(found, 3, validation=1, test=1)
+    assert len(splits["validation"]) == len(splits["test"]) == len(openmoji.KINDS)
+    assert sorted(p.key for of in splits.values() for p in of) == sorted(p.key for p in found)
+    assert {p.name for name in SPLITS[1:] for p in splits[name] if p.kind == "animal"} == {"owl", "snake"}
+    assert openmoji.split(list(found), 3, validation=1, test=1) == splits
+    assert any(openmoji.split(found, seed, validation=1, test=1) != splits for seed in range(4, 9))
 
 
-def test_held_out_instruments_and_options_are_apart():
-    for family in instruments.FAMILIES.values():
-        assert not set(family.train) & set(family.test) or family is instruments.FAMILIES["drums"]
-    assert not set(instruments.FAMILIES["drums"].keys) & set(instruments.HELD_OUT_DRUMS)
+def test_presets_that_share_recordings_are_one_instrument():
+    recordings = {1: {10}, 2: {11}, 3: {12, 13}, 4: {10, 13}, 5: {14}}
+    assert sorted(map(sorted, instruments.instruments_of(recordings, recordings.get))) == [[1, 3, 4], [2], [5]]
+
+
+def _recordings(people: int) -> list[smartwatch.Recording]:
+    motion = np.zeros((1, 6), np.float32)
+    return [
+        smartwatch.Recording(number=number, person=number % people, side="left", exercise="row", motion=motion)
+        for number in range(3 * people)
+    ]
+
+
+def test_a_person_is_in_one_split():
+    splits = smartwatch.split(_recordings(10), seed=0)
+    people = {name: {recording.person for recording in splits[name]} for name in SPLITS}
+    assert {name: len(found) for name, found in people.items()} == {"train": 5, "validation": 2, "test": 3}
+    assert set().union(*people.values()) == set(range(10)) and sum(map(len, splits.values())) == 30
+    assert len({str(smartwatch.split(_recordings(10), seed)["test"]) for seed in range(5)}) > 1
+
+
+def test_data_of_another_seed_are_not_added_to(tmp_path):
+    demo_data.claim(tmp_path / "data", 0)
+    demo_data.claim(tmp_path / "data", 0)
+    with pytest.raises(UserError, match="other splits than those of seed=1"):
+        demo_data.claim(tmp_path / "data", 1)
+    (tmp_path / "old" / "image" / "train").mkdir(parents=True)
+    (tmp_path / "old" / "image" / "train" / "000000.tar").touch()  # made before there was validation
+    with pytest.raises(UserError, match="other splits"):
+        demo_data.claim(tmp_path / "old", 0)
+
+
+def test_the_demo_of_another_seed_reads_and_writes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path))
+    for seed, data, run in ((0, tmp_path / "data", "runs/demo"), (1, tmp_path / "data-1", "runs/demo-1")):
+        steps = dict(demo.commands(tmp_path, demo.Settings(seed=seed)))
+        for title in ("stage 1: projectors", "stage 2: projectors and LoRA"):
+            _, recipe, *overrides = steps[title]
+            (config,) = map(config_of, load_stages(Recipe, Path(recipe), overrides))
+            shards = {name: dataset.shards for name, dataset in config.data.datasets.items()}
+            assert shards == {name: str(data / name / "train") for name in shards}
+            assert config.model.modalities["imu"].encoder == str(data / "imu-encoder")
+            assert Path(config.run.dir).parent == Path(run)
+        assert config.model.checkpoint == f"{run}/pretrain"
+        evaluated = [word for word in steps["evaluate"] if word.startswith("sets.")]
+        assert len(evaluated) == 5 and all(word.endswith("/test") for word in evaluated)
+        assert not any(word.endswith("/test") for title in steps if title != "evaluate" for word in steps[title])
 
 
 def test_windows_are_balanced_and_inside():

@@ -11,7 +11,7 @@ import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 from anymal.parse import parse
 from data_prep import conversations, demo_models, instruments, moving_pictures, openmoji, smartwatch
 from data_prep.demo_assets import cache_folder, download
-from data_prep.shards import QUESTION, read_shards
+from data_prep.shards import QUESTION, SPLITS, read_shards
 from data_prep.steps import worker_pool
 
 pytestmark = pytest.mark.slow
@@ -33,12 +33,20 @@ def cache():
 
 
 def _make(folder, pool) -> None:
-    """All data, with fewer training samples than the demo has and the same held-out ones."""
-    openmoji.make(openmoji.Settings(folder=str(folder / "image"), per_kind=30), pool)
-    instruments.make(instruments.Settings(folder=str(folder / "audio"), per_family=16, seconds=1.0), pool)
-    moving_pictures.make(moving_pictures.Settings(folder=str(folder / "video"), per_motion=8), pool)
-    smartwatch.make(smartwatch.Settings(folder=str(folder / "imu"), per_exercise=30))
-    conversations.make(conversations.Settings(media=str(folder), folder=str(folder / "talk"), train=30, test=10))
+    """All data, with fewer samples than the demo has, of all that it holds out."""
+    openmoji.make(openmoji.Settings(folder=str(folder / "image"), per_kind=30, **_held_out("kind")), pool)
+    audio = {"per_family": 16, "seconds": 1.0, **_held_out("family")}
+    instruments.make(instruments.Settings(folder=str(folder / "audio"), **audio), pool)
+    moving_pictures.make(
+        moving_pictures.Settings(folder=str(folder / "video"), per_motion=8, **_held_out("motion")), pool
+    )
+    smartwatch.make(smartwatch.Settings(folder=str(folder / "imu"), per_exercise=30, **_held_out("exercise")))
+    counts = {"train": 30, "validation": 10, "test": 10}
+    conversations.make(conversations.Settings(media=str(folder), folder=str(folder / "talk"), **counts))
+
+
+def _held_out(unit: str) -> dict[str, int]:
+    return {f"validation_per_{unit}": 6, f"test_per_{unit}": 8}
 
 
 @pytest.fixture(scope="module")
@@ -55,41 +63,66 @@ def data(cache, tmp_path_factory):
 
 @pytest.mark.parametrize("modality", OPTIONS)
 def test_splits_are_apart_and_balanced(data, modality):
-    train, test = (list(read_shards(data / modality / split)) for split in ("train", "test"))
-    assert not {s["__key__"] for s in train} & {s["__key__"] for s in test}
+    train, *held_out = (list(read_shards(data / modality / split)) for split in SPLITS)
+    keys = [sample["__key__"] for samples in (train, *held_out) for sample in samples]
+    assert len(set(keys)) == len(keys)
     labels = [sample["txt"].decode() for sample in train]
     assert {labels.count(option) for option in OPTIONS[modality]} == {len(train) // len(OPTIONS[modality])}
-    answers = []
-    for sample in test:
-        raw = {name: json.dumps(v).encode() if name == "json" else v for name, v in sample.items() if name[0] != "_"}
-        parsed = parse("0.tar", sample["__key__"], raw, SUFFIXES)
-        medium, asked = parsed.messages[0].parts
-        assert (medium.kind, asked.content, parsed.options) == (modality, QUESTION, OPTIONS[modality])
-        answers.append(parsed.answer())
-    assert {answers.count(option) for option in OPTIONS[modality]} == {8}
+    for samples, count in zip(held_out, (6, 8), strict=True):
+        answers = []
+        for sample in samples:
+            named = {name: value for name, value in sample.items() if name[0] != "_"}
+            raw = named | {"json": json.dumps(sample["json"]).encode()}
+            parsed = parse("0.tar", sample["__key__"], raw, SUFFIXES)
+            medium, asked = parsed.messages[0].parts
+            assert (medium.kind, asked.content, parsed.options) == (modality, QUESTION, OPTIONS[modality])
+            answers.append(parsed.answer())
+        assert {answers.count(option) for option in OPTIONS[modality]} == {count}
 
 
-def test_nothing_held_out_is_trained_on(data, cache):
-    about = {
-        (modality, split): [sample["json"] for sample in read_shards(data / modality / split)]
+def _apart(*sets: set) -> bool:
+    return all(sets) and sum(map(len, sets)) == len(set().union(*sets))
+
+
+def test_nothing_held_out_is_trained_on(data):
+    sources = {
+        (modality, split): {sample["json"]["source"] for sample in read_shards(data / modality / split)}
         for modality in OPTIONS
-        for split in ("train", "test")
+        for split in SPLITS
     }
-    shown = {split: {a["picture"] for m in ("image", "video") for a in about[m, split]} for split in ("train", "test")}
-    assert len(shown["test"]) == 56 and not shown["train"] & shown["test"]
-    people = {split: {a["person"] for a in about["imu", split]} for split in ("train", "test")}
-    assert people == {"train": set(range(1, 9)), "test": {9, 10}}
-    font, heard = instruments.soundfont(cache), {"train": set(), "test": set()}
-    for name, family in instruments.FAMILIES.items():
-        bank = 128 if name == "drums" else 0
-        for split, presets in (("train", family.train), ("test", family.test)):
-            drums = family.keys if split == "train" else instruments.HELD_OUT_DRUMS
-            for preset in presets:
-                heard[split] |= font.recordings(bank, preset, drums if bank else range(128))
-    assert heard["test"] and not heard["train"] & heard["test"]
-    trained = {m for s in read_shards(data / "talk" / "train") for m in s.values() if isinstance(m, bytes)}
-    held_out = {s[conversations.MEMBERS[m]] for m in OPTIONS for s in read_shards(data / m / "test")}
-    assert trained and not trained & held_out
+    shown = [sources["image", split] | sources["video", split] for split in SPLITS]
+    assert _apart(*shown) and [len(of) for of in shown[1:]] == [28, 42]
+    people = [sources["imu", split] for split in SPLITS]
+    assert _apart(*people) and [len(of) for of in people] == [5, 2, 3]
+    talked_about = []
+    for split in SPLITS:
+        held = {s[conversations.MEMBERS[m]] for m in OPTIONS for s in read_shards(data / m / split)}
+        talked_about.append({m for s in read_shards(data / "talk" / split) for m in s.values() if isinstance(m, bytes)})
+        assert talked_about[-1] <= held
+    assert _apart(*talked_about)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_recording_is_heard_in_two_splits(cache, seed):
+    font, heard = instruments.soundfont(cache), {name: set() for name in SPLITS}
+    for name, families in instruments.split(font, seed).items():
+        for family, of in families.items():
+            assert of, f"{family} has nothing for {name}"
+            for alike in of:
+                for number in alike:  # of the drums a key, played by every kit
+                    kits = instruments.FAMILIES[family].presets if family == "drums" else ()
+                    heard[name] |= set().union(*(font.recordings(128, kit, range(number, number + 1)) for kit in kits))
+                    heard[name] |= font.recordings(0, number) if not kits else set()
+    assert _apart(*heard.values())
+
+
+def test_every_draw_of_people_has_the_windows(cache):
+    found, defaults = smartwatch.recordings(cache), smartwatch.Settings(folder="")
+    for seed in range(50):
+        of = smartwatch.split(found, seed)
+        smartwatch.windows(of["train"], defaults.per_exercise, 50, seed)
+        smartwatch.windows(of["validation"], defaults.validation_per_exercise, 125, seed)
+        smartwatch.windows(of["test"], defaults.test_per_exercise, 125, seed)
 
 
 def test_recordings_are_in_si_units(cache):
