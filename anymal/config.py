@@ -199,7 +199,8 @@ class PromptConfig:
     """How a sample becomes text for the LLM."""
 
     template: str = "chat"
-    """chat (the tokenizer's chat template) or plain (media and texts one after another, then the answer)."""
+    """chat (the tokenizer's chat template) or plain (media and texts one after another, a line break after a user's
+    words, then the answer)."""
     system: str = ""
     """System message put before conversations that have none (chat only); empty leaves the template's own."""
     instruction: str = ""

@@ -107,12 +107,17 @@ class Prompt:
         return "".join(part.content if part.kind == TEXT else self.placeholder[part.kind] for part in message.parts)
 
     def _plain(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Messages one after another, tokenised one by one; each answer ends with the end-of-text token."""
+        """Messages one after another, tokenised one by one; each answer ends with the end-of-text token.
+
+        Words that are given end with a line break. Without one the next thing to say after a question is that it ends,
+        and to an LLM that has learnt to chat that is the very token that ends an answer: the answer was empty.
+        """
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [] if start is None else [start]
         labels = [IGNORED] * len(ids)
         for message in messages:
-            said = self.tokenizer.encode(self._text(message), add_special_tokens=False)
+            worded = message.role != "assistant" and any(part.kind == TEXT for part in message.parts)
+            said = self.tokenizer.encode(self._text(message) + "\n" * worded, add_special_tokens=False)
             if message.role == "assistant":
                 labels += [*said, end] if said else [IGNORED]
                 ids += [*said, end]

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
+from anymal.config import PromptConfig
 from anymal.parse import parse
+from anymal.prompt import Prompt
+from anymal.sample import Message, Part, Sample
 from data_prep import conversations, demo_models, instruments, moving_pictures, openmoji, smartwatch
 from data_prep.demo_assets import cache_folder, download
 from data_prep.shards import QUESTION, SPLITS, read_shards
@@ -153,6 +156,22 @@ def test_the_llm_knows_the_capital_of_france(models):
     with torch.no_grad():
         chosen = model(whole).logits[0, given.shape[1] - 1 : -1].argmax(-1)
     assert tokenizer.decode(chosen) == ANSWER  # each token is the likeliest after the ones before: greedy decoding
+
+
+def test_the_llm_does_not_end_where_it_is_asked(models):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "llm")
+    prompt = Prompt(tokenizer=tokenizer, config=PromptConfig(template="plain"), placeholder={}, length={})
+    model = AutoModelForCausalLM.from_pretrained(models / "llm")
+    asked = {text for several in conversations.QUESTIONS.values() for text in several} | {"What is the second one?"}
+    for question in sorted(asked):
+        said = Message(role="user", parts=[Part(kind="text", content=question)])
+        answer = Message(role="assistant", parts=[Part(kind="text", content="?")])
+        ids = prompt.question(Sample(key="k", shard="s", messages=[said, answer])).ids
+        with torch.no_grad():
+            chances = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+        assert chances[tokenizer.eos_token_id] < 0.05, question  # without the line break: up to 0.62
 
 
 def test_encoders_load_whole_and_say_their_licence(models):

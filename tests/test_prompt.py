@@ -76,6 +76,16 @@ def test_plain_template_is_medium_then_caption(prompt):
     assert plain.question(sample(medium("eye", 1))).ids == [0, 0, 0]
 
 
+def test_plain_template_ends_the_words_of_a_user_with_a_line_break(prompt):
+    plain = variant(prompt, template="plain", instruction="what?")
+    for asked in (sample(medium("eye", 1)), sample(text("what?"), medium("eye", 1)), sample(text("what?"))):
+        question = plain.question(asked)
+        assert plain.tokenizer.decode(question.ids[-1]) == "\n"
+        assert plain.sample(asked).ids[: len(question.ids)] == question.ids
+    answered = plain.sample(sample(medium("eye", 1), answer="a dog"))
+    assert labelled(plain, answered) == "a dog<|im_end|>"
+
+
 def test_instruction_is_added_to_wordless_messages_only(prompt):
     told = variant(prompt, instruction="Describe it.", system="Be brief.")
     with_words = told.tokenizer.decode(told.sample(sample(medium("eye", 1), text("what?"))).ids)
