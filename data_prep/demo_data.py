@@ -8,7 +8,7 @@ Writes ``folder/{image,audio,video,imu}/{train,validation,test}`` for stage 1 an
 what is held out, so that anybody can draw a test that nobody has seen; whatever learns from ``train`` belongs to that
 seed. What each holds, where it comes from and what is held out stands at the head of the step that makes it:
 openmoji.py, instruments.py, moving_pictures.py, smartwatch.py, conversations.py. Third step of the demo, after
-`data_prep.demo_assets`; takes about 45 CPU seconds.
+`data_prep.demo_assets`; takes 20 CPU seconds.
 """
 
 import json
