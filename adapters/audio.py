@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.pretrained import call, license_of, load_config, load_network, save_network
-from adapters.signals import crop_centre, resample
+from adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
+from anymal.sample import Noted
 
 FAMILIES = {"clap": "audio_model", "audio-spectrogram-transformer": "", "whisper": "encoder"}
 """transformers' model types that are understood, and the part of the model that encodes audio (the whole, if empty)."""
@@ -105,7 +106,7 @@ def _cut_off(data: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioDecoder:
-    """bytes → the feature extractor's spectrogram of one clip, float32."""
+    """bytes → the feature extractor's spectrogram of one clip, float32; with a note if the sound is longer."""
 
     extractor: Any
     """The encoder's feature extractor."""
@@ -116,12 +117,12 @@ class AudioDecoder:
     max_seconds: float
     """As in `AudioOptions`."""
 
-    def __call__(self, data: bytes) -> Tensor:
+    def __call__(self, data: bytes) -> Tensor | Noted:
         """Raises `BadSample`."""
         sound, rate = read_sound(data, self.max_seconds)
         # cropped here, since CLAP's extractor crops at random places, drawn from global state
         clip = crop_centre(resample(sound, rate, self.extractor.sampling_rate), self.samples)
-        return self.prepare(clip)
+        return noted(self.prepare(clip), seconds=len(sound) / rate, clip=self.seconds)
 
     @property
     def samples(self) -> int:

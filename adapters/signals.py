@@ -5,6 +5,11 @@ from fractions import Fraction
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymal.sample import Noted
+
+SLACK = 0.01
+"""By how much of a clip a signal may be longer or shorter without a note: rounding, and what codecs put around it."""
+
 
 def resample(signal: Tensor, old: float, new: float) -> Tensor:
     """Resample along the last axis with torchaudio's windowed sinc filter.
@@ -39,3 +44,19 @@ def hold_last(signal: Tensor, samples: int) -> Tensor:
     """[C, T] → [C, samples]: cropped to the middle, or its last value held to the end."""
     signal = crop_centre(signal, samples)
     return F.pad(signal, (0, samples - signal.shape[-1]), mode="replicate")
+
+
+def noted(decoded: Tensor, *, seconds: float, clip: float, shorter: str = "") -> Tensor | Noted:
+    """A decoded signal, with a note if it lasted longer than the clip that was kept of it.
+
+    Args:
+        decoded: What its encoder takes.
+        seconds: How long the signal was.
+        clip: How long the clip is, in seconds.
+        shorter: The note on a shorter signal; empty if being short is no loss.
+    """
+    if seconds > clip * (1 + SLACK):
+        return Noted(tensor=decoded, note=f"cropped to the middle {clip:g} s")
+    if shorter and seconds < clip * (1 - SLACK):
+        return Noted(tensor=decoded, note=shorter)
+    return decoded

@@ -36,12 +36,14 @@ class Meter:
     def __init__(self, cost: Cost | None = None, *, peak_tflops: float = 0.0) -> None:
         self._cost, self._peak = cost, peak_tflops * TERA
         self._whole: Counter[str] = Counter()
+        self._whole_decoded: Counter[tuple[str, str]] = Counter()
         self._reset()
 
     def _reset(self) -> None:
         self._per_group: dict[str, Tensor] = {}
         self._tokens = self._padding = 0
         self._datasets: Counter[str] = Counter()
+        self._decoded: Counter[tuple[str, str]] = Counter()
         self._flops: Tensor | float = 0.0
         self._recomputed: Tensor | float = 0.0
         self._waited = 0.0
@@ -61,6 +63,7 @@ class Meter:
         self._tokens += batch.ids.shape[-1]
         self._padding += padding
         self._datasets.update(batch.datasets)
+        self._decoded.update(batch.decoded)
         if self._cost is not None:
             needed, recomputed = self._cost.count(batch)
             self._flops, self._recomputed = self._flops + needed, self._recomputed + recomputed
@@ -82,7 +85,8 @@ class Meter:
 
         Returns:
             ``loss`` and ``loss/GROUP`` (nats per answer token; a group without one is left out),
-            ``share/DATASET`` of the samples where there are several datasets, ``tokens_per_s``
+            ``share/DATASET`` of the samples where there are several datasets, ``altered/MODALITY`` (the share of its
+            decoded media that are `anymal.sample.Noted`, if there are any), ``tokens_per_s``
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
             together, as `anymal.cost` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
@@ -97,6 +101,7 @@ class Meter:
             "recomputed": float(self._recomputed),
             "waited": self._waited,
             "datasets": self._datasets,
+            "decoded": self._decoded,
             "memory": _peak_memory(),
         }
         ranks = _gather(ours)
@@ -114,19 +119,29 @@ class Meter:
         datasets = sum((rank["datasets"] for rank in ranks), Counter())
         if len(datasets) > 1:
             figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
+        decoded = sum((rank["decoded"] for rank in ranks), Counter())
+        self._whole_decoded.update(decoded)
+        for name, counts in _by_modality(decoded).items():
+            if altered := counts.total() - counts["whole"]:
+                figures[f"altered/{name}"] = altered / counts.total()
         sums = Counter({name: sum(rank[name] for rank in ranks) for name in SUMS})
         sums.update(answers=answers, seconds=seconds, rank_seconds=seconds * len(ranks))
         self._whole.update(sums)
         return figures | self._rates(sums) | {"memory_gb": max(rank["memory"] for rank in ranks) / GB, **also}
 
-    def summary(self) -> dict[str, float]:
-        """The same figures over all that `figures` has reported since the start of this process, and the sums."""
+    def summary(self) -> dict[str, Any]:
+        """The same figures over all that `figures` has reported since the start of this process, and the sums.
+
+        ``media`` has for each modality how many media were decoded ``whole``, and how many with which note.
+        """
         whole = self._whole
         if not whole:
             return {}
         sums = {name: whole[name] for name in ("seconds", "tokens", "answers")}
         if self._cost is not None:
             sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
+        if self._whole_decoded:
+            sums["media"] = {name: dict(counts) for name, counts in _by_modality(self._whole_decoded).items()}
         return self._rates(whole) | sums
 
     def _rates(self, sums: Counter) -> dict[str, float]:
@@ -143,6 +158,14 @@ class Meter:
         if self._peak:
             rates["utilisation"] = sums["flops"] / sums["rank_seconds"] / self._peak
         return rates
+
+
+def _by_modality(decoded: Counter[tuple[str, str]]) -> dict[str, Counter[str]]:
+    """Modality → how many of its media were decoded with which note; ``"whole"`` where there is none."""
+    found: dict[str, Counter[str]] = {}
+    for (name, note), count in sorted(decoded.items()):
+        found.setdefault(name, Counter())[note or "whole"] = count
+    return found
 
 
 def _gather(ours: dict) -> list[dict]:

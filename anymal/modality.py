@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from anymal.sample import Viewable
+from anymal.sample import Noted, Viewable
 
 
 class Encoder(Protocol):
@@ -28,9 +28,10 @@ class Encoder(Protocol):
     savable: bool
     """Whether its ``save_pretrained(folder, weights)`` writes a folder that the modality's loader takes. It may lack
     the attribute; once trained, it is then saved as its weights alone."""
-    decode: Callable[[bytes], Tensor | Viewable]
+    decode: Callable[[bytes], Tensor | Noted | Viewable]
     """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 
+    A medium of which something was left out, or to which something was added, is a `Noted`: a run counts them.
     If that is a `Viewable`, it has an attribute ``most_views``: the most views of any medium.
     Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
     with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
@@ -90,7 +91,7 @@ class Adapter:
     """
 
     @property
-    def decode(self) -> Callable[[bytes], Tensor | Viewable]:
+    def decode(self) -> Callable[[bytes], Tensor | Noted | Viewable]:
         """The encoder's own decoding and preprocessing (picklable, holds no weights)."""
         return self.encoder.decode
 

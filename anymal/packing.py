@@ -6,6 +6,7 @@ Samples stand end to end in a row of T tokens, and `anymal.attention` runs over 
 with every sample; transformers' own attention implementations read the borders off the positions.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -144,6 +145,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         skips={name: long(items) for name, items in skips.items()},
         keys=[sample.key for sample in samples],
         stands=stands,
+        decoded=dict(Counter(medium for sample in samples for medium in sample.decoded)),
     )
 
 

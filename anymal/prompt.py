@@ -18,7 +18,7 @@ from anymal.budget import degrade
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Part, Sample, Tokens, Viewable, Views, told
+from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, Views, told, with_note
 
 IGNORED = -100  # label of a token that is given, not answered
 
@@ -176,7 +176,10 @@ class Prompt:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            views = _views(next(media).content)
+            medium = next(media)
+            if not isinstance(medium.content, Features):
+                tokens.decoded.append((modality, medium.note))
+            views = _views(medium.content)
             tokens.views.append(sum(view is not None for view in views))
             for view in views:
                 length = 1 if view is None else self.length[modality]
@@ -204,7 +207,7 @@ class Prepare:
 
     prompt: Prompt
     """How it becomes tokens."""
-    decoders: dict[str, Callable[[bytes], Tensor | Viewable]]
+    decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
     """How the bytes of each modality become what its encoder takes."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """[tokens, width] of each modality's features, for those that are read in place of media."""
@@ -228,7 +231,8 @@ class Prepare:
             raise BadSample(f"holds a medium of modality {part.kind!r}, which the model does not have")
         if isinstance(part.content, features.Stored):
             return replace(part, content=Features(tensor=features.load(part.content, *self.shapes[part.kind])))
-        return replace(part, content=self.decoders[part.kind](part.content))
+        content, note = with_note(self.decoders[part.kind](part.content))
+        return replace(part, content=content, note=note)
 
     def _cut(self, sample: Sample) -> None:
         """Cut what can be cut into views, into as many as the text and the other media leave room for."""

@@ -30,6 +30,18 @@ class Part:
     `Views` of it, or `Features`."""
     member: str = ""
     """For a medium: the suffix of the shard member that it came from, such as ``"0.jpg"``."""
+    note: str = ""
+    """For a decoded medium: the note of its `Noted`, if it was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """A decoded medium that is less than what the file holds, or more: a long sound of which the middle was kept."""
+
+    tensor: Tensor
+    """What its encoder takes (without N)."""
+    note: str
+    """What decoding did, such as ``"cropped to the middle 10 s"``; it is counted, so like media have the same words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,11 @@ class Views:
     skipped: tuple[bool, ...] = ()
     """For each place in reading order, whether there is nothing to see: the projector's one learnt skip embedding
     stands there, and no view. V places are not skipped; empty skips none."""
+
+
+def with_note(decoded: "Tensor | Noted | Viewable") -> "tuple[Tensor | Viewable, str]":
+    """What a decoder made of a medium, and its note; empty if there is none."""
+    return (decoded.tensor, decoded.note) if isinstance(decoded, Noted) else (decoded, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +172,8 @@ class Tokens:
     """For each of `runs`: the tensor that its encoder takes, or the features that it once gave."""
     views: list[int] = field(default_factory=list)
     """For each medium in reading order, how many of `runs` are views of it; empty: each run is a medium."""
+    decoded: list[tuple[str, str]] = field(default_factory=list)
+    """Modality and note (empty: it is whole) of each medium; not of those whose features were read in its place."""
 
     def group(self) -> str:
         """The name under which its loss is reported: its modalities, or ``"text"``."""
@@ -195,6 +214,8 @@ class Batch:
     for."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
+    decoded: dict[tuple[str, str], int] = field(default_factory=dict)
+    """How many media of each modality were decoded, with which note."""
     bookmark: dict = field(default_factory=dict)
     """Where the stream stands after this batch, as plain JSON."""
 

@@ -78,6 +78,7 @@ class Tracker:
             _keep_until(path, start)
         self._wandb = None if run.wandb == "disabled" else _start_wandb(run, config_dict, self.run_id)
         self._bar = _Bar(steps, start)
+        self._since = f" since step {start}" if start else ""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of optimizer step `step` (the first is 1)."""
@@ -106,14 +107,16 @@ class Tracker:
         if self._active:
             tqdm.write(text)
 
-    def summary(self, figures: Mapping[str, float]) -> None:
-        """Write the figures of all steps that this process did to ``throughput.json``, and a line."""
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Write the figures of all steps that this process did to ``throughput.json``, and a line or two."""
         if not self._active or not figures:
             return
         (self._metrics.parent / "throughput.json").write_text(json.dumps(dict(figures), indent=2) + "\n")
         if self._wandb:
             self._wandb.summary.update({f"throughput/{name}": value for name, value in figures.items()})
         self.note(f"throughput: {_postfix(figures, _SUMMARY)}")
+        if altered := altered_media(figures.get("media", {})):
+            self.note(f"media{self._since} that are not as in their files: {altered}")
 
     def close(self, *, failed: bool = False) -> None:
         """End the bar and the W&B run."""
@@ -240,5 +243,19 @@ _SUMMARY = {
 }
 
 
-def _postfix(figures: Mapping[str, float], texts: Mapping[str, str] = _POSTFIX) -> str:
+def altered_media(media: Mapping[str, Mapping[str, int]]) -> str:
+    """What decoding left out or added, in words; empty if all media are whole.
+
+    Args:
+        media: Modality → note, or ``"whole"`` → number of media, as `anymal.meter.Meter.summary` gives it.
+    """
+    return "; ".join(
+        f"{name} {count:,} of {sum(counts.values()):,} {note}"
+        for name, counts in media.items()
+        for note, count in counts.items()
+        if note != "whole"
+    )
+
+
+def _postfix(figures: Mapping[str, Any], texts: Mapping[str, str] = _POSTFIX) -> str:
     return ", ".join(text.format(figures[name]) for name, text in texts.items() if name in figures)

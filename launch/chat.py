@@ -86,9 +86,13 @@ def main() -> None:
     built = build(checkpoint.recipe(folder, overrides), device(), start=folder)
     asked = Sample(key="prompt", shard="command line", messages=[Message(role="user", parts=parts)])
     try:
-        question = built.prepare.prompt.question(built.prepare.decode(asked))
+        decoded = built.prepare.decode(asked)
+        question = built.prepare.prompt.question(decoded)
     except BadSample as error:
         raise UserError(f"the prompt {error}") from error
+    for medium in decoded.media():
+        if medium.note:
+            print(f"{medium.member}: {medium.note}", file=sys.stderr)
     prompt = embed_prompt(built.model, question)
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
     (said,) = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)

@@ -29,6 +29,7 @@ from anymal.errors import BadSample, UserError
 from anymal.modality import Encoder
 from anymal.model import place_encoder, run_encoder
 from anymal.parse import modality_of, parse
+from anymal.sample import Noted, with_note
 from anymal.stages import Recipe, encoder_names, left_behind, load_stages
 from anymal.stream import tars
 from anymal.workers import each, reason_of
@@ -50,6 +51,8 @@ class Read:
     """The modality of each member that was a medium."""
     seconds: dict[str, float] = field(default_factory=dict)
     """For each modality, what reading and decoding took."""
+    altered: list[str] = field(default_factory=list)
+    """The modality of each medium that came with a note (`anymal.sample.Noted`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Reader:
     """The tar."""
     suffixes: dict[str, str]
     """Which modality a member holds."""
-    decoders: dict[str, Callable[[bytes], Tensor]]
+    decoders: dict[str, Callable[[bytes], Tensor | Noted]]
     """By modality; members of other modalities are copied."""
 
     def __call__(self, i: int) -> Read | UserError:
@@ -84,7 +87,8 @@ class Reader:
                 continue
             began = time.perf_counter()
             try:
-                found = self.decoders[kind](data)
+                found, note = with_note(self.decoders[kind](data))
+                read.altered += [kind] if note else []
             except Exception as error:  # as in the stream
                 found = features.dump_bad(reason_of(error))
             read.members[f"{name}.{features.ENDING}"] = found
@@ -174,6 +178,7 @@ class Encode:
         """Put features in the place of one modality's tensors, at most ``data.batch_size`` at a time."""
         for one in window:
             figures.decode_s += one.seconds.get(kind, 0)
+            figures.altered += one.altered.count(kind)
         mine = [(one, name) for one in window for name, found in one.kinds.items() if found == kind]
         good = [(one, name) for one, name in mine if isinstance(one.members[name], Tensor)]
         figures.bad += len(mine) - len(good)

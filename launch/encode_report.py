@@ -26,6 +26,8 @@ class Figures:
     """That were encoded."""
     bad: int = 0
     """That could not be."""
+    altered: int = 0
+    """That decoding cropped or filled up."""
     decode_s: float = 0.0
     """Reading and decoding the originals, seconds of a worker."""
     encode_s: float = 0.0
@@ -89,8 +91,9 @@ def report(found: Mapping[str, twins.Twin], encoders: Mapping[str, Encoder], pre
     reading = seconds_to_read(encoders, list(found.values()))
     torch.set_num_threads(threads)
     for kind, figures in total.items():
+        altered = f" ({figures.altered:,} cropped or filled up)" if figures.altered else ""
         lines.append(
-            f"{kind}: {figures.media:,} media, {figures.bad:,} bad; {figures.bytes / 1e6:,.1f} MB as "
+            f"{kind}: {figures.media:,} media{altered}, {figures.bad:,} bad; {figures.bytes / 1e6:,.1f} MB as "
             f"{precision}; error {figures.largest_error:.3g} at most, rel. RMS {figures.relative_error():.2e}"
         )
         if not figures.media or kind not in reading:

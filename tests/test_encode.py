@@ -31,7 +31,7 @@ from launch.encode import Encode, encode_all, encode_stage, frozen_encoders
 from launch.encode_report import report
 from launch.stage import run_stage, run_stages
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
-from tiny_encoders import ENCODERS, MEDIA, OPTIONS, picture
+from tiny_encoders import ENCODERS, MEDIA, OPTIONS, decoded, picture
 
 CPU = torch.device("cpu")
 
@@ -320,7 +320,7 @@ def test_every_modality(tiny_llm, name, tmp_path):
         (f"deep/{i}", [f"0.{suffix}.safetensors", f"1.{suffix}.safetensors", "txt"]) for i in range(3)
     ]
     one = encode.encoders[name]
-    exact = run_encoder(one, torch.stack([one.decode(MEDIA[name]())] * 3), CPU)[0]
+    exact = run_encoder(one, torch.stack([decoded(one.decode, MEDIA[name]())] * 3), CPU)[0]
     for _, members in held:
         assert torch.equal(features.load(members[f"0.{suffix}.safetensors"], one.tokens, one.width), exact)
         with pytest.raises(ValueError, match=r"b'\?'"):

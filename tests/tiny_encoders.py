@@ -17,6 +17,7 @@ import torch
 
 import anymal  # noqa: F401  before anything imports transformers or torchaudio
 import tiny_imu_trunks
+from anymal.sample import with_note
 
 SIZE = 32
 PATCH = {"height": 4, "width": 4}
@@ -361,6 +362,11 @@ def motion(samples: int = 50) -> np.ndarray:
     time = np.arange(samples)[:, None] / 50
     wave = np.sin(2 * np.pi * np.array([[1.0, 1.5, 2.0, 0.5, 1.0, 2.0]]) * time)
     return (wave + np.array([[0, 0, 9.81, 0, 0, 0]])).astype("float32")
+
+
+def decoded(decode, data: bytes) -> torch.Tensor:
+    """What an encoder takes of a medium, without the note on what was cropped or filled up."""
+    return with_note(decode(data))[0]
 
 
 MEDIA: dict[str, Callable[[], bytes]] = {

@@ -1,0 +1,70 @@
+"""What decoding leaves out of media, or adds to them, is counted and said."""
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+import tiny_encoders
+from anymal.meter import Meter
+from anymal.packing import pack
+from anymal.sample import Features, Tokens
+from anymal.tracking import altered_media
+from launch import chat
+from small_runs import make_encoders, metrics, pretrain_here, settings, write_pairs
+
+KINDS = ["image", "audio"]
+CROPPED = "cropped to the middle 1 s"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llm, tmp_path_factory):
+    """A run over 10 pictures, and 10 sounds of 1.0 to 1.4 s of which 8 are longer than the encoder's second."""
+    folder = tmp_path_factory.mktemp("trained")
+    shards = write_pairs(folder / "pairs", KINDS, shards=1)
+    said = io.StringIO()
+    given = settings(tiny_llm, make_encoders(folder / "encoders"), folder / "run", shards, KINDS, optim__steps=5)
+    with redirect_stdout(said):
+        pretrain_here(None, *given)
+    return folder / "run", said.getvalue()
+
+
+def test_a_run_ends_with_what_it_did_not_see_whole(trained):
+    run, said = trained
+    assert f"media that are not as in their files: audio 8 of 10 {CROPPED}\n" in said
+    media = json.loads((run / "throughput.json").read_text())["media"]
+    assert media == {"audio": {"whole": 2, CROPPED: 8}, "image": {"whole": 10}}
+    seen = [line.get("altered/audio", 0.0) for line in metrics(run)]
+    assert any(seen) and all(0 <= share <= 1 for share in seen)
+    assert not any("altered/image" in line for line in metrics(run))
+
+
+def test_chat_says_it_too(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "long.wav").write_bytes(tiny_encoders.sound(2.0))
+    arguments = [f"checkpoint={trained[0]}", "max_new_tokens=1", "--audio", str(tmp_path / "long.wav"), "what is it?"]
+    monkeypatch.setattr("sys.argv", ["chat.py", *arguments])
+    chat.main()
+    assert f"long.wav: {CROPPED}" in capsys.readouterr().err
+
+
+def test_media_read_as_features_are_not_counted():
+    def sample(key: str, medium, decoded) -> Tokens:
+        runs = [("audio", 0, 1)]
+        return Tokens(key=key, ids=[0, 5], labels=[-100, 5], runs=runs, media=[medium], decoded=decoded)
+
+    raw, features = torch.zeros(4), Features(tensor=torch.zeros(2, 3))
+    batch = pack([sample("a", raw, [("audio", CROPPED)]), sample("b", features, []), sample("c", raw, [("audio", "")])])
+    assert batch.to("cpu").decoded == {("audio", CROPPED): 1, ("audio", ""): 1}
+    meter = Meter()
+    for _ in range(2):
+        meter.add(batch, torch.ones(1, 2))
+        assert meter.figures()["altered/audio"] == 0.5
+    assert meter.summary()["media"] == {"audio": {"whole": 2, CROPPED: 2}}
+
+
+def test_the_line_names_modalities_notes_and_numbers():
+    media = {"audio": {"whole": 3688, CROPPED: 312}, "image": {"whole": 5}, "imu": {"filled up": 3, "cropped": 4}}
+    assert altered_media(media) == f"audio 312 of 4,000 {CROPPED}; imu 3 of 7 filled up; imu 4 of 7 cropped"
+    assert altered_media({"image": {"whole": 5}}) == ""
