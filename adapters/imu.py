@@ -1,13 +1,15 @@
 """IMU: a window of accelerometer and gyroscope (``.imu.npy``) → standardised channels → features of an IMU encoder.
 
 A member holds a float array [samples, 6]: accelerometer x, y, z in m/s² (gravity included), then gyroscope x, y, z in
-rad/s. An encoder in a folder is of our own, and its config states the rate and the length that it takes (see
-`adapters.imu_encoder`); in a file it is one of the published networks, whose rate is known (`adapters.imu_trunks`).
+rad/s; or in g and in degrees per second, as the options say. An encoder in a folder is of our own, and its config
+states the rate and the length that it takes (see `adapters.imu_encoder`); in a file it is one of the published
+networks, whose rate is known (`adapters.imu_trunks`).
 
     S samples of a window   tokens features of a window   width channels of a feature
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from adapters.pretrained import license_of, load_config, load_network, save_network
-from adapters.signals import hold_last, resample
+from adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
+from anymal.sample import Noted
 
 FILES = (".pth", ".pt", ".safetensors")
 """Endings of encoders that are files."""
+ACCELERATION = {"m/s2": 1.0, "g": 9.80665}
+"""Units of the accelerometer, in m/s²."""
+ROTATION = {"rad/s": 1.0, "deg/s": math.pi / 180}
+"""Units of the gyroscope, in rad/s."""
 WANTED = "wanted is a float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s"
 MAX_ACCELERATION = 1000.0
 """m/s²: a hundred times gravity. Sensors reach 16 or 32."""
 MAX_ROTATION = 100.0
 """rad/s: sensors reach 35. More than this is degrees per second taken for radians."""
+ONE_G = (0.8, 1.3)
+"""m/s²: a recording whose median lies between these, all in one direction, is in g. On Earth gravity alone is 9.8; and
+without it, motion goes to and fro: its mean over seconds is a change of speed over a time, and comes to nothing."""
+MAX_MEDIAN = 50.0
+"""m/s²: nobody stands five times gravity for half of a recording. Such a one is in m/s² and taken for g, or in mg."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +49,10 @@ class IMUOptions:
     rate: float = 0.0
     """Samples per second (Hz) of the recordings. Must be given: a .npy file does not hold it. Recordings are resampled
     to the encoder's rate."""
+    acceleration: str = "m/s2"
+    """Unit of the recordings' accelerometer: m/s2 or g. Gravity is part of it: at rest it reads 9.81 m/s2, or 1 g."""
+    rotation: str = "rad/s"
+    """Unit of the recordings' gyroscope: rad/s or deg/s."""
     max_seconds: float = 600.0
     """A longer recording is a bad sample."""
     trunk: str = ""
@@ -48,6 +64,16 @@ class IMUOptions:
     def __post_init__(self):
         if min(self.rate, self.trunk_rate) < 0:
             raise UserError(f"rate is {self.rate:g} and trunk_rate {self.trunk_rate:g}; they are samples per second")
+        if self.acceleration not in ACCELERATION or self.rotation not in ROTATION:
+            raise UserError(
+                f"acceleration is {self.acceleration!r} and rotation {self.rotation!r}; acceleration is "
+                f"{' or '.join(ACCELERATION)}, rotation {' or '.join(ROTATION)}"
+            )
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """By what the accelerometer's and the gyroscope's numbers are multiplied, to be in m/s² and rad/s."""
+        return ACCELERATION[self.acceleration], ROTATION[self.rotation]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +81,7 @@ class IMUDecoder:
     """bytes → [6, S] float32, standardised per channel.
 
     A recording longer than the encoder's window is cropped to its middle; of one that is shorter, but at least half as
-    long, the last value is held; a shorter one is a bad sample.
+    long, the last value is held; both are noted. A shorter one is a bad sample.
     """
 
     rate: float
@@ -70,10 +96,13 @@ class IMUDecoder:
     """Of each channel."""
     std: tuple[float, ...]
     """Of each channel."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """As `IMUOptions.scale`."""
 
-    def __call__(self, data: bytes) -> Tensor:
+    def __call__(self, data: bytes) -> Tensor | Noted:
         """Raises `BadSample`."""
-        recording = torch.from_numpy(read_recording(data, max_samples=round(self.max_seconds * self.rate)))
+        most = round(self.max_seconds * self.rate)
+        recording = torch.from_numpy(read_recording(data, max_samples=most, scale=self.scale))
         window = self.samples / self.encoder_rate
         seconds = len(recording) / self.rate
         if seconds < window / 2:
@@ -82,11 +111,13 @@ class IMUDecoder:
                 "or at least half of it"
             )
         channels = hold_last(resample(recording.T.contiguous(), self.rate, self.encoder_rate), self.samples)
-        return (channels - torch.tensor(self.mean)[:, None]) / torch.tensor(self.std)[:, None]
+        standard = (channels - torch.tensor(self.mean)[:, None]) / torch.tensor(self.std)[:, None]
+        shorter = f"filled up to {window:g} s with the last value"
+        return noted(standard, seconds=seconds, clip=window, shorter=shorter)
 
 
-def read_recording(data: bytes, max_samples: int) -> np.ndarray:
-    """Read the bytes of a ``.npy``: a finite float array [samples, 6] of plausible size, as float32.
+def read_recording(data: bytes, max_samples: int, scale: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """Read the bytes of a ``.npy``: a finite float array [samples, 6] of plausible size, as float32 in m/s² and rad/s.
 
     The header is judged before the array is made: one that promises more than the bytes hold would fill the memory.
     A pickled array is refused, not opened.
@@ -111,13 +142,38 @@ def read_recording(data: bytes, max_samples: int) -> np.ndarray:
     recording = np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
     if not np.isfinite(recording).all():
         raise BadSample(f"{int((~np.isfinite(recording)).sum())} of {recording.size} values are NaN or infinite")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused like all that is too large
+        recording *= np.repeat(np.float32(scale), 3)
+    _check_units(recording, in_g=scale[0] != 1)
+    return recording
+
+
+def _check_units(recording: np.ndarray, *, in_g: bool) -> None:
+    """Refuse a recording [samples, 6] in m/s² and rad/s whose numbers can only come of other units.
+
+    Args:
+        recording: What is judged.
+        in_g: Whether the options say that its acceleration was in g.
+    """
     acceleration, rotation = np.abs(recording[:, :3]).max(), np.abs(recording[:, 3:]).max()
     if acceleration > MAX_ACCELERATION or rotation > MAX_ROTATION:
         raise BadSample(
             f"the accelerometer reaches {acceleration:.4g} m/s² and the gyroscope {rotation:.4g} rad/s; at most "
-            f"{MAX_ACCELERATION:g} and {MAX_ROTATION:g} can be: are the units others, such as degrees per second?"
+            f"{MAX_ACCELERATION:g} and {MAX_ROTATION:g} can be: are the units others, such as degrees per second? (imu "
+            "options acceleration and rotation)"
         )
-    return recording
+    median = np.median(np.linalg.norm(recording[:, :3], axis=1))
+    one_way = np.linalg.norm(recording[:, :3].mean(axis=0))
+    if not in_g and ONE_G[0] <= median <= ONE_G[1] and one_way > ONE_G[0] / 2:
+        raise BadSample(
+            f"the accelerometer reads {median:.2f} in one direction: that is gravity in g, where 9.81 m/s² is wanted; "
+            "set the imu option acceleration=g"
+        )
+    if median > MAX_MEDIAN:
+        raise BadSample(
+            f"the accelerometer's median is {median:.4g} m/s², more than five times gravity: is it in m/s² or in mg, "
+            "and not as the imu option acceleration says?"
+        )
 
 
 class IMUEncoder(nn.Module):
@@ -183,6 +239,7 @@ def _decoder(
         max_seconds=options.max_seconds,
         mean=tuple(mean),
         std=tuple(std),
+        scale=options.scale,
     )
 
 

@@ -3,10 +3,10 @@
     python launch/pretrain_imu_encoder.py shards=data/imu/train eval_shards=data/imu/validation out=models/imu
     python launch/pretrain_imu_encoder.py shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
 
-Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s) and ``json`` with a
-``label``. The encoder (`adapters.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of
-its features; that layer is dropped. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has
-seen these labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
+Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and ``json`` with a ``label``.
+The encoder (`adapters.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of its features;
+that layer is dropped. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these
+labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
 
 Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included.
 """
@@ -25,11 +25,12 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapters.imu import IMUDecoder
+from adapters.imu import IMUDecoder, IMUOptions
 from adapters.pretrained import quiet
 from anymal import manifest, shards
 from anymal.command_line import parse_args
 from anymal.errors import BadSample, Quarantine, UserError
+from anymal.sample import with_note
 from data_prep.steps import is_done, whole_folder
 from launch.build import device, run_program
 
@@ -46,6 +47,10 @@ class IMUTraining:
     """Held-out tars, best of other people than the training tars; the accuracy on them is printed."""
     rate: float = 50.0
     """Samples per second (Hz) of the recordings, and of the encoder."""
+    acceleration: str = "m/s2"
+    """Unit of the recordings' accelerometer: m/s2 or g, gravity included."""
+    rotation: str = "rad/s"
+    """Unit of the recordings' gyroscope: rad/s or deg/s."""
     seconds: float = 5.0
     """Length of a window (IMU2CLIP: 5 s). Longer recordings are cropped to their middle."""
     width: int = 128
@@ -80,15 +85,17 @@ def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, li
         UserError: No shard, no sample, or too many bad ones.
     """
     quarantine = Quarantine(None, max_in_a_row=20, max_share=0.1)
-    windows, labels = [], []
+    windows, labels, notes = [], [], Counter()
     places = [(path, *index.place(i)) for path, index in _indexes(source) for i in range(len(index))]
     for path, offset, size in tqdm(places, desc=f"read {what}", unit=" windows", leave=False):
         key = shards.name_of(path, offset, size)
         try:
             key, members = shards.read(path, offset, size)
             label = _label(members)
-            windows.append(decode(members["imu.npy"]))
+            window, note = with_note(decode(members["imu.npy"]))
+            windows.append(window)
             labels.append(label)
+            notes[note] += 1
             quarantine.accept()
         except BadSample as error:
             quarantine.reject(path, key, str(error))
@@ -96,6 +103,8 @@ def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, li
         raise UserError(f"{source} holds no windows: wanted are samples of imu.npy and json")
     if quarantine.bad:
         print(f"skipped {quarantine.bad} bad samples of {quarantine.bad + quarantine.good} in {what}")
+    for note in sorted(filter(None, notes)):
+        print(f"{notes[note]} of {len(windows)} {what} {note}")
     return torch.stack(windows), labels
 
 
@@ -206,6 +215,7 @@ def run(settings: IMUTraining) -> float | None:
         max_seconds=600.0,
         mean=(0.0,) * 6,
         std=(1.0,) * 6,
+        scale=IMUOptions(acceleration=settings.acceleration, rotation=settings.rotation).scale,
     )
     windows, names = read_windows(settings.shards, raw, "training windows")
     labels = sorted(set(names))

@@ -9,7 +9,7 @@ import torch
 import tiny_encoders as tiny
 from adapters.imu import IMUOptions, load_imu_encoder, read_recording
 from anymal.errors import BadSample, UserError
-from tiny_encoders import motion, npy
+from tiny_encoders import decoded, motion, npy
 
 
 def test_channels_are_standardised(tmp_path):
@@ -26,15 +26,20 @@ def test_recordings_are_resampled_cropped_and_held(tmp_path):
     folder = tiny.imu(tmp_path)
     decode = load_imu_encoder(folder, IMUOptions(rate=50)).decode
     recording = motion(200)
-    assert torch.equal(decode(npy(recording)), decode(npy(recording[75:125]))), "the middle of a longer one"
-    short = decode(npy(recording[:30]))
-    assert torch.equal(short[:, 30:], short[:, 29:30].expand(-1, 20)), "the last value of a shorter one is held"
+    longer, short = decode(npy(recording)), decode(npy(recording[:30]))
+    assert torch.equal(longer.tensor, decode(npy(recording[75:125]))), "the middle of a longer one"
+    assert longer.note == "cropped to the middle 1 s"
+    held = short.tensor
+    assert torch.equal(held[:, 30:], held[:, 29:30].expand(-1, 20)), "the last value of a shorter one is held"
+    assert short.note == "filled up to 1 s with the last value"
     with pytest.raises(BadSample, match=r"24 samples, 0.48 s at 50 Hz; wanted is a window of 1 s, or at least half"):
         decode(npy(recording[:24]))
     time = np.arange(200)[:, None] / 200
     fast = (np.sin(2 * np.pi * 2 * time) + np.array([[0, 0, 9.81, 0, 0, 0]])).astype("float32")
     slow = decode(npy(fast[::4]))
-    assert (load_imu_encoder(folder, IMUOptions(rate=200)).decode(npy(fast)) - slow)[:, 5:45].abs().max() < 0.02
+    assert (decoded(load_imu_encoder(folder, IMUOptions(rate=200)).decode, npy(fast)) - slow)[
+        :, 5:45
+    ].abs().max() < 0.02
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
@@ -62,6 +67,32 @@ def test_bad_recordings_are_named():
     refused(npy(motion())[:-8], "it is cut off")
     huge = npy(motion()).replace(b"(50, 6), }          ", b"(500000000000, 6), }")
     refused(huge, "500000000000 samples; wanted are 1 to 1000")
+
+
+def test_units_are_converted(tmp_path):
+    folder, recording = tiny.imu(tmp_path), motion(50)
+    others = recording / np.array([9.80665] * 3 + [np.pi / 180] * 3, np.float32)
+    decode = load_imu_encoder(folder, IMUOptions(rate=50, acceleration="g", rotation="deg/s")).decode
+    expected = load_imu_encoder(folder, IMUOptions(rate=50)).decode(npy(recording))
+    assert torch.allclose(decode(npy(others)), expected, atol=1e-5)
+    with pytest.raises(UserError, match="acceleration is 'mg' and rotation 'rad/s'; acceleration is m/s2 or g"):
+        IMUOptions(acceleration="mg")
+
+
+def test_acceleration_in_another_unit_than_stated_is_refused():
+    def shaken(amplitude: float, gravity: float) -> np.ndarray:
+        recording = amplitude * motion(250)
+        recording[:, 2] += gravity - amplitude * 9.81
+        return recording
+
+    with pytest.raises(
+        BadSample, match=r"reads 1\.\d\d in one direction: that is gravity in g, .* option acceleration=g"
+    ):
+        read_recording(npy(shaken(0.2, 1.0)), 1000)
+    with pytest.raises(BadSample, match=r"median is 9\d\.\d+ m/s², .* as the imu option acceleration says"):
+        read_recording(npy(shaken(1.0, 9.81)), 1000, scale=(9.80665, 1.0))
+    for good in (shaken(5.0, 9.81), shaken(1.0, 0.0), shaken(0.1, 0.0), np.zeros((250, 6), np.float32)):
+        read_recording(npy(good), 1000)  # hard shaking; without gravity; at rest without gravity; falling freely
 
 
 def test_fortran_order_is_understood():
@@ -118,7 +149,7 @@ def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert [path.name for path in out.parent.iterdir()] == ["imu"], "nothing temporary is left"
     encoder = load_imu_encoder(str(out), IMUOptions(rate=50))
-    window = encoder.decode(npy(motion()))
+    window = decoded(encoder.decode, npy(motion()))
     assert encoder(window[None]).shape == (1, 7, 16)
     before = (out / "model.safetensors").read_bytes()
     main([f"shards={tmp_path / 'train.tar'}", f"out={out}"])
