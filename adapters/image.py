@@ -26,6 +26,8 @@ from anymal.sample import Viewable, Views
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow knows more; some of those start other programs, and none holds photos on the web."""
+ANIMATED = ("GIF", "PNG", "WEBP")
+"""Of these, those whose further frames are moments; a JPEG's are previews and depth maps of the same."""
 PADDING = (127, 127, 127)
 """Colour beside a picture that does not fill its tiles."""
 MAX_ASPECT = 50
@@ -65,7 +67,7 @@ def read_image(data: bytes, max_pixels: int) -> Any:
         A PIL image in mode RGB.
 
     Raises:
-        BadSample: Not a picture of a known format, cut off, or larger than the bounds.
+        BadSample: Not a picture of a known format, cut off, animated, or larger than the bounds.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -79,6 +81,11 @@ def read_image(data: bytes, max_pixels: int) -> Any:
                     f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
                 )
             check_aspect(width, height)
+            if picture.format in ANIMATED and getattr(picture, "is_animated", False):
+                raise BadSample(
+                    f"an animated {picture.format}, of which an image would be the first frame alone; convert it to a "
+                    "video (mp4, webm) or to a single picture"
+                )
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
                 picture = picture.point(lambda value: value / 256).convert("L")

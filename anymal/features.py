@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from anymal.errors import BadSample
 
-VERSION = 1  # of the format and of all decoding: a change of either must leave older features unused
+VERSION = 2  # of the format and of all decoding: a change of either must leave older features unused
 PRECISIONS = ("float32", "bf16", "int8")
 """The most exact first."""
 ENDING = "safetensors"

@@ -53,6 +53,26 @@ def test_large_and_long_pictures_are_refused_by_their_header():
         read_image(tiny.png_header(60_000, 1), 64_000_000)
 
 
+def frames(kind: str, count: int) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    first, *others = [Image.new("RGB", (8, 8), (30 * i, 0, 0)) for i in range(count)]
+    first.save(stream, kind, save_all=True, append_images=others, **({"duration": 40} if kind != "MPO" else {}))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animated_pictures_are_refused_by_name(kind):
+    with pytest.raises(BadSample, match=f"an animated {kind}, .* convert it to a video"):
+        read_image(frames(kind, 3), 10_000)
+    assert read_image(frames(kind, 1), 10_000).size == (8, 8)
+
+
+def test_a_photo_with_previews_is_no_animation():
+    assert read_image(frames("MPO", 2), 10_000).size == (8, 8)
+
+
 def test_program_starting_formats_are_refused():
     with pytest.raises(BadSample, match="no whole picture"):
         read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", 10_000)
