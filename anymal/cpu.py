@@ -1,37 +1,59 @@
 """What a machine without a GPU needs before the heavy libraries are imported.
 
 torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
-``import torchaudio`` fails, and with it ``import transformers``. Everything that we use of it (resampling, mel and
-Kaldi filter banks) is pure torch, so the extension alone is replaced, in this process only; no installed file changes.
+``import torchaudio`` fails, and with it every import of a model from transformers. All that we use of it (resampling,
+mel and Kaldi filter banks) is pure torch. There are two ways around, and both cost ``forced_align`` and ``rnnt_loss``
+alone, which raise torchaudio's own error:
+
+- `make_torchaudio_importable`: whoever imports ``anymal`` gets a stand-in for the extension, in this process only.
+- ``python anymal/cpu.py`` removes the extension's file from the environment, once, which torchaudio allows for: so
+  other programs there work too. ``make install`` does that in its own ``.venv``.
 """
 
 import importlib.metadata
 import os
 import sys
 import types
+from pathlib import Path
 
 
-def make_torchaudio_importable() -> bool:
-    """Stand in for torchaudio's compiled extension where it cannot be loaded; return whether that was needed.
-
-    It is needed exactly when torch is a CPU build (its version ends in ``+cpu``) and torchaudio is not. Only
-    ``forced_align`` and ``rnnt_loss`` are lost; they raise torchaudio's own error. Costs microseconds: neither
-    library is imported here.
-    """
+def versions_differ() -> bool:
+    """Whether torch is a CPU build (its version ends in ``+cpu``) and torchaudio is not. Imports neither."""
     try:
         torch_version = importlib.metadata.version("torch")
         torchaudio_version = importlib.metadata.version("torchaudio")
     except importlib.metadata.PackageNotFoundError:
         return False
-    if not torch_version.endswith("+cpu") or torchaudio_version.endswith("+cpu"):
-        return False
-    if "torchaudio" in sys.modules:  # imported already, so it works as it is
+    return torch_version.endswith("+cpu") and not torchaudio_version.endswith("+cpu")
+
+
+def make_torchaudio_importable() -> bool:
+    """Stand in for torchaudio's compiled extension where it cannot be loaded; return whether that was needed.
+
+    Costs microseconds: neither library is imported here.
+    """
+    if not versions_differ() or "torchaudio" in sys.modules:  # imported already, so it works as it is
         return False
     extension = types.ModuleType("torchaudio._extension")
     extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
     extension.fail_if_no_align = lambda function: function
     sys.modules.setdefault("torchaudio._extension", extension)
     return True
+
+
+def remove_extension() -> list[Path]:
+    """Remove torchaudio's compiled extension from this environment where it cannot be loaded; return what was removed.
+
+    torchaudio looks whether the file is there, and without it does without (its ``_extension/utils.py`` says why).
+    ``pip install --force-reinstall torchaudio`` brings it back.
+    """
+    if not versions_differ():
+        return []
+    folder = Path(importlib.metadata.distribution("torchaudio").locate_file("torchaudio/lib"))
+    found = sorted(folder.glob("_torchaudio*.so"))
+    for file in found:
+        file.unlink()
+    return found
 
 
 def make_threads_yield() -> None:
@@ -42,3 +64,8 @@ def make_threads_yield() -> None:
     spinning and 0.9 s sleeping (docs/log.md). OpenMP reads this once, when torch is first imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+if __name__ == "__main__":
+    for removed in remove_extension():
+        print(f"removed {removed}: it is for CUDA, and beside this CPU build of torch nothing could import torchaudio")

@@ -1,13 +1,16 @@
 """A machine without a GPU: torchaudio imports beside a CPU torch, and OpenMP's threads do not spin."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from anymal import cpu
+from small_runs import ROOT
 
 
 def versions(monkeypatch, **found):
@@ -45,3 +48,38 @@ print(tuple(mel.shape), tuple(slower.shape), os.environ["OMP_WAIT_POLICY"])
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.split("\n")[0] == "(1, 128, 81) (1, 16000) passive"
+
+
+def torchaudio_as_installed(folder: Path) -> Path:
+    """A folder for PYTHONPATH that holds this environment's torchaudio, and an extension that cannot be loaded."""
+    package = Path(importlib.metadata.distribution("torchaudio").locate_file("torchaudio"))
+    for path in [*package.iterdir(), *package.parent.glob("torchaudio-*.dist-info")]:
+        there = folder / path.relative_to(package.parent)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == "lib":
+            there.mkdir()
+        else:
+            there.symlink_to(path)
+    extension = folder / "torchaudio" / "lib" / "_torchaudio.abi3.so"
+    extension.write_bytes(b"this is for CUDA")
+    return extension
+
+
+@pytest.mark.skipif(not cpu.versions_differ(), reason="torchaudio is built for this torch")
+def test_make_install_leaves_an_environment_in_which_other_peoples_programs_work(tmp_path):
+    extension = torchaudio_as_installed(tmp_path)
+    # not the imports of this process, and the environment's packages, our own included, only behind the folder
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(arguments, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+
+    theirs = [sys.executable, "-c", "from transformers import LlamaForCausalLM; import torchaudio.compliance.kaldi"]
+    assert "Could not load this library" in run(sys.executable, "-c", "import torchaudio").stderr
+    dry = subprocess.run(["make", "-n", "-B", "install"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    (ours,) = [line.split()[1:] for line in dry.splitlines() if line.endswith(".py")]
+    done = run(sys.executable, *[str(ROOT / word) for word in ours])
+    assert done.stdout.startswith(f"removed {extension}: it is for CUDA") and not extension.exists(), done.stderr
+    assert run(sys.executable, str(ROOT / ours[0])).stdout == "", "a second time there is nothing to do"
+    done = run(*theirs)
+    assert done.returncode == 0, done.stderr
