@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from anymal.modality import Adapter
 from anymal.model import AnyMAL
 from anymal.prompt import Prepare, prepare
 from anymal.sample import Sample
+
+OTHERS_FUTURE_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21, of transformers
+    "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",  # DeepSpeed 0.19, of torch
+)
+"""Python shows these to everybody, and no user of a program can mend them. Any others are errors in the tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,8 @@ def build(
 
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
+    for theirs in OTHERS_FUTURE_WARNINGS:
+        warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -68,7 +68,7 @@ def pipeline(tmp_path_factory) -> str:
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77),
         unet=UNet2DConditionModel(sample_size=16, cross_attention_dim=16, attention_head_dim=2, **crossed, **narrow),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

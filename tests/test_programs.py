@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import webdataset as wds
 
 import tiny_encoders
 from anymal import checkpoint, precision
+from anymal.config import LoraConfig
 from anymal.errors import UserError
 from anymal.generate import embed_prompt, generate
+from anymal.llm import add_lora
 from anymal.sample import Message, Part, Sample
-from launch.build import build
+from launch.build import build, run_program
 from small_runs import ROOT, environment, losses, make_encoders, pretrain_here, python, settings, write_pairs
 
 KINDS = ["image", "imu"]
@@ -62,6 +65,20 @@ def test_chat_says_what_is_wrong(trained, arguments, said):
     done = python("launch/chat.py", *given, check=False)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_programs_keep_others_future_warnings_to_themselves(tiny_llm):
+    from transformers import AutoModelForCausalLM
+
+    def main() -> None:
+        add_lora(AutoModelForCausalLM.from_pretrained(tiny_llm), LoraConfig(rank=2))
+        warnings.warn("of somebody else", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(SystemExit):
+        warnings.simplefilter("default")
+        run_program(main)
+    shown = [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)]
+    assert shown == ["of somebody else"]
 
 
 def test_evaluate_writes_figures_and_media(trained, tmp_path):
