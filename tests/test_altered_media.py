@@ -8,11 +8,16 @@ import pytest
 import torch
 
 import tiny_encoders
+from anymal import shards
+from anymal.config import Config
 from anymal.meter import Meter
 from anymal.packing import pack
 from anymal.sample import Features, Tokens
+from anymal.settings import load
 from anymal.tracking import altered_media
 from launch import chat
+from launch.encode import Encode, encode_all, frozen_encoders
+from launch.encode_report import report
 from small_runs import make_encoders, metrics, pretrain_here, settings, write_pairs
 
 KINDS = ["image", "audio"]
@@ -47,6 +52,14 @@ def test_chat_says_it_too(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["chat.py", *arguments])
     chat.main()
     assert f"long.wav: {CROPPED}" in capsys.readouterr().err
+
+
+def test_encoding_features_says_it_too(trained):
+    config = load(Config, trained[0] / "recipe.yaml")
+    encode, paths = Encode(config.data, frozen_encoders(config), torch.device("cpu")), shards.expand(config.data.shards)
+    encode_all(encode, paths)
+    said = "\n".join(report(encode.found(paths), encode.encoders, encode.precision))
+    assert "audio: 10 media (8 cropped or filled up), 0 bad" in said and "image: 10 media, 0 bad" in said
 
 
 def test_media_read_as_features_are_not_counted():
