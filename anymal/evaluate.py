@@ -202,6 +202,7 @@ def _record(trial: _Trial, said: Said | None, likelihoods: Sequence[float]) -> R
         said=None if said is None else said.text,
         cut=said is not None and said.cut,
         options=scored if asked.options else [],
+        altered=[f"{modality} {note}" for modality, note in asked.tokens.decoded if note],
     )
 
 

@@ -7,6 +7,7 @@ options are chosen, and why.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ class Record:
     """Whether the free answer had no end before the longest length."""
     options: list[Option] = field(default_factory=list)
     """Every option of a closed question, the right one among them."""
+    altered: list[str] = field(default_factory=list)
+    """What decoding left out of its media, or added: ``"audio cropped to the middle 10 s"``."""
 
 
 def write_record(record: Record, **also: Any) -> str:
@@ -124,19 +127,21 @@ def figures(records: Sequence[Record], rule: str) -> dict[str, Any]:
         rule: By what options are chosen; see `RULES`.
 
     Returns:
-        ``n`` samples, ``closed`` ones with options, ``chance`` (the mean of 1 / options), ``rule``; ``interval``, the
-        95% Wilson interval of the accuracy; and for each condition ``own``, ``blank`` and ``shuffled`` a dict or None:
-        ``n``, ``accuracy`` (by `rule`), ``accuracy_by`` (each rule), ``loss`` (nats per token of the right answers, the
-        mean over samples), and of the free answers ``exact`` (right to the letter), ``cider_d``, ``rouge_l``,
-        ``bleu_4``, and the shares ``empty`` and ``cut``. What is not defined is None. If all samples are yes/no
-        questions, ``yes_no`` has `anymal.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the
-        choices with ``blank`` and ``shuffled`` media.
+        ``n`` samples, ``closed`` ones with options, ``altered``: how many have media that decoding changed, and how;
+        ``chance`` (the mean of 1 / options), ``rule``, ``interval``, the 95% Wilson interval of the accuracy; and for
+        each condition ``own``, ``blank`` and ``shuffled`` a dict or None: ``n``, ``accuracy`` (by `rule`),
+        ``accuracy_by`` (each rule), ``loss`` (nats per token of the right answers, the mean over samples), and of the
+        free answers ``exact`` (right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and the shares ``empty`` and
+        ``cut``. What is not defined is None. If all samples are yes/no questions, ``yes_no`` has
+        `anymal.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the choices with ``blank`` and
+        ``shuffled`` media.
     """
     several = _by_condition(records)
     chosen = {name: choices(records, name) for name in RULES}
     own = several[OWN]
     counts = [len(record.options) for record in own if record.options]
     result: dict[str, Any] = {"n": len(own), "closed": len(counts), "rule": rule, "chance": None, "interval": None}
+    result["altered"] = dict(Counter(change for record in own for change in dict.fromkeys(record.altered)))
     for condition, of_condition in several.items():
         result[condition] = _condition(of_condition, {r: chosen[r][condition] for r in RULES}, rule)
     if counts:

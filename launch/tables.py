@@ -146,6 +146,9 @@ def print_table(evaluation: Mapping[str, Any], examples: int = 3) -> str:
     for table in tables(evaluation):
         lines += [*_aligned([table.columns, *table.rows]), ""]
     for name, result in sets_of(evaluation).items():
+        changes = (f"{change} in {count} of {result['n']}" for change, count in result.get("altered", {}).items())
+        lines += [f"{name}: {change}" for change in changes]
+    for name, result in sets_of(evaluation).items():
         lines += [name, *(f"  {_prediction(one)}" for one in result.get("predictions", [])[:examples]), ""]
     if (trained := evaluation.get("trained_parameters")) is not None:
         lines.append(f"trained parameters: {trained:,}")

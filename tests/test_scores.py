@@ -1,9 +1,12 @@
 """Figures from records: the ways of choosing, controls of free answers, empty answers, precisions side by side."""
 
+from dataclasses import replace
+
 import pytest
 
 from anymal import precision
 from anymal.scores import Option, Record, agreement, choices, figures, predictions, read_records, write_record
+from launch.tables import print_table
 
 
 def record(key="k", condition="own", answer="dog", said="dog", cut=False, loss=1.0, **options) -> Record:
@@ -55,6 +58,14 @@ def test_empty_and_cut_answers_are_counted():
     records = [record(key=f"k{i}", said=text, cut=text.endswith("and")) for i, text in enumerate(said)]
     own = figures(records, "sum")["own"]
     assert (own["empty"], own["cut"], own["exact"]) == (0.5, 0.25, 0.25)
+
+
+def test_what_decoding_left_out_is_counted_by_sample():
+    cropped = replace(record(), altered=["audio cropped to the middle 10 s"] * 2)
+    result = figures([cropped, replace(record(key="k2"), condition="blank", altered=cropped.altered)], "sum")
+    assert result["altered"] == {"audio cropped to the middle 10 s": 1}
+    lines = print_table({"precisions": {"4": {"sounds": result}}}).splitlines()
+    assert "sounds: audio cropped to the middle 10 s in 1 of 1" in lines
 
 
 def test_yes_no_sets_have_popes_figures():
