@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anymal.errors import UserError
+from anymal.hub import unavailable
 
 _SHAPES_ONLY: ContextVar[AbstractContextManager | None] = ContextVar("shapes_only", default=None)
 
@@ -90,6 +91,10 @@ def load_config(name: str) -> Any:
     """
     if not isinstance(name, str):
         raise UserError(f"encoder is {name!r}; here it is one hub name or local folder (see docs/encoders.md)")
+    if reason := unavailable(name):
+        raise UserError(
+            f"encoder: {reason}; for one in a folder, one that was moved too, give model.modalities.NAME.encoder=FOLDER"
+        )
     from transformers import AutoConfig
 
     import adapters.efficientnet_lite
@@ -159,7 +164,7 @@ def license_of(name: str) -> str:
     from huggingface_hub import ModelCard
 
     path = Path(name)
-    if path.is_dir() and not (path / "README.md").is_file():
+    if (path.is_dir() and not (path / "README.md").is_file()) or unavailable(name, "README.md"):
         return "unknown"
     try:
         card = ModelCard.load(path / "README.md" if path.is_dir() else name)

@@ -4,6 +4,7 @@ Weights are quantised by bitsandbytes while transformers loads them. Computation
 many times slower there) and in bfloat16 on a GPU; the code is the same.
 """
 
+import hashlib
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from anymal import attention
 from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig, LoraConfig
 from anymal.errors import UserError
+from anymal.hub import unavailable
 
 # On a CPU, 8-bit layers warn at every call that they cast; it is known and harmless.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -31,6 +33,14 @@ def on_gpu() -> bool:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """float32 on a CPU, bfloat16 elsewhere."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def require_llm(name: str) -> None:
+    """Raises `UserError` at once where an LLM is neither a folder nor to be had from the hub, with what to do."""
+    if reason := unavailable(name):
+        raise UserError(
+            f"model.llm.name: {reason}; for an LLM in a folder, one that was moved too, give model.llm.name=FOLDER"
+        )
 
 
 def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -> tuple[nn.Module, Any]:
@@ -53,8 +63,7 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    if config.name.startswith(("/", ".")) and not Path(config.name).is_dir():
-        raise UserError(f"model.llm.name={config.name}: there is no such folder")
+    require_llm(config.name)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     dtype = {16: torch.bfloat16, 32: torch.float32}.get(32 if learns else config.bits, compute_dtype(device))
@@ -83,7 +92,22 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
     llm.requires_grad_(False)
     set_checkpointing(llm, config.checkpointing)
     set_frozen_mode(llm, recompute=True)
+    llm.weights_digest = _digest(llm)
     return llm, tokenizer
+
+
+def _digest(llm: nn.Module) -> str:
+    """Tells LLMs apart, and is the same for one LLM at every precision and wherever it lies.
+
+    SHA-256 over what is never quantised (norms, biases, every so many rows of the embedding table), in bfloat16.
+    """
+    digest = hashlib.sha256()
+    table = llm.get_input_embeddings().weight
+    rows = table[:: max(1, len(table) // 256)]
+    for name, tensor in [("table", rows), *((n, p) for n, p in llm.named_parameters() if p.ndim == 1)]:
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:

@@ -1,7 +1,9 @@
 """The LLM without its weights: every module at its precision, from config.json alone."""
 
 import copy
+import difflib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from anymal import attention
 from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig
 from anymal.errors import UserError
-from anymal.llm import set_frozen_mode
+from anymal.llm import require_llm, set_frozen_mode
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
 
@@ -38,12 +40,41 @@ def read_config(name: str) -> Any:
     Raises:
         UserError: There is none.
     """
+    require_llm(name)
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"model.llm.name={name}: no config of a causal LM is to be had: {error}") from error
+
+
+def config_of(architecture: Mapping[str, Any], setting: str) -> Any:
+    """A causal LM's transformers config from its model_type and sizes; nothing is read.
+
+    Args:
+        architecture: By the names of a config.json; what is left out has transformers' default.
+        setting: What it is called in messages.
+
+    Raises:
+        UserError: There is no such model_type, one of the names is unknown to it (the nearest is named), or a value
+            does not fit.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = architecture.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{setting}.model_type is {kind!r}; it is that of a config.json, such as llama or qwen3")
+    known = AutoConfig.for_model(kind).to_dict()
+    for name in architecture:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{setting}: {kind} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        return AutoConfig.for_model(**architecture)
+    except Exception as error:  # transformers' checks have errors of their own
+        raise UserError(f"{setting}: {' '.join(str(error).split())}") from error
 
 
 def with_layers(config: Any, layers: int) -> Any:

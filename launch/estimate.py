@@ -4,11 +4,13 @@
     python launch/estimate.py launch/recipes/demo-finetune.yaml model.checkpoint=x gpu=false sample_tokens=64
 
 Reads the config.json of LLM and encoders (and the encoders' preprocessor_config.json), from a folder or the hub, and no
-weights: the model is built, and a step run, on tensors that have a shape but no content. How: docs/cost.md.
+weights: the model is built, and a step run, on tensors that have a shape but no content. Nothing of the LLM is read
+where `architecture` says what it is: it may be gated. The last line says whether the run fits. How: docs/cost.md.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from anymal.config import Config
 from anymal.engine import BUCKET
 from anymal.errors import UserError
 from anymal.stages import Recipe, load_untrained
+from anymal.weightless import config_of, read_config
 from launch.build import run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
@@ -47,11 +50,16 @@ class EstimateConfig(Recipe):
     media: list[str] = field(default_factory=list)
     """Modalities of the media in each sample, such as [image,image]; by default one of the recipe's, in turn."""
     tflops: float = 0.0
-    """Model TFLOP/s of one GPU, measured (`tflops` of a run's throughput.json, over its GPUs) or hoped for."""
+    """TFLOP/s of one GPU, what checkpointing recomputes included: hoped for, or measured (of a run's throughput.json,
+    (model_tflop + recomputed_tflop) / seconds, over its GPUs)."""
     read_mb_per_s: float = 500.0
     """What is read from storage, in 10^6 bytes a second: says whether cached features (launch/encode.py) pay."""
     price_per_hour: float = 0.0
     """Of one GPU, in any currency."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The LLM's model_type and sizes by the names of its config.json, in place of that file: {model_type: llama,
+    vocab_size: 128256, hidden_size: 8192, intermediate_size: 28672, num_hidden_layers: 80, num_attention_heads: 64,
+    num_key_value_heads: 8} is Llama 3.1 70B."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,23 +192,49 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 
 def main() -> None:
     """Read the command line, rehearse and print, stage by stage."""
-    for config in parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_untrained):
+    stages = parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_untrained)
+    rooms = {}
+    for config in stages:
         if config.stage:
-            print(f"Stage {config.stage}: {', '.join(config.train)} learn\n")
-        estimate(config)
+            print(f"\nStage {config.stage}: {', '.join(config.train)} learn\n")
+        rooms[config.stage] = estimate(config)
+        print(_fits(rooms[config.stage]))
+    if len(stages) > 1:
+        tightest = min(rooms, key=rooms.get)
+        print(f"\nAll {len(stages)} stages, of which {tightest} takes most\n{_fits(rooms[tightest])}")
 
 
-def estimate(config: EstimateConfig) -> None:
-    """Rehearse and print."""
+def _fits(room: float) -> str:
+    return f"fits: {'yes' if room >= 0 else 'no'}, by {abs(room) / GB:.3g} GB"
+
+
+def estimate(config: EstimateConfig) -> float:
+    """Rehearse and print; `room_left`."""
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
-    rehearsal = Rehearsal(config, gpu=config.gpu)
+    rehearsal = Rehearsal(config, gpu=config.gpu, llm_config=llm_config_of(config))
     samples = max(1, config.data.row_tokens // rehearsal.mean_tokens(work))
     if not config.data.row_tokens:
         samples = config.data.batch_size
     print("\n".join(_memory(rehearsal, work, samples, config)))
     print("\n".join(_checkpointing(rehearsal, work, samples, config)))
-    print("\n".join(_arithmetic(rehearsal, work, samples, config)))
+    print("\n".join(arithmetic(rehearsal, work, samples, config)))
     print("\n".join(_cache(rehearsal, work, samples, config)))
+    return room_left(config, predict(rehearsal, work, samples, world=config.world))
+
+
+def room_left(config: EstimateConfig, predicted: Prediction) -> float:
+    """What is left on the card at a step's peak, beside what is kept free, in bytes; negative where it does not fit."""
+    return (config.gpu_gb - config.reserve_gb) * GB - predicted.total
+
+
+def llm_config_of(config: EstimateConfig) -> Any:
+    """The LLM's transformers config: by `architecture`, else read by its name."""
+    if config.architecture:
+        return config_of(config.architecture, "architecture")
+    try:
+        return read_config(config.model.llm.name)
+    except UserError as error:
+        raise UserError(f"{error}; or say by architecture what it is (see --help)") from error
 
 
 def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
@@ -227,7 +261,7 @@ def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: E
     return [*lines, ""]
 
 
-def _arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+def arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of FLOPs, and what they take in time and money."""
     needed, recomputed = rehearsal.flops(work, samples)
     tokens = samples * rehearsal.mean_tokens(work)
@@ -237,13 +271,14 @@ def _arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: Esti
     parts = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
     lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in parts.items() if n]
     total = needed.total() * config.optim.accumulate / TERA  # of one GPU
+    with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
     rows = []
     if config.run.peak_tflops:
         rows.append((f"floor, at {config.run.peak_tflops:g} TFLOP/s", total / config.run.peak_tflops))
-        with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
         rows += [("  and with what is recomputed", with_both / config.run.peak_tflops)] * bool(recomputed)
     if config.tflops:
-        rows.append((f"at {config.tflops:g} model TFLOP/s", total / config.tflops))
+        also = ", with recomputing" if recomputed else ""
+        rows.append((f"at {config.tflops:g} TFLOP/s{also}", with_both / config.tflops))
     if not rows:
         return [*lines, "", "Set run.peak_tflops (an H100: 989) for the floor, tflops for time and cost."]
     lines += ["", f"  {'':<34} {'s a step':>9} {'tokens/s':>12} {'hours a run':>12} {'cost':>12}"]

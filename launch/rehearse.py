@@ -67,6 +67,7 @@ class Rehearsal:
     Args:
         config: The recipe.
         gpu: Whether it is to train on a GPU: bfloat16, autocast and other kernels.
+        llm_config: The LLM's transformers config; by default that of ``model.llm.name`` is read.
 
     Raises:
         UserError: A config is not there, or settings do not fit.

@@ -1,6 +1,7 @@
 """What is estimated without weights is what the weights then take."""
 
 import gc
+import re
 import shutil
 
 import pytest
@@ -13,15 +14,17 @@ from anymal.errors import UserError
 from anymal.model import select_trainable
 from anymal.settings import load
 from anymal.stages import load_untrained
-from anymal.weightless import int8_bytes, nf4_bytes, stored_bytes
+from anymal.weightless import config_of, int8_bytes, nf4_bytes, read_config, stored_bytes
 from conftest import make_llm
 from launch.build import build
-from launch.estimate import EstimateConfig, largest_batch, predict
+from launch.estimate import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
 from launch.rehearse import Rehearsal, Workload
 from small_runs import make_encoders, python
 
 KINDS = ["image", "imu"]
 WORK = Workload(tokens=48, answers=12)
+LLAMA = "vocab_size: 302, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 6, num_attention_heads: 4"
+ARCHITECTURE = f"architecture={{model_type: llama, {LLAMA}, num_key_value_heads: 2}}"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_what_cannot_be_estimated_is_named(setting, said):
 
 def test_the_program_needs_no_weights(folders, tmp_path):
     bare = tmp_path / "bare"
-    shutil.copytree(folders, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folders, bare, ignore=shutil.ignore_patterns("*.safetensors", "llm"))
     config = _config(bare)
     del config.model.modalities["image"]  # half of the time, and nothing that it alone would show
     recipe = tmp_path / "recipe.yaml"
@@ -138,16 +141,62 @@ def test_the_program_needs_no_weights(folders, tmp_path):
     done = python(
         "launch/estimate.py",
         str(recipe),
+        ARCHITECTURE,
         "sample_tokens=48",
         "answer_tokens=12",
         "run.peak_tflops=100",
         "gpu_gb=0.03",
         "reserve_gb=0",
     )
+    assert re.fullmatch(r"fits: (yes|no), by 0\.\d+ GB", done.stdout.strip().splitlines()[-1])
     tables = ("LLM body, 4 bits", "in all", "Largest micro-batch", "none (the recipe's)", "floor, at 100", "caching")
     for said in tables:
         assert said in done.stdout
     assert "Failed" not in done.stderr and "Traceback" not in done.stderr
+
+
+def _estimated(folders, *more: str) -> EstimateConfig:
+    given = ["model.llm.name=gated/llm", f"model.modalities.imu.encoder={folders / 'imu'}", "sample_tokens=48"]
+    given += ["model.modalities.imu.options.rate=50", "answer_tokens=12", "data.batch_size=2", "reserve_gb=1"]
+    return load(EstimateConfig, None, [*given, ARCHITECTURE, *more])
+
+
+def test_an_architecture_stands_for_files_that_are_gated(folders):
+    config = _estimated(folders, "gpu_gb=2")
+    by_name = read_config(str(folders / "llm"))
+    totals = [
+        predict(Rehearsal(config, gpu=True, llm_config=llm), WORK, 2, world=1)
+        for llm in (llm_config_of(config), by_name)
+    ]
+    assert totals[0] == totals[1]
+    assert room_left(config, totals[0]) == pytest.approx(1e9 - totals[0].total)
+
+
+def test_hours_count_what_is_recomputed(folders):
+    def seconds(mode: str) -> dict[str, float]:
+        config = _estimated(folders, f"model.llm.checkpointing={mode}", "tflops=1e-6", "run.peak_tflops=1e-6")
+        lines = arithmetic(Rehearsal(config, gpu=True, llm_config=llm_config_of(config)), WORK, 2, config)
+        rows = re.findall(r"^ +(floor|and with|at)(?:.*?)  +([\d.]+) ", "\n".join(lines), re.MULTILINE)
+        return {name: float(number) for name, number in rows}
+
+    full, none = seconds("full"), seconds("none")
+    assert full["at"] == full["and with"] > 1.2 * full["floor"]
+    assert none["at"] == none["floor"] == full["floor"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{model_type: lama}", "architecture.model_type is 'lama'; it is that of a config.json, such as llama"),
+        ("{model_type: llama, hiden_size: 8}", r"architecture: llama has no hiden_size; did you mean hidden_size\?"),
+        ("{model_type: llama, hidden_size: 30}", r"architecture: .*hidden size \(30\) is not a multiple"),
+    ],
+)
+def test_an_architecture_that_is_none_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        config_of(
+            load(EstimateConfig, None, ["model.llm.name=x", f"architecture={given}"]).architecture, "architecture"
+        )
 
 
 def test_media_in_views_take_what_the_context_allows(folders):

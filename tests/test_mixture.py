@@ -323,7 +323,10 @@ def test_video_takes_a_composition_of_maps(tmp_path):
         ({"channels": ["a"], "resize": "cubic"}, "resize is 'cubic'"),
         ({"name": "a", "layer": 2}, "layer counts from the end"),
         ({"name": "a", "layer": -2, "stages": True}, "layer has no place beside it"),
-        ({"name": "/nowhere/at/all"}, "cannot load the config of hub name .* '/nowhere/at/all'"),
+        (
+            {"name": "/nowhere/at/all"},
+            "encoder: there is no folder /nowhere/at/all; .*give model.modalities.NAME.encoder=FOLDER",
+        ),
     ],
 )
 def test_mistakes_are_named(tree, message, monkeypatch):
