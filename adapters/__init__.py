@@ -12,6 +12,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from anymal.config import ModalityConfig
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Modality, parts
 from anymal.settings import options
+from anymal.stages import encoder_names
 
 __all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options", "load_encoder"]
 
@@ -80,6 +82,12 @@ def load_encoder(name: str, config: ModalityConfig) -> Encoder:
     """
     modality = _find(name)
     given = options(modality.options, dict(config.options), f"model.modalities.{name}.options")
+    for place in encoder_names(config.encoder):
+        if place.startswith(("/", ".")) and not Path(place).exists():
+            raise UserError(
+                f"model.modalities.{name}.encoder: there is no {place}; if it was moved, give "
+                f"model.modalities.{name}.encoder=FOLDER"
+            )
     return modality.load(config.encoder, given)
 
 

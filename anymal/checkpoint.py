@@ -21,6 +21,7 @@ An LLM and encoders that were never trained are not in it, but named in the reci
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from anymal.features import weights_digest
 from anymal.llm import add_lora, load_lora
 from anymal.modality import Adapter, Encoder
 from anymal.model import AnyMAL
+from anymal.networks import LLM, Start
 
 LATEST = "latest"
 _DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
@@ -76,7 +78,7 @@ def save(
     config: Config,
     adapters: dict[str, Adapter],
     tokenizer: Any,
-    start: Path | None = None,
+    start: Start | None = None,
 ) -> Path:
     """Write a checkpoint of the run and move ``latest`` to it; keep the newest ``run.keep``. Rank 0 only.
 
@@ -87,23 +89,27 @@ def save(
         config: The resolved settings.
         adapters: As the model was made from.
         tokenizer: With the placeholder tokens.
-        start: The checkpoint that the run started from, if any.
+        start: What the run started from, if anything.
     """
     folder = checkpoints(config) / f"step-{state.step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     settings.save(config, temporary / "recipe.yaml")
+    newest = _newest(config)
+    before = start_at(newest) if newest else start
+    networks.save(model, parameters, config, adapters, tokenizer, temporary, before)
     for name, adapter in adapters.items():
         place = temporary / "adapters" / name
         place.mkdir(parents=True)
         described = adapter_config(adapter, config)
         if name not in model.trained_encoders:
             described["encoder_weights"] = _digest(adapter.encoder)
+        if not (temporary / LLM).is_dir():
+            described["llm_weights"] = getattr(model.llm, "weights_digest", None)
         (place / "adapter_config.json").write_text(json.dumps(described, indent=2))
         save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
     _save_lora(model, parameters, temporary / "lora")
-    networks.save(model, parameters, config, adapters, tokenizer, temporary, _newest(config) or start)
     tokenizer.save_pretrained(temporary / "tokenizer")
     training = temporary / "training"
     training.mkdir()
@@ -209,9 +215,21 @@ def existing(place: str | Path) -> Path:
     raise UserError(f"{place} holds no checkpoint (a folder with recipe.yaml and adapters/)")
 
 
-def recipe(folder: Path, overrides: list[str] | None = None) -> Config:
-    """The settings that a checkpoint was made with, with overrides such as ``model.llm.bits=32``."""
-    return settings.load(Config, folder / "recipe.yaml", overrides or [])
+def recipe(folder: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Config:
+    """The settings that a checkpoint was made with.
+
+    Args:
+        folder: The checkpoint.
+        overrides: Such as ``model.llm.bits=32``.
+        model: Nested settings that beat those below its ``model``: ``{"llm": {"name": FOLDER}}`` for an LLM that moved.
+    """
+    part = ("a setting for the checkpoint", {"model": dict(model)}) if model else None
+    return settings.load(Config, folder / "recipe.yaml", overrides, part=part)
+
+
+def start_at(folder: Path) -> Start:
+    """A run that goes on from one checkpoint, with all that it holds."""
+    return Start(modalities=dict.fromkeys(modalities_in(folder), folder), llm=folder)
 
 
 def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
@@ -221,28 +239,36 @@ def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
     return add_lora(llm, config.model.lora) if "lora" in config.train else llm
 
 
-def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *, partly: bool = False) -> None:
-    """Load the projectors of a checkpoint into the model.
+def load_projectors(
+    model: AnyMAL,
+    adapters: dict[str, Adapter],
+    config: Config,
+    starts: Mapping[str, Path],
+    *,
+    partly: bool = False,
+) -> None:
+    """Load the projectors of a checkpoint, or of several, into the model.
 
     Args:
         model: What they go into.
         adapters: As the model was made from.
-        folder: The checkpoint.
-        partly: Whether the checkpoint may lack some of the model's modalities (they keep their fresh weights), and may
-            be of a stage with tiles where this one has none, or the other way round.
+        config: The recipe of the model.
+        starts: By modality, the checkpoint that has its projector.
+        partly: Whether some of the model's modalities may lack one (they keep their fresh weights), and may be of a
+            stage with tiles where this one has none, or the other way round.
 
     Raises:
-        UserError: A modality is missing, a file is damaged, a projector does not fit, or was trained on an encoder of
-            other weights. Names file and tensor.
+        UserError: A modality is missing, a file is damaged, a projector does not fit, or was trained on an encoder or
+            LLM of other weights. Names file and what differs.
     """
     for name in adapters:
-        path = folder / "adapters" / name / "model.safetensors"
-        if not path.is_file():
+        folder = starts.get(name)
+        path = folder / "adapters" / name / "model.safetensors" if folder else None
+        if path is None or not path.is_file():
             if partly:
                 continue
-            raise UserError(
-                f"{folder} has no projector for {name}; it has {', '.join(modalities_in(folder)) or 'none'}"
-            )
+            folders = " and ".join(map(str, dict.fromkeys(starts.values()))) or "the checkpoint"
+            raise UserError(f"{folders}: no projector for {name}, but for {', '.join(starts) or 'none'}")
         try:
             weights = load_file(path)
         except SafetensorError as error:
@@ -252,16 +278,33 @@ def load_projectors(model: AnyMAL, adapters: dict[str, Adapter], folder: Path, *
             weights.pop("skip", None)
             if hasattr(projector, "skip"):  # the embedding of skipped views keeps its fresh weights
                 weights["skip"] = projector.skip.detach()
+        described = description(path.with_name("adapter_config.json"))
         wanted = {key: tuple(p.shape) for key, p in projector.state_dict().items()}
         given = {key: tuple(p.shape) for key, p in weights.items()}
         if wanted != given:
-            differs = next(k for k in sorted({*wanted, *given}) if wanted.get(k) != given.get(k))
-            raise UserError(
-                f"{path} does not fit model.modalities.{name}.projector: {differs} is {given.get(differs)} there and "
-                f"{wanted.get(differs)} in this model; compare {path.with_name('adapter_config.json')}"
-            )
+            raise UserError(f"{path} does not fit {_misfit(name, config, described, wanted, given)}")
         projector.load_state_dict(weights)
-        _require_same_encoder(adapters[name], path.with_name("adapter_config.json"))
+        _require_same_weights(adapters[name], model.llm, described, path.with_name("adapter_config.json"))
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _misfit(name: str, config: Config, described: Mapping[str, Any], wanted: Shapes, given: Shapes) -> str:
+    """By what a projector differs from the model's: its kind, its other settings, or else a tensor."""
+    setting = f"model.modalities.{name}.projector"
+    here, there = asdict(config.model.modalities[name].projector), described.get("projector")
+    differing = [key for key in here if isinstance(there, dict) and key in there and there[key] != here[key]]
+    if "kind" in differing:
+        differing = ["kind"]  # the others follow from it
+    if differing:
+        listed = " ".join(f"{setting}.{key}={there[key]}" for key in differing)
+        is_now = ", ".join(f"{key} {here[key]}" for key in differing)
+        return f"{setting}, which has {is_now} here: it was trained with {listed}; set that, or start without it"
+    first = next(key for key in sorted({*wanted, *given}) if wanted.get(key) != given.get(key))
+    return (
+        f"{setting}: {first} is {given.get(first)} there and {wanted.get(first)} in this model; is its encoder another?"
+    )
 
 
 def _digest(encoder: Encoder) -> str:
@@ -271,18 +314,36 @@ def _digest(encoder: Encoder) -> str:
     return _DIGESTS[encoder]
 
 
-def _require_same_encoder(adapter: Adapter, described: Path) -> None:
-    """A folder may hold other weights by now than the projector was trained on: those of a stage trained further."""
+def description(path: Path) -> dict[str, Any]:
+    """What an adapter_config.json says that a projector fits.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
     try:
-        digest = json.loads(described.read_text()).get("encoder_weights")  # not there if the encoder learnt, too
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{described} is missing or damaged: {error}; use an older checkpoint") from error
-    if digest is not None and digest != _digest(adapter.encoder):
-        raise UserError(
-            f"{described.parent}: this projector was trained on an encoder with other weights than "
-            f"model.modalities.{adapter.modality.name}.encoder has now: name the one it was trained on, or train the "
-            f"projector again (or, to join them all the same, take encoder_weights out of {described.name})"
-        )
+        described = json.loads(path.read_text())
+        if not isinstance(described, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}; use an older checkpoint") from error
+    return described
+
+
+def _require_same_weights(adapter: Adapter, llm: Any, described: Mapping[str, Any], path: Path) -> None:
+    """A folder may hold other weights by now than the projector was trained on: those of a stage trained further."""
+    name = adapter.modality.name
+    held = [
+        ("encoder_weights", "an encoder", f"model.modalities.{name}.encoder", lambda: _digest(adapter.encoder)),
+        ("llm_weights", "an LLM", "model.llm.name", lambda: llm.weights_digest),
+    ]
+    for key, what, setting, now in held:
+        digest = described.get(key)  # not there if it learnt, too: the checkpoint holds it then
+        if digest is not None and digest != now():
+            raise UserError(
+                f"{path.parent}: this projector was trained on {what} with other weights than {setting} has now: name "
+                "the one it was trained on, or train the projector again (or, to join them all the same, take "
+                f"{key} out of {path.name})"
+            )
 
 
 def modalities_in(folder: Path) -> list[str]:

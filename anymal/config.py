@@ -107,9 +107,19 @@ class ModelConfig:
     """One entry for each modality, by its name in `adapters.MODALITIES`."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation of the LLM."""
-    checkpoint: str | None = None
+    checkpoint: Any = None
     """A checkpoint folder that the run starts from: its projectors, its LoRA, and encoders and LLM if it trained them;
-    nothing else of it is used."""
+    nothing else of it is used. Of modalities that were trained apart with the same LLM, several: by modality, such as
+    {image: runs/a, imu: runs/b}, or a list."""
+
+    def __post_init__(self):
+        given = self.checkpoint
+        fits = isinstance(given, str | None)
+        if isinstance(given, dict):  # null: that modality starts fresh
+            fits = all(isinstance(place, str | None) for place in given.values())
+        elif isinstance(given, list):
+            fits = all(isinstance(place, str) for place in given)
+        _require(fits, f"model.checkpoint is {given!r}; it can be a folder, a list of folders, or one by modality")
 
 
 @dataclass(kw_only=True)
@@ -318,6 +328,8 @@ class Config:
 
     def __post_init__(self):
         self.require_modalities("data.encoder_cost", self.data.encoder_cost)
+        if isinstance(self.model.checkpoint, dict):
+            self.require_modalities("model.checkpoint", self.model.checkpoint)
 
     def require_modalities(self, setting: str, names: Iterable[str]) -> None:
         """Refuse a setting that speaks of a modality that the model does not have, and name the nearest."""

@@ -11,7 +11,7 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,21 @@ from anymal.config import Config, LLMConfig, ModalityConfig
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder
 from anymal.model import AnyMAL
+from anymal.stages import encoder_names
 
 ENCODERS, LLM = "encoders", "llm"
 MASTER = "master"
 """``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The checkpoint that a run goes on from, or several that were trained apart (`anymal.joined`)."""
+
+    modalities: Mapping[str, Path]
+    """By modality, the checkpoint that its projector comes from, and its encoder if that was trained."""
+    llm: Path | None
+    """The checkpoint that the LoRA and an LLM that was trained come from, as far as it has such."""
 
 
 def save(
@@ -38,7 +49,7 @@ def save(
     adapters: Mapping[str, Adapter],
     tokenizer: Any,
     place: Path,
-    before: Path | None,
+    before: Start | None,
 ) -> None:
     """Write the networks that learn into a checkpoint, and those that an earlier one holds.
 
@@ -56,12 +67,12 @@ def save(
         if name in model.trained_encoders:
             learnt = _below(parameters, f"trained_encoders.{name}.")
             _save_encoder(adapter.encoder, adapter.encoder.state_dict() | learnt, folder)
-        elif before is not None:
-            _carry(before / ENCODERS / name, folder)
+        elif before is not None and name in before.modalities:
+            _carry(before.modalities[name] / ENCODERS / name, folder)
     if llm_learns(config):
         _save_llm(model.llm, _below(parameters, "llm."), tokenizer, place / LLM, config.model.llm.bits)
-    elif before is not None:
-        _carry(before / LLM, place / LLM)
+    elif before is not None and before.llm is not None:
+        _carry(before.llm / LLM, place / LLM)
 
 
 def llm_learns(config: Config) -> bool:
@@ -133,20 +144,23 @@ def llm_of(config: Config, start: Path | None) -> LLMConfig:
     return replace(llm, name=str(start / LLM))
 
 
-def encoders_of(config: Config, start: Path | None) -> dict[str, ModalityConfig]:
-    """The recipe's modalities, each encoder in the form that it has in the checkpoint, if it was trained.
+def encoders_of(config: Config, starts: Mapping[str, Path]) -> dict[str, ModalityConfig]:
+    """The recipe's modalities, each encoder in the form that it has in its checkpoint, if it was trained.
+
+    Args:
+        config: The recipe.
+        starts: By modality, the checkpoint that it goes on from, if any.
 
     Raises:
         UserError: The recipe names another encoder than the checkpoint was made from.
     """
     found = dict(config.model.modalities)
-    if start is None or not (start / ENCODERS).is_dir():
-        return found
-    made_from = settings.load(Config, start / "recipe.yaml").model.modalities
     for name, modality in found.items():
-        folder = start / ENCODERS / name
-        if folder.is_dir():
-            _require_same(f"model.modalities.{name}.encoder", modality.encoder, made_from[name].encoder, folder)
+        folder = starts[name] / ENCODERS / name if name in starts else None
+        if folder is None or not folder.is_dir():
+            continue
+        made_from = settings.load(Config, starts[name] / "recipe.yaml").model.modalities[name].encoder
+        _require_same(f"model.modalities.{name}.encoder", modality.encoder, made_from, folder)
         if (folder / "config.json").is_file():
             found[name] = replace(modality, encoder=_renamed(modality.encoder, str(folder)))
     return found
@@ -164,21 +178,37 @@ def _renamed(encoder: Any, name: str) -> Any:
 
 def _require_same(setting: str, named: Any, made_from: Any, folder: Path) -> None:
     """A run must not silently go on from other weights than its recipe names, in either direction."""
-    if named != made_from and (not isinstance(named, str) or Path(named).resolve() != folder.resolve()):
+    if named == made_from or _moved(named, made_from):
+        return
+    if not isinstance(named, str) or Path(named).resolve() != folder.resolve():
         raise UserError(
             f"{setting} is {named}, but {folder} was trained from {made_from}: to go on with what was trained set "
             f"{setting}={folder}; to begin with {named}, start from another model.checkpoint (null for none)"
         )
 
 
-def load_bare(encoders: Mapping[str, Encoder], start: Path | None) -> None:
+def _moved(named: Any, made_from: Any) -> bool:
+    """Whether two names, or compositions, differ in folders only of which the older is gone: then it may be here now.
+
+    No weights are read from it: what was trained has them all.
+    """
+    pairs = zip(encoder_names(named), encoder_names(made_from), strict=False)
+    gone = all(now == then or (then.startswith(("/", ".")) and not Path(then).exists()) for now, then in pairs)
+    return gone and _renamed(named, "") == _renamed(made_from, "")
+
+
+def load_bare(encoders: Mapping[str, Encoder], starts: Mapping[str, Path]) -> None:
     """Load the trained weights of encoders that were saved without a format of their own.
+
+    Args:
+        encoders: By modality.
+        starts: By modality, the checkpoint that it goes on from, if any.
 
     Raises:
         UserError: A file is damaged, or does not fit the recipe's encoder.
     """
     for name, encoder in encoders.items():
-        path = Path() if start is None else start / ENCODERS / name / "model.safetensors"
+        path = starts[name] / ENCODERS / name / "model.safetensors" if name in starts else Path()
         if not path.is_file() or path.with_name("config.json").is_file():
             continue
         try:

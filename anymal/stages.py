@@ -67,7 +67,7 @@ def load_stages(
     if not parts:
         return [load(schema, recipe, overrides, defaults)]
     chosen = [wanted] if wanted else list(parts)
-    later = [override for override in overrides if not override.startswith("model.checkpoint=")]
+    later = [override for override in overrides if not re.match(r"model\.checkpoint[.=]", override)]
     made = []
     for name in chosen:
         given = overrides if name == chosen[0] else later
@@ -129,7 +129,7 @@ def encoder_names(encoder: Any) -> Iterator[str]:
     elif isinstance(encoder, dict):
         for key in ("name", "channels", "append"):
             yield from encoder_names(encoder.get(key, []))
-    else:
+    elif isinstance(encoder, list | tuple):
         for one in encoder:
             yield from encoder_names(one)
 

@@ -48,7 +48,7 @@ PAPER: dict[str, dict[str, int]] = {
     "anymal-video": {"video": 32},
     "anymal-audio": {"audio": 32},
     "anymal-imu": {"imu": 32},
-    "mmit-lora": {"image": 64},
+    "mmit-lora": {"image": 64, "video": 32, "audio": 32, "imu": 32},
     "eagle-x4": {"image": 1024},
     "sphinx": {"image": 1455},
     "mini-gemini": {"image": 576},

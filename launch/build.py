@@ -13,12 +13,13 @@ import torch
 from adapters import MODALITIES, build_adapters
 from adapters.pretrained import license_of
 from anymal import networks, precision
-from anymal.checkpoint import load_projectors, recipe, with_lora
+from anymal.checkpoint import load_projectors, recipe, start_at, with_lora
 from anymal.config import Config
 from anymal.errors import UserError
 from anymal.llm import load_llm, on_gpu
 from anymal.modality import Adapter
 from anymal.model import AnyMAL
+from anymal.networks import Start
 from anymal.prompt import Prepare, prepare
 from anymal.sample import Sample
 
@@ -62,7 +63,7 @@ def build(
     config: Config,
     place: torch.device,
     *,
-    start: Path | None = None,
+    start: Path | Start | None = None,
     partly: bool = False,
     train: Sequence[str] = (),
 ) -> Built:
@@ -71,31 +72,40 @@ def build(
     Args:
         config: The settings.
         place: The device that everything goes to.
-        start: A checkpoint whose projectors and LoRA are loaded, and encoders and LLM if they were trained.
-        partly: Whether `start` may lack projectors of some modalities.
+        start: A checkpoint whose projectors and LoRA are loaded, and encoders and LLM if they were trained; or several.
+        partly: Whether projectors of some modalities may be missing there.
         train: What is about to be trained, as in the recipe: of encoders and LLM, it is held in float32.
     """
-    config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
-    if start is not None and int(os.environ.get("RANK", 0)) == 0:
-        note = precision.note(start, recipe(start).model.llm.bits, config.model.llm.bits)
-        print(note, end="\n" if note else "", file=sys.stderr)
     torch.manual_seed(config.run.seed)  # fresh projectors and LoRA are the same on every rank
-    llm, tokenizer = load_llm(networks.llm_of(config, start), place, learns="llm" in train)
-    llm = with_lora(llm, config, start)
+    fresh = start is None
+    start = start_at(start) if isinstance(start, Path) else start or Start(modalities={}, llm=None)
+    _say_other_precisions(config, start)
+    llm, tokenizer = load_llm(networks.llm_of(config, start.llm), place, learns="llm" in train)
+    config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
+    llm = with_lora(llm, config, start.llm)
     table = llm.get_input_embeddings().weight
     std, layers = table.float().std().item(), llm.config.get_text_config().num_hidden_layers
-    modalities = networks.encoders_of(config, start)
+    modalities = networks.encoders_of(config, start.modalities)
     adapters = build_adapters(modalities, table.shape[1], std, llm_layers=layers)
-    networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start)
+    networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start.modalities)
     model = AnyMAL(llm, adapters, train, low_precision=config.model.llm.bits != 32)
-    if start is not None:
-        load_projectors(model, adapters, start, partly=partly)
+    if not fresh:
+        load_projectors(model, adapters, config, start.modalities, partly=partly)
     return Built(
         model=model,
         adapters=adapters,
         tokenizer=tokenizer,
         prepare=prepare(tokenizer, adapters, config.prompt, config.data.max_tokens),
     )
+
+
+def _say_other_precisions(config: Config, start: Start) -> None:
+    """Name the checkpoints whose projectors were trained beside the LLM at other bits than it is loaded at."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    for folder in dict.fromkeys(start.modalities.values()):
+        if note := precision.note(folder, recipe(folder).model.llm.bits, config.model.llm.bits):
+            print(note, file=sys.stderr)
 
 
 def run_program(main: Callable[[], int | None]) -> None:

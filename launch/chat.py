@@ -5,12 +5,15 @@
     python launch/chat.py checkpoint=runs/mmit-lora draw=stabilityai/stable-diffusion-xl-base-1.0 "Draw me a cat."
 
 `--NAME FILE` is a medium of modality NAME; everything else that is not a setting is text. With `draw`, what the
-answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that).
+answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that). An LLM or encoder that was
+moved since the training is named anew: model.llm.name=FOLDER, model.modalities.image.encoder=FOLDER.
 """
 
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -30,6 +33,9 @@ class ChatConfig:
 
     checkpoint: str = MISSING
     """A checkpoint folder, or the run folder that holds it (its latest)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of the checkpoint's recipe to override, such as model.llm.name=FOLDER for an LLM that was moved, or
+    model.modalities.NAME.encoder=FOLDER for an encoder."""
     bits: int = 0
     """Precision of the LLM: 4, 8, 16 or 32; 0 takes the one it was trained with."""
     max_new_tokens: int = 128
@@ -59,7 +65,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
     remaining = iter(arguments)
     names = field_docs(ChatConfig)
     for argument in remaining:
-        if argument in ("-h", "--help") or argument.split("=")[0] in names:
+        if argument in ("-h", "--help") or ("=" in argument and re.split(r"[.=]", argument)[0] in names):
             settings.append(argument)
         elif argument.startswith("--"):
             name = argument[2:]
@@ -83,7 +89,7 @@ def main() -> None:
     painter = _painter(config)
     folder = checkpoint.existing(config.checkpoint)
     overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
-    built = build(checkpoint.recipe(folder, overrides), device(), start=folder)
+    built = build(checkpoint.recipe(folder, overrides, config.model), device(), start=folder)
     asked = Sample(key="prompt", shard="command line", messages=[Message(role="user", parts=parts)])
     try:
         decoded = built.prepare.decode(asked)

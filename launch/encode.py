@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapters import describe_options, load_encoder
-from anymal import checkpoint, features, manifest, networks, shards, twins
+from anymal import features, manifest, networks, shards, twins
 from anymal.command_line import parse_args
 from anymal.config import Config, DataConfig, encoder_learns
 from anymal.errors import BadSample, UserError
+from anymal.joined import find_start
 from anymal.modality import Encoder
 from anymal.model import place_encoder, run_encoder
 from anymal.parse import modality_of, parse
@@ -258,12 +259,12 @@ def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, 
     start = None
     if stage.model.checkpoint is not None:
         try:
-            start = checkpoint.existing(stage.model.checkpoint)
+            start = find_start(stage)
         except UserError:
             if not earlier:
                 raise
-    found = {}
-    for name, modality in networks.encoders_of(stage, start).items():
+    found, starts = {}, start.modalities if start else {}
+    for name, modality in networks.encoders_of(stage, starts).items():
         if encoder_learns(name, stage.train):
             print(f"{name}: its encoder learns, so its features do not last")
         elif _awaited(stage, name, start, earlier):
@@ -272,11 +273,11 @@ def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, 
             print(f"{name}: how many views of a medium are seen depends on its sample; no features are written")
         else:
             found[name] = encoder
-    networks.load_bare(found, start)
+    networks.load_bare(found, starts)
     return found
 
 
-def _awaited(stage: Config, name: str, start: Path | None, earlier: Sequence[Config]) -> bool:
+def _awaited(stage: Config, name: str, start: networks.Start | None, earlier: Sequence[Config]) -> bool:
     """Whether an earlier stage has yet to train a modality's encoder, or one that it is made of."""
     if stage.model.checkpoint is not None and start is None:
         return any(encoder_learns(name, one.train) for one in earlier)

@@ -41,6 +41,9 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING
     """A checkpoint folder, or the run folder that holds it (its latest)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of the checkpoint's recipe to override, such as model.llm.name=FOLDER for an LLM that was moved, or
+    model.modalities.NAME.encoder=FOLDER for an encoder."""
     sets: dict[str, Any] = field(default_factory=dict)
     """Shards of each held-out set, by a name of yours, as data.shards."""
     out: str = ""
@@ -71,9 +74,13 @@ class EvaluateConfig:
             raise UserError(f"choose is {self.choose!r}; it can be {', '.join(RULES)}")
         if min(self.limit, self.max_new_tokens, self.workers, self.media, self.seed) < 0 or self.batch_size < 1:
             raise UserError("limit, max_new_tokens, workers, media and seed cannot be negative, batch_size not below 1")
-        several = self.bits if isinstance(self.bits, list) else [self.bits]
-        if not several or any(bits not in (0, *BITS) for bits in several):
+        if not listed(self.bits) or any(bits not in (0, *BITS) for bits in listed(self.bits)):
             raise UserError(f"bits is {self.bits}; it can be {', '.join(map(str, BITS))}, or a list of these")
+
+
+def listed(bits: Any) -> list[int]:
+    """What `bits` says, as a list."""
+    return bits if isinstance(bits, list) else [bits]
 
 
 def main() -> None:
@@ -83,9 +90,7 @@ def main() -> None:
         raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
     trained = checkpoint.recipe(folder).model.llm.bits
-    several = list(
-        dict.fromkeys(b or trained for b in (config.bits if isinstance(config.bits, list) else [config.bits]))
-    )
+    several = list(dict.fromkeys(bits or trained for bits in listed(config.bits)))
     out = Path(config.out or folder / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
     media = {name: write_media(config, name, out / "media" / name) for name in config.sets}
@@ -93,7 +98,8 @@ def main() -> None:
     try:
         with temporary.open("w") as lines:
             for bits in several:
-                write_records(config, checkpoint.recipe(folder, [f"model.llm.bits={bits}"]), folder, lines)
+                recipe = checkpoint.recipe(folder, [f"model.llm.bits={bits}"], config.model)
+                write_records(config, recipe, folder, lines)
         temporary.replace(out / "records.jsonl")
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Stage 2: projectors and LoRA learn from interleaved multimodal conversations.
 
-    deepspeed launch/finetune.py launch/recipes/mmit-lora.yaml model.checkpoint=runs/pretrain data.shards=...
+    deepspeed launch/finetune.py launch/recipes/mmit-lora.yaml data.shards=...
     python launch/finetune.py launch/recipes/demo-finetune.yaml                      # one process, a CPU will do
 
 A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone); settings after it,

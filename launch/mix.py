@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ class Mix:
     """The share of a, from 0 (all b) to 1 (all a)."""
     out: str = MISSING
     """The folder that is written; there must be none yet."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of the checkpoint's recipe to override, such as model.llm.name=FOLDER for an LLM that was moved, or
+    model.modalities.NAME.encoder=FOLDER for an encoder."""
 
     def __post_init__(self):
         if not 0 <= self.beta <= 1:
@@ -108,13 +111,13 @@ def note(mix: Mix) -> str:
 def mix_checkpoints(mix: Mix) -> None:
     """Write `mix.out` as a checkpoint that `anymal.checkpoint.existing` finds."""
     a, b = checkpoint.existing(mix.a), checkpoint.existing(mix.b)
-    config = checkpoint.recipe(a)
+    config = checkpoint.recipe(a, model=mix.model)
     modalities = [checkpoint.modalities_in(folder) for folder in (a, b)]
     require_alike(*({"modalities": found} for found in modalities), where="adapters")
     require_alike(*({"LoRA": (folder / "lora").is_dir()} for folder in (a, b)), where="checkpoints")
     with written_whole(Path(mix.out)) as out:
         for name in modalities[0]:
-            mix_projectors(*(folder / "adapters" / name for folder in (a, b, out)), mix.beta)
+            mix_projectors(*(folder / "adapters" / name for folder in (a, b, out)), mix.beta, moved(mix, name))
         if (a / "lora").is_dir():
             lora = config.model.lora
             lora.rank, lora.alpha = mix_lora(
@@ -144,14 +147,26 @@ def trained_networks(a: Path, b: Path) -> list[Path]:
     return sorted(found[0])
 
 
-def mix_projectors(a: Path, b: Path, out: Path, beta: float) -> None:
+def moved(mix: Mix, modality: str) -> dict[str, Any]:
+    """What an adapter_config.json is to say of LLM and encoder where `mix` names others than the checkpoints do."""
+    names = {
+        "llm": mix.model.get("llm", {}).get("name"),
+        "encoder": mix.model.get("modalities", {}).get(modality, {}).get("encoder"),
+    }
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def mix_projectors(a: Path, b: Path, out: Path, beta: float, names: Mapping[str, Any]) -> None:
     """Mix the projectors of one modality, from ``adapters/MODALITY`` of two checkpoints into that of a third."""
-    described = [json.loads((folder / "adapter_config.json").read_text()) for folder in (a, b)]
+    described = [json.loads((folder / "adapter_config.json").read_text()) | names for folder in (a, b)]
+    if not all("llm_weights" in one for one in described):  # of an older checkpoint
+        for one in described:
+            one.pop("llm_weights", None)
     require_alike(*described, where=f"adapters/{a.name}")
     weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
     require_alike(*({key: list(tensor.shape) for key, tensor in held.items()} for held in weights), where=str(a))
     out.mkdir(parents=True)
-    shutil.copy(a / "adapter_config.json", out)
+    (out / "adapter_config.json").write_text(json.dumps(described[0], indent=2))
     found = {
         key: mixed(tensor, weights[1][key], beta, f"adapters/{a.name}: {key}") for key, tensor in weights[0].items()
     }

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,9 +24,10 @@ from anymal.engine import end_engine, full_moments, make_engine, portable_parame
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
 from anymal.generate import embed_prompt, generate
+from anymal.joined import find_start
 from anymal.llm import isolates_packed_samples
 from anymal.model import format_table, select_trainable, table, trainable
-from anymal.networks import restore_masters
+from anymal.networks import Start, restore_masters
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.sample import Sample, Tokens
@@ -66,9 +68,7 @@ def run_stage(config: Config) -> int:
     rank, world, device = start_processes()
     resume = checkpoint.find_resume(config)
     state = checkpoint.load_training_state(resume) if resume else TrainingState()
-    start = resume
-    if start is None and config.model.checkpoint is not None:
-        start = checkpoint.existing(config.model.checkpoint)
+    start = checkpoint.start_at(resume) if resume else find_start(config)
     built = build(config, device, start=start, partly=resume is None, train=config.train)
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
@@ -124,18 +124,20 @@ def run_stage(config: Config) -> int:
         loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "cost": cost}
         finished = train(engine, iter(stream), config=config, **loop)
         if finished:
-            tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}; bad samples: {log}")
+            logs = "".join(f"; bad samples: {path}" for path in sorted(folder.glob("quarantine*.jsonl")))
+            tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}{logs}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
     end_engine(engine)
     return 0 if finished else 1
 
 
-def _start_of(built: Built, start: Path) -> str:
-    """What a stage takes from the checkpoint it starts from, and what not."""
-    here, there = set(built.adapters), set(checkpoint.modalities_in(start))
+def _start_of(built: Built, start: Start) -> str:
+    """What a stage takes from the checkpoint it starts from, or from several, and what not."""
+    here, there = set(built.adapters), set(start.modalities)
+    folders = dict.fromkeys(start.modalities.values())
     shares = {"": here & there, "new here": here - there, "left behind, since the recipe lacks them": there - here}
     parts = [f"{', '.join(sorted(names))}{f' ({what})' if what else ''}" for what, names in shares.items() if names]
-    return f"starting from {start}, projectors: {'; '.join(parts)}"
+    return f"starting from {' and '.join(map(str, folders))}, projectors: {'; '.join(parts)}"
 
 
 def _identities(built: Built, config: Config) -> dict[str, str]:
@@ -175,7 +177,8 @@ def _samples_to_show(built: Built, config: Config) -> list[Shown]:
     data = replace(config.data, workers=0)
     if config.run.samples_from is not None:
         data = replace(data, shards=config.run.samples_from, datasets={})
-    quarantine = Quarantine(None, max_in_a_row=data.max_bad_in_a_row, max_share=1.0)
+    few = {"max_in_a_row": data.max_bad_in_a_row, "max_share": data.max_bad_share, "grace": sys.maxsize}
+    quarantine = Quarantine(None, **few)  # a few samples say nothing of a share
     ask = partial(_question, built.prepare)
     return list(islice(samples_once(data, suffixes=suffixes(), prepare=ask, quarantine=quarantine), config.run.samples))
 

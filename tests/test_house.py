@@ -22,14 +22,14 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 # Inside anymal: a module may import only from floors below its own.
 FLOORS = [
     ["cpu", "footprint"],
-    ["budget", "errors", "sample"],
+    ["budget", "errors", "hub", "sample"],
     ["config", "settings", "metrics", "scores"],
     ["attention", "bridge", "command_line", "modality", "activations", "features", "stages", "precision"],
     ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],
     ["stream", "model", "weightless"],
     ["engine", "checkpoint", "networks", "tracking", "generate", "ahead", "meter"],
-    ["train", "evaluate"],
+    ["train", "evaluate", "joined"],
 ]
 
 

@@ -18,7 +18,7 @@ LEARNS = {
     "sphinx": {"": {"llm", "projectors.image"}},
     "x-instructblip-like": {kind: {f"projectors.{kind}"} for kind in ("image", "video", "audio", "imu")},
     "pandagpt-like": {"": {"lora", "projectors.image"}},
-    "mmit-lora": {"": {"lora", "projectors.image"}},
+    "mmit-lora": {"": {"lora", *(f"projectors.{kind}" for kind in ("image", "video", "audio", "imu"))}},
 }
 """By recipe and stage; the stage "" stands for all others."""
 HEAVY = ("sphinx", "mini-gemini-hd", "eagle-x4")

@@ -231,7 +231,7 @@ def test_a_trained_encoder_is_a_folder_like_any_other(tmp_path, kind, name):
     if getattr(first, "savable", False):
         source = str(folder)
     again = load_encoder(kind, ModalityConfig(encoder=source, options=options))
-    load_bare({kind: again}, tmp_path / "checkpoint")
+    load_bare({kind: again}, {kind: tmp_path / "checkpoint"})
     same(again, first, tiny_encoders.MEDIA[kind]())
 
 
