@@ -12,14 +12,17 @@
         training/state.json                    step, bookmark, W&B run id
         training/optimizer.safetensors         AdamW's moments, independent of the number of ranks; NAME.master, the
                                                float32 weights of a trained LLM that llm/ has in bfloat16
+        manifest.json                          size and SHA-256 of every file, verified before anything is loaded
     RUN/checkpoints/latest                     a link to the newest
 
 An LLM and encoders that were never trained are not in it, but named in the recipe. Nothing in it is a pickle.
-`anymal.networks` is about those that are.
+`anymal.networks` is about those that are, `anymal.retention` about the folder, `anymal.checksums` about the manifest.
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,20 +30,25 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anymal import networks, settings
+from anymal import checksums, networks, retention, settings
 from anymal.config import Config
 from anymal.errors import UserError
 from anymal.features import weights_digest
+from anymal.files import writing
 from anymal.llm import add_lora, load_lora
 from anymal.modality import Adapter, Encoder
 from anymal.model import AnyMAL
 from anymal.networks import LLM, Start
 
-LATEST = "latest"
+LATEST = retention.LATEST
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_OLDEST = ("step", "bookmark", "wandb_id")
+_DESCRIBED = (*_OLDEST, "world")  # fields of `TrainingState` in state.json; an older file may lack all but the oldest
+_log = logging.getLogger(__name__)
 _DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
 
@@ -56,6 +64,8 @@ class TrainingState:
     """W&B's run id, so that a resumed run continues the same curve."""
     moments: dict[str, Tensor] = field(default_factory=dict)
     """AdamW's moments, as `anymal.engine.full_moments` gives them."""
+    world: int = 0
+    """Processes that trained; 0 in older checkpoints, which do not say."""
 
 
 def adapter_config(adapter: Adapter, config: Config) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def save(
     config: Config,
     adapters: dict[str, Adapter],
     tokenizer: Any,
-    start: Start | None = None,
+    before: Start | None = None,
 ) -> Path:
     """Write a checkpoint of the run and move ``latest`` to it; keep the newest ``run.keep``. Rank 0 only.
 
@@ -89,37 +99,58 @@ def save(
         config: The resolved settings.
         adapters: As the model was made from.
         tokenizer: With the placeholder tokens.
-        start: What the run started from, if anything.
+        before: The checkpoint that was saved before it, or what the run went on or started from, if any: networks that
+            do not learn here are taken from there.
+
+    Raises:
+        UserError: The disk is full, or cannot be written to. The older checkpoints are as they were.
     """
     folder = checkpoints(config) / f"step-{state.step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    settings.save(config, temporary / "recipe.yaml")
-    newest = _newest(config)
-    before = start_at(newest) if newest else start
-    networks.save(model, parameters, config, adapters, tokenizer, temporary, before)
+    room = f"make room ({config.run.keep} checkpoints are kept, run.keep, and one more while it is written)"
+    with writing(folder, f"{room}, and start the same command again: it goes on from the last checkpoint"):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            networks.save(model, parameters, config, adapters, tokenizer, temporary, before)
+            _write(temporary, model, parameters, state, config, adapters)
+            tokenizer.save_pretrained(temporary / "tokenizer")
+            checksums.write(temporary)
+            retention.publish(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    retention.prune(folder.parent, config.run.keep)
+    return folder
+
+
+def _write(
+    place: Path,
+    model: AnyMAL,
+    parameters: dict[str, Tensor],
+    state: TrainingState,
+    config: Config,
+    adapters: dict[str, Adapter],
+) -> None:
+    """All of a checkpoint but the tokenizer and whole networks, which are there already."""
+    settings.save(config, place / "recipe.yaml")
     for name, adapter in adapters.items():
-        place = temporary / "adapters" / name
-        place.mkdir(parents=True)
+        folder = place / "adapters" / name
+        folder.mkdir(parents=True)
         described = adapter_config(adapter, config)
         if name not in model.trained_encoders:
             described["encoder_weights"] = _digest(adapter.encoder)
-        if not (temporary / LLM).is_dir():
+        if not (place / LLM).is_dir():
             described["llm_weights"] = getattr(model.llm, "weights_digest", None)
-        (place / "adapter_config.json").write_text(json.dumps(described, indent=2))
-        save_file(_below(parameters, f"projectors.{name}."), place / "model.safetensors")
-    _save_lora(model, parameters, temporary / "lora")
-    tokenizer.save_pretrained(temporary / "tokenizer")
-    training = temporary / "training"
+        (folder / "adapter_config.json").write_text(json.dumps(described, indent=2))
+        save_file(_below(parameters, f"projectors.{name}."), folder / "model.safetensors")
+    _save_lora(model, parameters, place / "lora")
+    training = place / checksums.TRAINING
     training.mkdir()
     save_file(state.moments | networks.masters(parameters, config), training / "optimizer.safetensors")
-    described = {"version": 1, "step": state.step, "bookmark": state.bookmark, "wandb_id": state.wandb_id}
-    (training / "state.json").write_text(json.dumps(described))
-    (temporary / "README.md").write_text(model_card(config, adapters, state.step))
-    _publish(temporary, folder)
-    _prune(folder.parent, config.run.keep)
-    return folder
+    described = {name: getattr(state, name) for name in _DESCRIBED}
+    (training / "state.json").write_text(json.dumps({"version": 1, **described}))
+    (place / "README.md").write_text(model_card(config, adapters, state.step))
 
 
 def _below(parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -138,81 +169,81 @@ def _save_lora(model: AnyMAL, parameters: dict[str, Tensor], place: Path) -> Non
     model.llm.peft_config["default"].save_pretrained(place)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Flush, rename into place, then move ``latest``: whoever reads meanwhile finds the old one or the new one."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    aside = folder.with_name(f".tmp-{folder.name}-old")
-    if folder.exists():  # a run that went on from an older checkpoint comes by here again
-        folder.rename(aside)
-    temporary.rename(folder)
-    link = folder.with_name(f".tmp-{LATEST}-{os.getpid()}")
-    link.symlink_to(folder.name)
-    link.replace(folder.with_name(LATEST))
-    place = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(place)
-    os.close(place)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _prune(place: Path, keep: int) -> None:
-    """Drop the oldest checkpoints (by time: a run may go on from an early step), and what a killed process left."""
-    latest = (place / LATEST).resolve()
-    old = sorted(place.glob("step-*"), key=lambda folder: (folder / "recipe.yaml").stat().st_mtime_ns)[:-keep]
-    for folder in [*old, *place.glob(".tmp-step-*")]:
-        if folder.resolve() != latest:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def checkpoints(config: Config) -> Path:
     """The folder that holds a run's checkpoints."""
     return Path(config.run.dir) / "checkpoints"
 
 
 def find_resume(config: Config) -> Path | None:
-    """The checkpoint that the run goes on from, or None for a fresh start.
+    """The checkpoint that the run goes on from, verified, or None for a fresh start.
 
     Raises:
-        UserError: ``run.resume`` names no checkpoint, or it is ``never`` and the folder already holds one.
+        UserError: ``run.resume`` names no checkpoint or a damaged one, or it is ``never`` and the folder already holds
+            one, or it is ``auto`` and all are damaged.
     """
-    latest = _newest(config)
-    if config.run.resume == "auto":
-        return latest
-    if config.run.resume == "never":
-        if latest:
-            raise UserError(f"{config.run.dir} already holds checkpoints; choose another run.dir, or run.resume=auto")
+    if config.run.resume not in ("auto", "never"):
+        return existing(config.run.resume, training=True)
+    place = checkpoints(config)
+    latest = retention.newest(place)
+    if latest is None:
         return None
-    return existing(config.run.resume)
+    if config.run.resume == "never":
+        raise UserError(f"{config.run.dir} already holds checkpoints; choose another run.dir, or run.resume=auto")
+    damaged = checksums.damage(latest, training=True)
+    if not damaged:
+        return latest
+    good = _newest_good(latest, training=True)
+    if good is None:
+        raise UserError(
+            f"{damaged}; no other checkpoint in {place} can be gone on from. Put the file back, or remove {place} to "
+            "begin anew"
+        )
+    _log.warning("%s; going on from %s, the newest checkpoint that verifies", damaged, good)
+    return good
 
 
-def _newest(config: Config) -> Path | None:
-    latest = checkpoints(config) / LATEST
-    if not latest.exists():  # killed between two renames, or removed by hand: the newest whole one
-        latest = max(checkpoints(config).glob("step-*"), default=None)
-    return latest.resolve() if latest else None
+def _newest_good(damaged: Path, *, training: bool) -> Path | None:
+    """The newest checkpoint beside a damaged one that verifies, with its state of training if that is asked for."""
+    others = [folder for folder in retention.whole(damaged.parent) if folder != damaged]
+    if training:
+        others = [folder for folder in others if (folder / checksums.TRAINING).is_dir()]
+    return next((folder for folder in others if not checksums.damage(folder, training=training)), None)
 
 
 def is_done(config: Config) -> bool:
     """Whether the run, as its folder stands, has all its steps behind it."""
-    newest = _newest(config) if config.run.resume == "auto" else None
-    if newest is None or not (newest / "training" / "state.json").is_file():
+    newest = retention.newest(checkpoints(config)) if config.run.resume == "auto" else None
+    if newest is None:
         return False
-    return json.loads((newest / "training" / "state.json").read_text())["step"] >= config.optim.steps
+    try:
+        return json.loads((newest / checksums.TRAINING / "state.json").read_text())["step"] >= config.optim.steps
+    except (OSError, ValueError, KeyError, TypeError):  # stripped, or damaged: `find_resume` knows what to do
+        return False
 
 
-def existing(place: str | Path) -> Path:
-    """A checkpoint folder, given itself, ``latest``, or the run folder that holds it.
+def existing(place: str | Path, *, training: bool = False) -> Path:
+    """A checkpoint folder, given itself, ``latest``, or the run folder that holds it; verified.
+
+    Args:
+        place: What a user named.
+        training: Whether the state of training is wanted, too: it is most of the bytes.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or a file of it is damaged. Names the file, and the newest one that is whole.
     """
     place = Path(place)
-    for folder in (place, place / "checkpoints" / LATEST, place / LATEST):
-        if (folder / "recipe.yaml").is_file() and (folder / "adapters").is_dir():
-            return folder.resolve()
-    raise UserError(f"{place} holds no checkpoint (a folder with recipe.yaml and adapters/)")
+    found = (place if retention.is_whole(place) else None, *map(retention.newest, (place / "checkpoints", place)))
+    folder = next((folder.resolve() for folder in found if folder is not None), None)
+    if folder is None:
+        raise UserError(f"{place} holds no checkpoint (a folder with recipe.yaml and adapters/)")
+    damaged = checksums.damage(folder, training=training)
+    if damaged:
+        good = _newest_good(folder, training=training)
+        other = f"the newest beside it that verifies is {good}" if good else "use another checkpoint"
+        raise UserError(
+            f"{damaged}; {other} (if it was changed on purpose, take its entry out of {folder / checksums.MANIFEST})"
+        )
+    return folder
 
 
 def recipe(folder: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Config:
@@ -235,8 +266,28 @@ def start_at(folder: Path) -> Start:
 def with_lora(llm: Any, config: Config, start: Path | None) -> Any:
     """The LLM with the LoRA of the checkpoint it starts from, or a fresh one if `train` asks for it, or as it is."""
     if start is not None and (start / "lora").is_dir():
-        return load_lora(llm, start / "lora", config.model.lora)
+        wrapped = load_lora(llm, start / "lora", config.model.lora)
+        _require_whole_lora(wrapped, start / "lora" / "adapter_model.safetensors")
+        return wrapped
     return add_lora(llm, config.model.lora) if "lora" in config.train else llm
+
+
+def _require_whole_lora(llm: Any, path: Path) -> None:
+    """PEFT only warns of tensors that are missing: half an update would be used as if it were the whole."""
+    from peft import get_peft_model_state_dict
+
+    wanted = {name for name in get_peft_model_state_dict(llm, save_embedding_layers=False) if "lora_" in name}
+    try:
+        with safe_open(path, "pt") as held:
+            given = {name for name in held.keys() if "lora_" in name}  # noqa: SIM118  it is no dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}; use an older checkpoint") from error
+    if wanted != given:
+        name = min(wanted ^ given)
+        raise UserError(
+            f"{path} is not the LoRA of this LLM: {len(wanted - given)} of {len(wanted)} tensors are missing and "
+            f"{len(given - wanted)} too many, such as {name}; use an older checkpoint"
+        )
 
 
 def load_projectors(
@@ -351,28 +402,34 @@ def modalities_in(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "adapters").iterdir())
 
 
-def load_training_state(folder: Path) -> TrainingState:
-    """Read step, bookmark, W&B id and the optimizer's moments back.
+def load_training_state(folder: Path, *, moments: bool = True) -> TrainingState:
+    """Read the state of training back.
+
+    Args:
+        folder: The checkpoint.
+        moments: Whether the optimizer's are read as well: they are large.
 
     Raises:
         UserError: The checkpoint was stripped of them, or they are damaged.
     """
-    place = folder / "training"
+    place = folder / checksums.TRAINING
     try:
         described = json.loads((place / "state.json").read_text())
-        moments = load_file(place / "optimizer.safetensors")
-        return TrainingState(
-            step=described["step"], bookmark=described["bookmark"], wandb_id=described["wandb_id"], moments=moments
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        known = {name: described[name] for name in _DESCRIBED if name in described or name in _OLDEST}
+        return TrainingState(moments=load_file(place / "optimizer.safetensors") if moments else {}, **known)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        state = f"cannot be read ({error})" if place.exists() else "is missing: the checkpoint was stripped of it"
         raise UserError(
-            f"{place} cannot be read ({error}); to start a new run from these weights set model.checkpoint={folder}"
+            f"{place} {state}; to start a new run from these weights set model.checkpoint={folder} and another run.dir"
         ) from error
 
 
 def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:
     """A model card in Markdown: what it is, what it was made from, and under which licences."""
     llm = config.model.llm
+    on_hub = _HUB_NAME.fullmatch(llm.name) and not Path(llm.name).exists()  # others may not even be paths elsewhere
+    base = f"base_model: {llm.name}\n" if on_hub else ""
+    title = llm.name if on_hub else Path(llm.name).name
     rows = [f"| LLM | {llm.name} | {llm.license or 'unknown'} |"]
     for name, adapter in adapters.items():
         rows.append(f"| {name} encoder | {config.model.modalities[name].encoder} | {adapter.encoder.license} |")
@@ -380,10 +437,9 @@ def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:
     rows.append(f"| data | {datasets} | {config.run.data_license or 'not stated (run.data_license)'} |")
     listed = "\n".join(rows)
     return f"""---
-base_model: {llm.name}
-library_name: anymal
+{base}library_name: anymal
 ---
-# AnyMAL adapters for {llm.name}
+# AnyMAL adapters for {title}
 
 Projectors for {", ".join(adapters)}, trained for {step} steps {_beside(config)}
 (trained: {", ".join(config.train)}).

@@ -53,8 +53,9 @@ class Quarantine:
         self.in_a_row += 1
         if self.path is not None and (shard, key) not in self._listed:
             self._listed.add((shard, key))
-            with self.path.open("a") as log:
-                log.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+            from anymal.files import append_line  # it raises what is defined here
+
+            append_line(self.path, json.dumps({"shard": shard, "key": key, "reason": reason}))
         seen = self.good + self.bad
         share = self.bad / seen
         too_many = self.in_a_row > self.max_in_a_row

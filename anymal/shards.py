@@ -6,9 +6,11 @@ operating system opens it, or `remote` downloads it first, or nothing does. `man
 """
 
 import errno
+import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -26,11 +28,13 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_itera
 
 from anymal import remote
 from anymal.errors import BadSample, UserError
+from anymal.files import file_mode
 
 BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
 LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once
 VERSION = 1  # of the index files
 _OPEN_FILES = 32
+_log = logging.getLogger(__name__)
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 _TIMES = re.compile(rb"(\d+ [acm]time=[\d.]+\n)+")  # the pax records of webdataset's own writer: nothing to obey
 _PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
@@ -166,7 +170,11 @@ def _save(made: Index, stamp: list[int]) -> None:
 
 
 def write_json(value: Any, places: Iterable[str]) -> None:
-    """Write to the first place where that is possible; several processes may do it at once, so by renaming."""
+    """Write to the first place where that is possible; several processes may do it at once, so by renaming.
+
+    Where it is possible nowhere, the run goes on without, and says so once: all of it can be made again.
+    """
+    failed = ""
     for place in places:
         temporary = None
         try:
@@ -175,12 +183,21 @@ def write_json(value: Any, places: Iterable[str]) -> None:
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".tmp")
             with open(handle, "w") as file:
                 json.dump(value, file, separators=(",", ":"))
-            os.chmod(temporary, 0o644)  # mkstemp's own mode would keep other users from sharing it
+            os.chmod(temporary, file_mode())  # mkstemp's own mode would keep other users from sharing it
             os.replace(temporary, place)
             return
-        except OSError:
+        except OSError as error:
+            failed = f"{place} could not be written: {error.strerror or error}"
             if temporary is not None:
                 os.unlink(temporary)
+    _note_unwritten(failed)
+
+
+@functools.cache
+def _note_unwritten(failed: str) -> None:
+    _log.warning(
+        "%s; it is made again at every start: make room there, or in the folder that ANYMAL_CACHE names", failed
+    )
 
 
 def _walk(path: str) -> Index:

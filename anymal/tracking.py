@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from anymal.config import RunConfig
 from anymal.errors import UserError
+from anymal.files import append_line, write_whole, writing
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is not a terminal, the bar is a line of text at most this often."""
@@ -72,7 +73,8 @@ class Tracker:
         if not self._active:
             return
         folder = Path(run.dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.jsonl"
         for path in (self._metrics, self._samples):
             _keep_until(path, start)
@@ -84,7 +86,7 @@ class Tracker:
         """Write the figures of optimizer step `step` (the first is 1)."""
         if not self._active:
             return
-        _append(self._metrics, {"step": step, "time": time.time(), **figures})
+        append_line(self._metrics, json.dumps({"step": step, "time": time.time(), **figures}))
         if self._wandb:
             # Not log(step=...): W&B throws away what is logged to an earlier step than its last, and after a kill
             # the resumed run has fewer steps than W&B has seen.
@@ -96,11 +98,12 @@ class Tracker:
         if not self._active:
             return
         rows = [list(row) for row in rows]
-        _append(self._samples, {"step": step, "name": name, "columns": list(columns), "rows": rows})
+        append_line(self._samples, json.dumps({"step": step, "name": name, "columns": list(columns), "rows": rows}))
         if self._wandb:
             import wandb
 
-            self._wandb.log({"step": step, name: wandb.Table(columns=list(columns), data=rows)})
+            with writing(self._metrics.parent / "wandb"):  # a table is a file of its own
+                self._wandb.log({"step": step, name: wandb.Table(columns=list(columns), data=rows)})
 
     def note(self, text: str) -> None:
         """Print `text` above the bar."""
@@ -111,7 +114,7 @@ class Tracker:
         """Write the figures of all steps that this process did to ``throughput.json``, and a line or two."""
         if not self._active or not figures:
             return
-        (self._metrics.parent / "throughput.json").write_text(json.dumps(dict(figures), indent=2) + "\n")
+        write_whole(self._metrics.parent / "throughput.json", json.dumps(dict(figures), indent=2) + "\n")
         if self._wandb:
             self._wandb.summary.update({f"throughput/{name}": value for name, value in figures.items()})
         self.note(f"throughput: {_postfix(figures, _SUMMARY)}")
@@ -134,27 +137,17 @@ class Tracker:
         self.close(failed=kind is not None)
 
 
-def _append(path: Path, line: dict) -> None:
-    # Opened for each line: nothing is left in a buffer of ours when the process is killed.
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that was cut off; all at once or not at all."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, text = [], path.read_text()
+    for line in text.splitlines():
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    if "".join(kept) != text:
+        write_whole(path, "".join(kept))
 
 
 def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapters.pretrained import license_of
-from anymal import checkpoint, settings
+from anymal import checkpoint, checksums, settings
 from anymal.command_line import parse_args
 from anymal.errors import UserError
 from anymal.weightless import read_config
@@ -128,6 +128,7 @@ def mix_checkpoints(mix: Mix) -> None:
         settings.save(config, out / "recipe.yaml")
         shutil.copytree(a / "tokenizer", out / "tokenizer")
         (out / "README.md").write_text((a / "README.md").read_text() + note(mix))
+        checksums.write(out)
 
 
 def trained_networks(a: Path, b: Path) -> list[Path]:

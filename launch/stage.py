@@ -4,18 +4,20 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from omegaconf import OmegaConf
 
 from adapters import describe_options
-from anymal import checkpoint, settings
+from anymal import checkpoint, lock, retention, settings
 from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config
@@ -23,6 +25,7 @@ from anymal.cost import Cost
 from anymal.engine import end_engine, full_moments, make_engine, portable_parameters, restore_moments, start_processes
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
+from anymal.files import write_whole
 from anymal.generate import embed_prompt, generate
 from anymal.joined import find_start
 from anymal.llm import isolates_packed_samples
@@ -30,6 +33,7 @@ from anymal.model import format_table, select_trainable, table, trainable
 from anymal.networks import Start, restore_masters
 from anymal.packing import pack
 from anymal.prompt import Prepare
+from anymal.resume import FREE, compare, differences
 from anymal.sample import Sample, Tokens
 from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import Stream, samples_once, tars
@@ -52,7 +56,7 @@ def run_stages(stages: Sequence[Config]) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         for stage in stages:
             if stage not in undone:
-                print(f"{stage.run.dir}: done before")
+                print(f"{stage.run.dir}: done before{_changed_since(stage)}")
     for stage in undone:
         if run_stage(stage):
             return 1
@@ -62,13 +66,59 @@ def run_stages(stages: Sequence[Config]) -> int:
     return 0
 
 
+def _changed_since(stage: Config) -> str:
+    """The settings that a stage which is done was trained with and the recipe no longer says."""
+    changed = differences(checkpoint.recipe(retention.newest(checkpoint.checkpoints(stage))), stage)
+    names = sorted(set(changed) - set(FREE) - {"model.checkpoint"})
+    return (
+        f", with other settings: {', '.join(f'{n} was {changed[n][0]}, is {changed[n][1]}' for n in names)}"
+        if names
+        else ""
+    )
+
+
 def run_stage(config: Config) -> int:
-    """Train as the settings say, from the beginning or from where an earlier process stopped."""
+    """Train as the settings say, from the beginning or from where an earlier process stopped.
+
+    Raises:
+        UserError: Another run trains in ``run.dir``, or it was begun with other settings; and many more.
+    """
     tars(config.data)  # a missing shard is noticed before an LLM is loaded
     rank, world, device = start_processes()
+    with ExitStack() as locked:
+        resume, notes = _on_rank_0(rank, lambda: _open(config, world, locked))
+        return _train(config, rank, world, device, resume, notes)
+
+
+def _on_rank_0(rank: int, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on rank 0, on every rank; if it raises there, the others end without a word."""
+    decided: list[Any] = [None]
+    try:
+        if rank == 0:
+            decided = [(decide(),)]
+    finally:
+        torch.distributed.broadcast_object_list(decided)
+    if decided[0] is None:
+        raise SystemExit(2)
+    return decided[0][0]
+
+
+def _open(config: Config, world: int, locked: ExitStack) -> tuple[Path | None, list[str]]:
+    """Lock the run's folder until `locked` is left; the verified checkpoint to go on from, and what to say of it."""
+    locked.enter_context(lock.hold(Path(config.run.dir)))
+    retention.clean(checkpoint.checkpoints(config))
     resume = checkpoint.find_resume(config)
+    if resume is None:
+        return None, []
+    before = checkpoint.load_training_state(resume, moments=False).world
+    return resume, compare(checkpoint.recipe(resume), config, resume, (before, world))
+
+
+def _train(
+    config: Config, rank: int, world: int, device: torch.device, resume: Path | None, notes: Sequence[str]
+) -> int:
     state = checkpoint.load_training_state(resume) if resume else TrainingState()
-    start = checkpoint.start_at(resume) if resume else find_start(config)
+    start = checkpoint.start_at(resume) if resume else _on_rank_0(rank, lambda: find_start(config))
     built = build(config, device, start=start, partly=resume is None, train=config.train)
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
@@ -108,16 +158,22 @@ def run_stage(config: Config) -> int:
     ) as tracker:
         tracker.note(format_table(table(built.model)))
         tracker.note(stream.cached)
+        for note in notes:
+            tracker.note(note)
         if resume is not None:
             tracker.note(f"going on from {resume}, step {state.step}")
         elif start is not None:
             tracker.note(_start_of(built, start))
 
         def save(place: int, bookmark: dict) -> None:
+            nonlocal start
             parameters, moments = portable_parameters(engine), full_moments(engine)
             if rank == 0:
-                now = TrainingState(step=place, bookmark=bookmark, wandb_id=tracker.run_id, moments=moments)
-                checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer, start)
+                lock.require_no_other(folder)
+                where = {"step": place, "bookmark": bookmark, "wandb_id": tracker.run_id, "world": world}
+                now = TrainingState(moments=moments, **where)
+                saved = checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer, start)
+                start = checkpoint.start_at(saved)
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
 
@@ -162,9 +218,8 @@ def _check_same_parameters(built: Built, state: TrainingState, folder: Path) -> 
 
 def _describe(built: Built, config: Config, folder: Path) -> None:
     """Leave the resolved recipe and the table of what is trained in the run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.save(config, folder / "recipe.yaml")
-    (folder / "model.json").write_text(json.dumps([asdict(row) for row in table(built.model)], indent=2))
+    write_whole(folder / "recipe.yaml", settings.to_yaml(config))
+    write_whole(folder / "model.json", json.dumps([asdict(row) for row in table(built.model)], indent=2))
 
 
 Shown = tuple[str, str, Tokens]  # key, right answer, question

@@ -99,6 +99,7 @@ def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
     said = python("launch/mix.py", f"a={tmp_path / 'a'}", f"b={made[1]}", f"out={tmp_path / 'out'}").stdout
     assert said.startswith(f"{tmp_path / 'out'}: 0.5 · ") and not (tmp_path / "out" / "lora").exists()
     build(checkpoint.recipe(tmp_path / "out"), CPU, start=checkpoint.existing(tmp_path / "out"))
+    assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 def test_what_is_the_same_in_both_stays_the_same_to_the_bit():
@@ -122,6 +123,7 @@ def test_trained_networks_are_mixed_too(tiny_llm, encoders, tmp_path):
     mixed = {name.removeprefix("vision_model."): w for name, w in tensors(tmp_path / "out/encoders/image").items()}
     assert all(torch.equal(w, mixed[name]) for name, w in built.model.encoders["image"].network.named_parameters())
     shutil.rmtree(b / "encoders")
+    (b / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"trained networks"):
         mix_checkpoints(Mix(a=str(a), b=str(b), beta=0.25, out=str(tmp_path / "none")))
 
@@ -166,6 +168,7 @@ def test_a_projector_of_another_shape_is_refused(pair, tmp_path):
     weights = load_file(path)
     name = next(iter(sorted(weights)))
     save_file(weights | {name: weights[name][:-1].clone()}, path)
+    (tmp_path / "b" / "manifest.json").unlink()
     with pytest.raises(UserError, match=rf"adapters/imu: {name} is \[.*\] in a and \[.*\] in b"):
         mix_checkpoints(Mix(a=str(pair[0]), b=str(tmp_path / "b"), out=str(tmp_path / "out")))
 

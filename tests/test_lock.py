@@ -1,0 +1,168 @@
+"""One run to a folder: who holds the lock, when a dead holder's is taken, and that only one of many takes it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from anymal import lock
+from anymal.config import Config
+from anymal.errors import UserError
+from anymal.settings import load
+from launch.stage import run_stage
+from small_runs import make_encoders, settings, write_pairs
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold_until_killed(folder: Path) -> None:
+    with lock.hold(folder):
+        time.sleep(60)
+
+
+def holding(folder: Path) -> multiprocessing.Process:
+    """Another process that holds the lock of a folder."""
+    process = FORK.Process(target=hold_until_killed, args=(folder,))
+    process.start()
+    deadline = time.monotonic() + 30
+    while lock.holder(folder) is None or lock.holder(folder).pid != process.pid:
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def held_elsewhere(folder: Path, silent: float) -> None:
+    """Leave a lock of a process on another node, which gave its last sign of life so many seconds ago."""
+    known = {"job": "7", "host": "node9", "machine": "another", "pid": os.getpid(), "began": "1", "since": "noon"}
+    path = folder / lock.LOCK
+    path.write_text(json.dumps(known))
+    os.utime(path, (time.time() - silent,) * 2)
+
+
+def test_a_second_run_is_told_who_holds_the_folder_since_when_and_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    other = holding(tmp_path)
+    try:
+        said = rf"is in use: Slurm job 4711, process {other.pid} on {socket.gethostname()} trains there since \d{{4}}-"
+        with pytest.raises(
+            UserError, match=said + r".*UTC.*Wait for it or stop it, or choose another run\.dir.*remove"
+        ):
+            lock.hold(tmp_path).__enter__()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_the_lock_goes_with_its_holder_however_it_ends(tmp_path):
+    with lock.hold(tmp_path / "run"):
+        assert lock.holder(tmp_path / "run").pid == os.getpid()
+    assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(ValueError), lock.hold(tmp_path / "run"):
+        raise ValueError
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_after_a_kill_the_next_start_does_not_wait(tmp_path, reaped):
+    """Nor where nobody takes note of the dead, as in a container without an init."""
+    other = holding(tmp_path)
+    os.kill(other.pid, signal.SIGKILL)
+    if reaped:
+        other.join()
+    else:
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    with lock.hold(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK]
+    other.join()
+
+
+def test_a_pid_that_was_given_again_is_another_process(tmp_path):
+    with lock.hold(tmp_path):
+        known = json.loads((tmp_path / lock.LOCK).read_text())
+    (tmp_path / lock.LOCK).write_text(json.dumps(known | {"began": "1"}))
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_of_another_node_only_the_signs_of_life_count(tmp_path):
+    held_elsewhere(tmp_path, silent=lock.STALE / 2)
+    with pytest.raises(UserError, match=r"Slurm job 7, process \d+ on node9 trains there since noon"):
+        lock.hold(tmp_path).__enter__()
+    held_elsewhere(tmp_path, silent=2 * lock.STALE)
+    with lock.hold(tmp_path):
+        assert lock.holder(tmp_path).host == socket.gethostname()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1, "more": 2}'])
+def test_a_lock_that_says_nothing_is_judged_by_its_age(tmp_path, text):
+    (tmp_path / lock.LOCK).write_text(text)
+    with pytest.raises(UserError, match="an unknown host"):
+        lock.hold(tmp_path).__enter__()
+    os.utime(tmp_path / lock.LOCK, (1, 1))
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with lock.hold(tmp_path):
+        os.utime(tmp_path / lock.LOCK, (1, 1))
+        deadline = time.monotonic() + 20
+        while lock.holder(tmp_path).silent > 100:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_one_that_was_taken_for_dead_writes_no_more(tmp_path):
+    with lock.hold(tmp_path):
+        lock.require_no_other(tmp_path)
+        held_elsewhere(tmp_path, silent=0)
+        with pytest.raises(UserError, match=r"on node9 .* This run was taken for dead, and ends without saving"):
+            lock.require_no_other(tmp_path)
+    assert lock.holder(tmp_path).host == "node9"  # it is not ours to remove
+
+
+def contend(folder: Path, start, done, won) -> None:
+    start.wait()
+    try:
+        with lock.hold(folder):
+            with won.get_lock():
+                won.value += 1
+            done.wait()
+    except UserError:
+        done.wait()
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
+    for _ in range(5):
+        held_elsewhere(tmp_path, silent=2 * lock.STALE)
+        start, done, won = FORK.Barrier(8), FORK.Barrier(8), FORK.Value("i", 0)
+        contenders = [FORK.Process(target=contend, args=(tmp_path, start, done, won)) for _ in range(8)]
+        for process in contenders:
+            process.start()
+        for process in contenders:
+            process.join(timeout=60)
+        assert [process.exitcode for process in contenders] == [0] * 8 and won.value == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_takes_the_lock_before_it_loads_anything_and_gives_it_back(tiny_llm, tmp_path):
+    shards = write_pairs(tmp_path / "pairs", ["image"], shards=1)
+    given = settings(tiny_llm, make_encoders(tmp_path / "encoders"), tmp_path / "run", shards, ["image"])
+    config = load(Config, None, [*given, "optim.steps=1"])
+    (tmp_path / "run").mkdir()
+    other = holding(tmp_path / "run")
+    try:
+        with pytest.raises(UserError, match="is in use"):
+            run_stage(load(Config, None, [text.replace(str(tiny_llm), "/nowhere") for text in given]))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.LOCK]
+    finally:
+        other.kill()
+        other.join()
+    assert run_stage(config) == 0
+    assert lock.holder(tmp_path / "run") is None
