@@ -276,7 +276,8 @@ def _require_whole_lora(llm: Any, path: Path) -> None:
     """PEFT only warns of tensors that are missing: half an update would be used as if it were the whole."""
     from peft import get_peft_model_state_dict
 
-    wanted = {name for name in get_peft_model_state_dict(llm, save_embedding_layers=False) if "lora_" in name}
+    held_here = {name: parameter for name, parameter in llm.named_parameters() if "lora_" in name}
+    wanted = set(get_peft_model_state_dict(llm, state_dict=held_here, save_embedding_layers=False))
     try:
         with safe_open(path, "pt") as held:
             given = {name for name in held.keys() if "lora_" in name}  # noqa: SIM118  it is no dict

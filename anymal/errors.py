@@ -73,8 +73,9 @@ def _listed(path: Path) -> set[tuple[str, str]]:
     """The shard and key of every line. A last line that a crash tore is closed, so that the next does not join it."""
     text, found = path.read_text(), set()
     if text and not text.endswith("\n"):
-        with path.open("a") as log:
-            log.write("\n")
+        from anymal.files import append_line  # as above
+
+        append_line(path, "")
     for line in text.splitlines():
         try:
             entry = json.loads(line)

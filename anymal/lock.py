@@ -5,11 +5,13 @@
 Rank 0 makes it before anything is loaded and removes it at the end. While it lives, a thread touches it every `BEAT`
 seconds. It is stale once it was not touched for `STALE` seconds by the file system's own clock, since the clocks of two
 nodes may differ; or at once, if its process is known to be dead, so that a run that was killed starts again without a
-wait. A pid means something only to the same machine, since its last boot, in the same container.
+wait. A pid means something only to the same machine, since its last boot, in the same container. A job that is started
+again on another node waits for a sign of life of the first until there is one, or the lock is stale.
 """
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -27,6 +29,7 @@ BEAT = 15.0
 """Seconds between two signs of life."""
 STALE = 120.0
 """Seconds without one after which a run elsewhere is taken for dead."""
+_log = logging.getLogger(__name__)
 _PAUSE = 0.05  # seconds between two looks at a lock that others are taking
 
 
@@ -48,15 +51,20 @@ class Holder:
     """When that process began, in the kernel's ticks: a pid may be given again."""
     since: str = "an unknown time"
     """When the lock was taken."""
+    touched: float = 0.0
+    """When the last sign of life was given, by the file system's clock."""
     silent: float = 0.0
-    """Seconds since the last sign of life."""
+    """Seconds since then."""
+
+    @property
+    def here(self) -> bool:
+        """Whether its pid means something here."""
+        return bool(self.machine) and self.machine == _machine()
 
     @property
     def alive(self) -> bool:
         """Whether it still trains, as far as can be told from here."""
-        if self.machine and self.machine == _machine():
-            return _lives(self.pid, self.began)
-        return self.silent <= STALE
+        return _lives(self.pid, self.began) if self.here else self.silent <= STALE
 
 
 def holder(folder: Path) -> Holder | None:
@@ -67,10 +75,11 @@ def holder(folder: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     silent = max(0.0, _now(folder) - touched)
+    seen = {"text": text, "touched": touched, "silent": silent}
     try:
-        return Holder(text=text, silent=silent, **json.loads(text))
+        return Holder(**seen, **json.loads(text))
     except (ValueError, TypeError, RecursionError):
-        return Holder(text=text, silent=silent)
+        return Holder(**seen)
 
 
 def require_no_other(folder: Path) -> None:
@@ -117,14 +126,39 @@ def _take(folder: Path) -> str:
     text, path = json.dumps(described), folder / LOCK
     for _ in range(200):
         if _create(path, text):
+            _sweep(folder)
             return text
         held = holder(folder)
-        if held is not None and held.alive:
-            raise UserError(_in_use(folder, held))
+        if held is not None and held.alive and not _falls_silent(folder, held):
+            raise UserError(_in_use(folder, holder(folder) or held))
         if held is not None:
             with writing(path):
                 _break(path, held)
     raise UserError(f"{folder}: several runs are being started there at once; start one of them again")
+
+
+def _falls_silent(folder: Path, held: Holder) -> bool:
+    """Wait for the next sign of life of a process elsewhere; whether there is none until its lock is stale, or gone."""
+    if held.here:
+        return False
+    _log.warning("%s is held by process %d on %s; waiting for a sign of life", folder / LOCK, held.pid, held.host)
+    while held.silent <= STALE:
+        time.sleep(1)
+        now = holder(folder)
+        if now is None or now.text != held.text:
+            return True
+        if now.touched != held.touched:
+            return False
+        held = now
+    return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that were killed while they took a lock."""
+    for path in folder.glob(f".{LOCK}-*"):
+        with contextlib.suppress(OSError):
+            if _now(folder) - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def _create(path: Path, text: str) -> bool:

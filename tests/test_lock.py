@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from anymal.config import Config
 from anymal.errors import UserError
 from anymal.settings import load
 from launch.stage import run_stage
-from small_runs import make_encoders, settings, write_pairs
+from small_runs import ROOT, environment, make_encoders, settings, write_pairs
 
 FORK = multiprocessing.get_context("fork")
 
@@ -81,6 +83,15 @@ def test_after_a_kill_the_next_start_does_not_wait(tmp_path, reaped):
     other.join()
 
 
+def test_what_was_left_by_a_kill_in_between_is_removed(tmp_path):
+    for name in (f".{lock.LOCK}-node9-1", f".{lock.LOCK}-claim"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    held_elsewhere(tmp_path, silent=2 * lock.STALE)
+    with lock.hold(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK]
+
+
 def test_a_pid_that_was_given_again_is_another_process(tmp_path):
     with lock.hold(tmp_path):
         known = json.loads((tmp_path / lock.LOCK).read_text())
@@ -89,23 +100,40 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path):
         pass
 
 
+def beating(folder: Path) -> None:
+    while True:
+        os.utime(folder / lock.LOCK)
+        time.sleep(0.1)
+
+
 def test_of_another_node_only_the_signs_of_life_count(tmp_path):
-    held_elsewhere(tmp_path, silent=lock.STALE / 2)
-    with pytest.raises(UserError, match=r"Slurm job 7, process \d+ on node9 trains there since noon"):
-        lock.hold(tmp_path).__enter__()
     held_elsewhere(tmp_path, silent=2 * lock.STALE)
     with lock.hold(tmp_path):
         assert lock.holder(tmp_path).host == socket.gethostname()
+    held_elsewhere(tmp_path, silent=lock.STALE / 2)
+    other = FORK.Process(target=beating, args=(tmp_path,))
+    other.start()
+    try:
+        with pytest.raises(
+            UserError, match=r"Slurm job 7, process \d+ on node9 trains there since noon \(last .* 0 s ago"
+        ):
+            lock.hold(tmp_path).__enter__()
+    finally:
+        other.kill()
+        other.join()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1, "more": 2}'])
-def test_a_lock_that_says_nothing_is_judged_by_its_age(tmp_path, text):
-    (tmp_path / lock.LOCK).write_text(text)
-    with pytest.raises(UserError, match="an unknown host"):
-        lock.hold(tmp_path).__enter__()
-    os.utime(tmp_path / lock.LOCK, (1, 1))
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"pid": 1, "more": 2}'])
+def test_a_start_elsewhere_waits_until_the_dead_is_known_to_be_dead(tmp_path, monkeypatch, text):
+    """As when Slurm starts a job again on another node; also if the lock itself says nothing."""
+    monkeypatch.setattr(lock, "STALE", 2.0)
+    held_elsewhere(tmp_path, silent=1)
+    if text is not None:
+        (tmp_path / lock.LOCK).write_text(text)
+        os.utime(tmp_path / lock.LOCK, (time.time() - 1,) * 2)
+    began = time.monotonic()
     with lock.hold(tmp_path):
-        pass
+        assert 0.5 < time.monotonic() - began < 20
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
@@ -166,3 +194,32 @@ def test_a_run_takes_the_lock_before_it_loads_anything_and_gives_it_back(tiny_ll
         other.join()
     assert run_stage(config) == 0
     assert lock.holder(tmp_path / "run") is None
+
+
+_RANK = """
+import sys
+import torch.distributed
+from anymal.errors import UserError
+from launch.build import run_program
+from launch.stage import _on_rank_0
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+assert _on_rank_0(rank, lambda: "decided") == "decided"
+
+def refuse():
+    raise UserError("in use")
+
+run_program(lambda: _on_rank_0(rank, refuse))
+"""
+
+
+@pytest.mark.slow
+def test_where_rank_0_refuses_the_others_end_without_a_word(tmp_path):
+    (tmp_path / "rank.py").write_text(_RANK)
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    more = {"env": environment() | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], **more) for rank in (0, 1)]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "error: in use" in said[0] and "error" not in said[1].lower()
