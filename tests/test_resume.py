@@ -122,3 +122,17 @@ def test_a_run_that_is_started_with_another_learning_rate_is_left_as_it_is(tiny_
     assert len(metrics(tmp_path / "run")) == 2 and (tmp_path / "run/recipe.yaml").stat().st_mtime_ns == stamp
     pretrain_here(None, *more)
     assert len(metrics(tmp_path / "run")) == 3 and "optim.steps was 2, is 3" in capfd.readouterr().out
+
+
+def test_a_stage_that_is_done_is_passed_over_with_a_word_on_what_changed(tiny_llm, tmp_path, capfd):
+    shards = write_pairs(tmp_path / "pairs", ["image"], shards=1)
+    (tmp_path / "recipe.yaml").write_text("stages: [{name: a}, {name: b}]")
+    encoders = make_encoders(tmp_path / "encoders")
+    given = settings(tiny_llm, encoders, tmp_path / "run", shards, ["image"], optim__steps=1)
+    pretrain_here(tmp_path / "recipe.yaml", *given)
+    pretrain_here(tmp_path / "recipe.yaml", *given)
+    pretrain_here(tmp_path / "recipe.yaml", *(text.replace("optim.lr=0.01", "optim.lr=0.02") for text in given))
+    said = capfd.readouterr().out
+    for name in "ab":
+        assert f"{tmp_path}/run/{name}: done before\n" in said
+        assert f"{tmp_path}/run/{name}: done before, with other settings: optim.lr was 0.01, is 0.02\n" in said
