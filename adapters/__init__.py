@@ -3,7 +3,7 @@
 `build_adapters` turns the part of a recipe under ``model.modalities`` into `anymal.modality.Adapter`s, each with its
 decoding (used by the stream's workers), its frozen encoder and its trained projector (both used by the model).
 
-The files import torch and the standard library only; decord, av, soundfile, torchaudio and transformers are imported
+The files import torch and the standard library only; av, soundfile, torchaudio and transformers are imported
 by the functions that use them, so that listing a modality costs nothing to those who do not use it.
 """
 

@@ -1,12 +1,16 @@
 """A clip's bytes → frames spread evenly over it, the right ones: the first room of `adapters.video`, used in workers.
 
-decord is fast, but gives wrong frames without an error where the frames to show are not the frames stored: edit lists
-(a stream-copied cut), open groups of pictures, MPEG-TS. So the packets are looked through first, which decodes
-nothing; whatever is out of the ordinary, and whatever decord refuses (AV1), is decoded from start to end by PyAV.
-A decord reader lives for one clip, in the worker: one that crosses a fork hangs.
+The packets are looked through first, which decodes nothing. Where every stored frame is shown and each group of
+pictures stands alone, each frame to be shown is known by its time, and is decoded from the keyframe before it. Where
+they are not (edit lists, i.e. a stream-copied cut; open groups of pictures; MPEG-TS), and where a frame is not found at
+its time, the clip is decoded from start to end.
+
+PyAV alone does it: decord and decord2 read beyond the end of a file whose index points there, and the process dies
+(docs/log.md).
 """
 
 import io
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +34,13 @@ class Index:
     """A key of `CONTAINERS`."""
     frames: int
     """Frames to show."""
+    times: list[int]
+    """When each frame is shown, ascending, in the stream's time base; of frames without a time there is none."""
+    keyframes: list[int]
+    """Those of them at which decoding can begin, ascending."""
     ordinary: bool
-    """Whether every stored frame is shown, and each group of pictures stands alone: then decord can be trusted."""
+    """Whether every stored frame is shown, each at a time of its own, and each group of pictures stands alone: then
+    frames can be found by their times."""
 
 
 def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
@@ -52,8 +61,9 @@ def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
             if width * height > max_pixels:
                 raise BadSample(f"frames of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)")
             check_aspect(width, height)
-            index, times, end = _scan(file, stream, container)
-            seconds = float((max(times) - min(times)) * stream.time_base) if times else 0.0
+            index, end = _scan(file, stream, container)
+            times = index.times
+            seconds = float((times[-1] - times[0]) * stream.time_base) if times else 0.0
             promised = (file.duration or 0) / av.time_base
             declared = stream.frames
     except BadSample:
@@ -68,10 +78,11 @@ def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
     return index
 
 
-def _scan(file: Any, stream: Any, container: str) -> tuple[Index, list[int], float]:
-    """Read every packet of an open file: its `Index`, its frames' times, and when the last packet of all ends."""
+def _scan(file: Any, stream: Any, container: str) -> tuple[Index, float]:
+    """Read every packet of an open file: its `Index`, and when the last packet of all ends, in seconds."""
     times: list[int] = []
-    shown, end, keyframe = 0, 0.0, None
+    keyframes: list[int] = []
+    shown, end = 0, 0.0
     ordinary = container in ("mp4", "matroska")
     for packet in file.demux():
         if packet.size == 0:  # the flush at the end
@@ -89,10 +100,12 @@ def _scan(file: Any, stream: Any, container: str) -> tuple[Index, list[int], flo
             raise BadSample(f"a clip of more than {MAX_FRAMES} frames")
         if packet.pts is not None:
             times.append(packet.pts)
-            keyframe = packet.pts if packet.is_keyframe else keyframe
-            if keyframe is None or packet.pts < keyframe:  # an open group: shown before the keyframe that it follows
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
+            if not keyframes or packet.pts < keyframes[-1]:  # an open group: shown before the keyframe that it follows
                 ordinary = False
-    return Index(container, shown, ordinary), times, end
+    ordinary = ordinary and len(set(times)) == len(times)
+    return Index(container, shown, sorted(times), sorted(keyframes), ordinary), end
 
 
 def _container(data: bytes) -> str:
@@ -126,28 +139,49 @@ def read_frames(data: bytes, count: int, max_seconds: float, max_pixels: int) ->
     """
     index = read_index(data, max_seconds, max_pixels)
     wanted = spread(index.frames, count)
-    frames = frames_by_decord(data, wanted, index.frames) if index.ordinary else None
-    return frames or frames_by_pyav(data, wanted, index, max_pixels)
+    frames = frames_by_seeking(data, wanted, index, max_pixels) if index.ordinary else None
+    return frames or frames_from_start(data, wanted, index, max_pixels)
 
 
-def frames_by_decord(data: bytes, wanted: list[int], total: int) -> list[np.ndarray] | None:
-    """The `wanted` frames by seeking; None where decord is missing, refuses the clip or counts other than `total`."""
-    import av  # noqa: F401  # first: decord's old libvpx would otherwise take the place of the one that av brings
+def frames_by_seeking(data: bytes, wanted: list[int], index: Index, max_pixels: int) -> list[np.ndarray] | None:
+    """The `wanted` frames of an ordinary clip, each from the keyframe before it; None if one is not found at its time.
 
+    Raises:
+        BadSample: A frame is too large.
+    """
+    import av
+
+    found: dict[int, np.ndarray] = {}
     try:
-        import decord
-    except (ImportError, OSError):  # no wheel for this machine: PyAV does it all
+        with av.open(io.BytesIO(data), format=index.container) as file:
+            stream = file.streams.video[0]
+            stream.codec_context.thread_count = 1  # the loader has a worker for each core already
+            frames, reached = iter(()), None
+            for time in sorted({index.times[position] for position in wanted}):
+                keyframe = index.keyframes[bisect_right(index.keyframes, time) - 1]
+                if reached is None or reached < keyframe:
+                    file.seek(keyframe, stream=stream)
+                    frames = file.decode(stream)
+                frame = next((frame for frame in frames if frame.pts is None or frame.pts >= time), None)
+                if frame is None or frame.pts != time:
+                    return None
+                found[time], reached = _upright(frame, max_pixels), time
+    except BadSample:
+        raise
+    except Exception:  # FFmpeg's errors: decoding from the start then says whether the clip is bad
         return None
-    decord.logging.set_level(decord.logging.FATAL)
-    try:
-        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        return list(reader.get_batch(wanted).asnumpy()) if len(reader) == total else None
-    except Exception:  # RuntimeError, DECORDError, AssertionError: PyAV then decides whether the clip is bad
-        return None
+    return [found[index.times[position]] for position in wanted]
 
 
-def frames_by_pyav(data: bytes, wanted: list[int], index: Index, max_pixels: int) -> list[np.ndarray]:
-    """The `wanted` frames by decoding from the start, upright as the file says that they are to be shown.
+def _upright(frame: Any, max_pixels: int) -> np.ndarray:
+    """[height, width, 3] uint8 RGB, turned as the file says that it is to be shown."""
+    if frame.width * frame.height > max_pixels:
+        raise BadSample(f"a frame of {frame.width} x {frame.height} pixels; at most {max_pixels}")
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90))
+
+
+def frames_from_start(data: bytes, wanted: list[int], index: Index, max_pixels: int) -> list[np.ndarray]:
+    """The `wanted` frames of any clip, by decoding it from the start.
 
     Raises:
         BadSample: It does not decode, or a tenth of its frames is missing.
@@ -159,13 +193,10 @@ def frames_by_pyav(data: bytes, wanted: list[int], index: Index, max_pixels: int
     try:
         with av.open(io.BytesIO(data), format=index.container) as file:
             stream = file.streams.video[0]
-            stream.codec_context.thread_count = 1  # the loader has a worker for each core already
+            stream.codec_context.thread_count = 1  # as above
             for frame in file.decode(stream):
                 if decoded in wanted:
-                    if frame.width * frame.height > max_pixels:
-                        raise BadSample(f"a frame of {frame.width} x {frame.height} pixels; at most {max_pixels}")
-                    turned = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    kept[decoded] = np.ascontiguousarray(turned)
+                    kept[decoded] = _upright(frame, max_pixels)
                 decoded += 1
                 if decoded > wanted[-1]:
                     break

@@ -39,7 +39,7 @@ def hang(sample: Sample) -> Tokens:
 
 
 def miss_a_library(sample: Sample) -> Tokens:
-    raise UserError("decord is not installed")
+    raise UserError("a library is not installed")
 
 
 def picture(colour: int) -> bytes:
@@ -169,7 +169,7 @@ def test_data_must_be_the_bookmarks(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_user_errors_of_a_decoder_stop_the_run(tmp_path, workers):
-    with pytest.raises(UserError, match=r"^decord is not installed$"):
+    with pytest.raises(UserError, match=r"^a library is not installed$"):
         batches(stream(folder(tmp_path / "d", 5), with_=miss_a_library, workers=workers), 1)
 
 
@@ -198,7 +198,7 @@ def test_an_error_that_holds_the_loader_lets_the_process_end(tmp_path):
     folder(tmp_path / "d", 50)
     program = CRASH.format(tests=str(Path(__file__).parent), data=str(tmp_path / "d"))
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 1 and "decord is not installed" in ran.stderr
+    assert ran.returncode == 1 and "a library is not installed" in ran.stderr
 
 
 def kill_self(sample: Sample) -> Tokens:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import av  # before anything imports decord, whose old libvpx would take the place of the one that av brings
+import av
 import numpy as np
 import torch
 
