@@ -23,6 +23,11 @@ class BudgetExceeded(UserError):
     """More bad samples than ``data.max_bad_in_a_row`` or ``data.max_bad_share`` allow."""
 
 
+def shortened(text: str, longest: int = 300) -> str:
+    """A stranger's text as it may stand in a log or a message: at most so many characters."""
+    return text if len(text) <= longest else f"{text[: longest - 2]} …"
+
+
 class Quarantine:
     """Counts good and bad samples, logs the bad ones, and stops the run when there are too many.
 
@@ -44,11 +49,12 @@ class Quarantine:
         self.in_a_row = 0
 
     def reject(self, shard: str, key: str, reason: str) -> None:
-        """Log one bad sample.
+        """Log one bad sample; of a long key or reason, the beginning.
 
         Raises:
             BudgetExceeded: The budget is spent; the message names the last sample and the log.
         """
+        key, reason = shortened(key), shortened(reason)
         self.bad += 1
         self.in_a_row += 1
         if self.path is not None and (shard, key) not in self._listed:

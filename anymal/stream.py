@@ -17,7 +17,7 @@ from typing import Any
 
 from anymal import manifest, shards, twins
 from anymal.config import DataConfig, DatasetConfig
-from anymal.errors import Quarantine, UserError
+from anymal.errors import Quarantine, UserError, shortened
 from anymal.manifest import Shard
 from anymal.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
 from anymal.packing import Item, Packer
@@ -115,7 +115,8 @@ class Stream:
         self.quarantine.reject(bad.shard, bad.key, bad.reason)
         if self.quarantine.in_a_row > self._total:
             raise UserError(
-                f"not one of the {self._total} samples is good. The last: {bad.shard}, {bad.key}: {bad.reason}"
+                f"not one of the {self._total} samples is good. The last: {bad.shard}, "
+                f"{shortened(bad.key)}: {shortened(bad.reason)}"
             )
 
 

@@ -104,6 +104,10 @@ class Reader:
         except BadSample as error:
             return _unreadable(key, str(error))
 
+    def dead(self, i: int, reason: str) -> Read:
+        """What the twin says of a sample over which a worker died."""
+        return _unreadable(shards.name_of(self.tar.path, *self.tar.place(i)), reason)
+
 
 def _unreadable(key: str, reason: str) -> Read:
     return Read(key=key, members={features.ENDING: features.dump_bad(reason)})
@@ -169,7 +173,7 @@ class Encode:
         """Every sample of a tar with nothing but bytes in it, in order, encoded a micro-batch of samples at a time."""
         decoders = {kind: encoder.decode for kind, encoder in self.encoders.items()}
         reader = Reader(tar=index, suffixes=suffixes(), decoders=decoders)
-        read = each(len(index), reader, self.data)
+        read = each(len(index), reader, self.data, dead=reader.dead, name=index.path)
         while window := list(islice(read, self.data.batch_size)):
             for kind in dict.fromkeys(kind for one in window for kind in one.kinds.values()):
                 self._encode(kind, window, figures.setdefault(kind, Figures()))

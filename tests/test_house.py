@@ -23,7 +23,7 @@ OURS = {"anymal", "adapters", "data_prep", "launch", "benchmarks", "tests"}
 FLOORS = [
     ["cpu", "footprint"],
     ["budget", "errors", "files", "hub", "sample"],
-    ["config", "settings", "metrics", "scores"],
+    ["config", "settings", "metrics", "pool", "scores"],
     [
         "attention",
         "bridge",

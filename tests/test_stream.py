@@ -12,9 +12,9 @@ import torch
 
 from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, Quarantine, UserError
+from anymal.pool import in_order
 from anymal.sample import Batch, Sample, Tokens
 from anymal.stream import merge_bookmarks, samples_once
-from anymal.workers import _pack, _unpack
 from streams import SUFFIXES, batches, folder, keys, numbered, prepare, prepare_badly_by_thirds, samples, stream, write
 
 
@@ -249,7 +249,7 @@ def test_samples_once(tmp_path, workers):
         next(samples_once(DataConfig(shards=str(first / "001.tar")), suffixes={}, prepare=decoded, **options))
 
 
-def test_packing_keeps_every_tensor():
+def test_workers_pass_on_every_tensor():
     tensors = [torch.arange(5, dtype=torch.int16), torch.tensor(True), torch.randn(2, 3).to(torch.bfloat16)]
     tensors += [
         torch.zeros(0, 4),
@@ -258,9 +258,9 @@ def test_packing_keeps_every_tensor():
         torch.tensor(3.5, dtype=torch.float64),
     ]
     value = {"a": tensors, "b": [("x", tensors[0])], "c": np.arange(3)}
-    written, flat = _pack(value)
-    back = _unpack(written, flat)
+    options = {"processes": 1, "size": 2, "ahead": 2, "timeout": 60, "dead": None, "name": str}
+    (_, back), (_, plain) = in_order([value, [1, "x"]].__getitem__, range(2), **options)
     for one, two in zip(tensors, back["a"], strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)
     assert back["b"][0][1].tolist() == [0, 1, 2, 3, 4] and back["c"].tolist() == [0, 1, 2]
-    assert _unpack(*_pack([1, "x"])) == [1, "x"]
+    assert plain == [1, "x"]

@@ -1,0 +1,270 @@
+"""Processes that work ahead: items → what a function makes of each, in order, whatever becomes of a process.
+
+Beneath the stream's workers. Decoders are C code in the hands of strangers' bytes: one that crashes must cost one
+sample, not the run. torch's DataLoader ends with the first worker that dies, and its signal handler raises over the
+death in whatever code the main process is just running. Here each process has a pipe of its own, so that its death is
+the end of a pipe; what it was given is then done again item by item, each in a fresh process, and an item that its
+process dies over is the culprit. So it does not matter which process died, or how many there are.
+"""
+
+import atexit
+import io
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from anymal.errors import UserError
+
+_fork = multiprocessing.get_context("fork")
+_ALIGNED = 64  # bytes: where a tensor may begin, for every dtype
+
+
+def in_order(
+    one: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    processes: int,
+    size: int,
+    ahead: int,
+    timeout: float,
+    dead: Callable[[Any, str], Any],
+    name: Callable[[Any], str],
+) -> Iterator[tuple[Any, Any]]:
+    """Items → (item, what `one` made of it), in the same order.
+
+    Args:
+        one: Runs in forked processes; what it returns is pickled, its tensors travel in shared memory.
+        items: Asked for a little ahead of their use; endless ones are fine.
+        processes: How many; at least 1.
+        size: Items that a process is given at a time: spreads the cost of passing them on.
+        ahead: How often as many it is given before the first are taken back.
+        timeout: Seconds that may pass without anything from a process that is waited for.
+        dead: What stands for an item that kills its process, given the item and the reason.
+        name: What a message calls an item.
+
+    Raises:
+        UserError: An item takes longer than `timeout` even in a process of its own. The item is named.
+    """
+    items = iter(items)
+    workers: list[_Process] = []
+    pending: deque[_Process] = deque()  # whose result comes next; a process gives its own in the order asked
+
+    def ask(worker: _Process) -> None:
+        if some := list(islice(items, size)):
+            worker.ask(some)
+            pending.append(worker)
+
+    try:
+        workers += [_Process(one) for _ in range(processes)]
+        for _ in range(ahead):
+            for worker in workers:
+                ask(worker)
+        while pending:
+            worker = pending.popleft()
+            some = worker.asked[0]
+            try:
+                found = worker.take(timeout)
+            except _Lost:
+                worker.asked.popleft()
+                worker.start_again()
+                found = _one_by_one(one, some, timeout, dead, name)
+            ask(worker)
+            yield from zip(some, found, strict=True)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _one_by_one(one: Callable, items: list[Any], timeout: float, dead: Callable, name: Callable) -> Iterator[Any]:
+    """What becomes of each item in a process of its own."""
+    for item in items:
+        worker = _Process(one)
+        try:
+            worker.ask([item])
+            yield from worker.take(timeout)
+        except _Lost as lost:
+            if lost.code is None:  # slow storage, too, so that a run that took it for bad would not repeat
+                raise UserError(
+                    f"nothing came of {name(item)} within data.timeout = {timeout:g} s, nor in a process of its own: "
+                    "its decoder hangs, or the storage is slow. Take it out of its shard, or raise data.timeout"
+                ) from None
+            yield dead(item, _reason(lost.code))
+        finally:
+            worker.end()
+
+
+def _reason(code: int) -> str:
+    """Why a process ended, by its exit code."""
+    if code == -signal.SIGKILL:
+        return "its process was killed (signal 9, SIGKILL), probably for want of memory"
+    if code < 0:
+        known = [number.name for number in signal.Signals if number == -code]
+        return f"the decoder died (signal {', '.join([str(-code), *known])})"
+    return f"the decoder ended its process (exit code {code})"
+
+
+class _Lost(Exception):
+    """A process died; or, without a `code`, nothing came of it in time."""
+
+    def __init__(self, code: int | None = None):
+        super().__init__()
+        self.code = code
+
+
+class _Process:
+    """One process, and what it was asked and has not answered: lists of items, in order."""
+
+    def __init__(self, one: Callable[[Any], Any]):
+        self._one, self._owner = one, os.getpid()
+        self.asked: deque[list[Any]] = deque()
+        self._start()
+
+    def _start(self) -> None:
+        self._pipe, theirs = _fork.Pipe()
+        _running.add(self)
+        self._process = _fork.Process(target=_serve, args=(self._one, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # from here on only the process holds it, so that its death is the end of the pipe
+
+    def ask(self, items: list[Any]) -> None:
+        self.asked.append(items)
+        with suppress(OSError):  # it is dead, which shows when the answer is taken
+            self._pipe.send(items)
+
+    def take(self, timeout: float) -> list[Any]:
+        """The answer to what was asked first.
+
+        Raises:
+            _Lost: The process died, or nothing came within `timeout` seconds.
+        """
+        if not self._pipe.poll(timeout):
+            raise _Lost
+        try:
+            found = _receive(self._pipe)
+        except (EOFError, OSError):
+            self._process.join(10)
+            self.end()
+            raise _Lost(self._process.exitcode) from None
+        self.asked.popleft()
+        return found
+
+    def start_again(self) -> None:
+        """A fresh process, asked what this one has not answered."""
+        self.end()
+        self._start()
+        asked, self.asked = self.asked, deque()
+        for items in asked:
+            self.ask(items)
+
+    def end(self) -> None:
+        """Kill it: one that hangs would hear of nothing else."""
+        self.close()
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.join()
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+_running: WeakSet[_Process] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    # multiprocessing would ask them to terminate and wait: for ever, since they ignore it.
+    for process in list(_running):
+        process.end()
+
+
+def _serve(one: Callable[[Any], Any], pipe: Connection) -> None:
+    """What a process does until the main process closes the pipe, or is gone."""
+    # Ctrl-C, and the warnings that a launcher or Slurm sends to every process, are the main process's to handle: it
+    # finishes its step, for which it needs its workers, and then ends them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    for process in list(_running):  # copies of the main process's ends, which would keep pipes open
+        process.close()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of a tokenizer do not survive the fork
+    torch.set_num_threads(1)  # nor do OpenMP's
+    while True:
+        try:
+            items = pipe.recv()
+        except (EOFError, OSError):
+            return
+        found = [one(item) for item in items]
+        try:
+            _send(pipe, found)
+        except BrokenPipeError:
+            return
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    """Pass on any picklable value, its pickle and its tensors' bytes in memory that both processes share.
+
+    Only the handle of that memory goes through the pipe, so nobody waits for a reader. It is no file in /dev/shm, which
+    is small in many containers.
+    """
+    tensors: list[tuple[int, Tensor]] = []
+    end = 0
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item: Any) -> tuple | None:
+            nonlocal end
+            if not isinstance(item, Tensor):
+                return None
+            start, flat = end, item.detach().contiguous().reshape(-1).view(torch.uint8)
+            tensors.append((start, flat))
+            end += _aligned(len(flat))
+            return start, len(flat), item.dtype, tuple(item.shape)
+
+    written = io.BytesIO()
+    Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    length = written.tell()
+    first = _aligned(length)
+    memory = os.memfd_create("anymal")
+    try:
+        os.ftruncate(memory, first + end)
+        shared = torch.frombuffer(mmap.mmap(memory, first + end), dtype=torch.uint8)
+        shared[:length] = torch.frombuffer(written.getbuffer(), dtype=torch.uint8)
+        for start, flat in tensors:
+            shared[first + start : first + start + len(flat)] = flat
+        pipe.send((length, first + end))
+        reduction.send_handle(pipe, memory, os.getppid())
+    finally:
+        os.close(memory)
+
+
+def _receive(pipe: Connection) -> Any:
+    """What `_send` sent; only our own processes write it. Tensors stay in the shared memory, which ends with them."""
+    length, size = pipe.recv()
+    memory = reduction.recv_handle(pipe)
+    try:
+        shared = mmap.mmap(memory, size)
+    finally:
+        os.close(memory)
+    flat = torch.frombuffer(shared, dtype=torch.uint8)[_aligned(length) :]
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, saved: tuple) -> Tensor:
+            start, count, dtype, shape = saved
+            return flat[start : start + count].view(dtype).reshape(shape)
+
+    return Unpickler(io.BytesIO(shared[:length])).load()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
