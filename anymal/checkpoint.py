@@ -47,7 +47,7 @@ from anymal.networks import LLM, Start
 LATEST = retention.LATEST
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OLDEST = ("step", "bookmark", "wandb_id")
-_DESCRIBED = (*_OLDEST, "world")  # fields of `TrainingState` in state.json; an older file may lack all but the oldest
+_DESCRIBED = (*_OLDEST, "world", "refused")  # fields of `TrainingState` in state.json; an older file may lack all but the oldest
 _log = logging.getLogger(__name__)
 _DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
@@ -60,6 +60,8 @@ class TrainingState:
     """Optimizer steps done."""
     bookmark: dict | None = None
     """The stream's place after the last sample trained on, as `anymal.stream.merge_bookmarks` gives it."""
+    refused: list[list] = field(default_factory=list)
+    """The samples that the stream passes over since their loss was not finite, as `anymal.stream.Stream.refused`."""
     wandb_id: str | None = None
     """W&B's run id, so that a resumed run continues the same curve."""
     moments: dict[str, Tensor] = field(default_factory=dict)

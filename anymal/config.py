@@ -171,10 +171,10 @@ class DataConfig:
     shuffle: int = 10_000
     """Samples that are shuffled among one another (shards are shuffled as well); 0 keeps the shards' order."""
     workers: int = 2
-    """Processes that read and decode; 0 does it in the training process. The order of samples is the same. A sample over
-    which a worker crashes is a bad one; with 0, a decoder's crash ends the run."""
+    """Processes that read and decode; 0 does it in the training process. The order of samples is the same.
+    A sample over which a worker crashes is a bad one; with 0, a decoder that crashes ends the run."""
     timeout: float = 300.0
-    """Seconds to wait for a worker; a sample that takes longer even in a process of its own stops the run and is named."""
+    """Seconds to wait for a worker; a sample that takes longer even in a process of its own stops the run, by name."""
     max_tokens: int = 2048
     """Longest sample in tokens, media included; a longer one is a bad sample."""
     max_bad_in_a_row: int = 20

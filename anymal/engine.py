@@ -9,8 +9,10 @@ import json
 import math
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -144,6 +146,33 @@ def set_learning_rate(engine: Any, rate: float) -> None:
     """Set the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+
+
+def scale_of(total: Tensor, answers: int, world: int) -> Tensor:
+    """What the sum of a micro-batch's losses is multiplied by before its backward pass; no host waits for it.
+
+    DeepSpeed averages gradients over ranks; times the world size, divided by the step's answer tokens on all ranks,
+    that is the mean that we want. NaN if the sum is not finite, and so are all its gradients: an infinite loss can have
+    finite ones, and `step` must notice on every rank.
+    """
+    return (1 + 0 * total.detach()) * (world / answers)
+
+
+def step(engine: Any) -> bool:
+    """DeepSpeed's step after a micro-batch. At a step's last one gradients are applied, if they are all finite.
+
+    Returns:
+        Whether they were applied, the same on all ranks. If not, nothing has changed and the gradients are gone.
+    """
+    if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
+        engine.step()  # ZeRO drops gradients whose norm over all ranks is not finite
+        return engine.was_step_applied()
+    gradients = [parameter.grad for parameter in trainable(engine.module).values() if parameter.grad is not None]
+    finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))  # they are summed over ranks already
+    # DeepSpeed counts micro-batches in its step, so it must be taken, but without the optimizer's.
+    with nullcontext() if finite else patch.object(engine.optimizer, "step", lambda *_, **__: None):
+        engine.step()
+    return finite
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Stream:
         quarantine: Where bad samples are counted and named.
         seed: The order of samples derives from it and the data alone.
         rank, world: Which of how many processes this is; together they see every sample once an epoch.
+        refused: What `refuse` noted in an earlier process: samples that are bad by what the model made of them.
         bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
         encoders: Modality → `anymal.features.identity` of its encoder, for those whose features may be read in place
             of media (see anymal.twins); `prepare` then gets media that are `anymal.features.Stored`.
@@ -63,6 +64,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         bookmark: dict | None = None,
+        refused: Sequence[list] = (),
         encoders: dict[str, str] | None = None,
     ):
         named = _datasets(data)
@@ -82,13 +84,39 @@ class Stream:
         self.names = list(named)
         self._instructions = [dataset.instructions for dataset in named.values()]
         self._total = sum(dataset.total for dataset in counts)
+        self._refused = {tuple(place): reason for *place, reason in refused}
 
     @property
     def bookmark(self) -> dict:
         """This rank's piece of a bookmark after the last batch (`merge_bookmarks` joins the pieces of all ranks)."""
         return self.share.piece()
 
+    @property
+    def refused(self) -> list[list]:
+        """Every sample that `refuse` noted, as plain JSON: dataset, shard, number in the shard, and the reason."""
+        return [[*place, reason] for place, reason in sorted(self._refused.items())]
+
+    def refuse(self, reasons: dict[int, str]) -> None:
+        """Take the samples at these positions for bad ones, in every epoch: position → reason.
+
+        All ranks must be told the same. What was read ahead is not affected: `rewind`, and iterate anew.
+        """
+        self._refused |= {self.order.locate(position): reason for position, reason in reasons.items()}
+
+    def rewind(self, bookmark: dict) -> None:
+        """Let a new iteration begin at a merged bookmark; one that is under way must not be used any more."""
+        self.share = Share(self.order, rank=self.share.rank, world=self.share.world, bookmark=bookmark)
+        self.quarantine.in_a_row = 0
+
     def __iter__(self) -> Iterator[Batch]:
+        for row in self.rows():
+            batch = self.collate([item.tokens for item in row])
+            batch.datasets = dict(Counter(item.dataset for item in row))
+            batch.bookmark = self.share.piece()
+            yield batch
+
+    def rows(self) -> Iterator[list[Item]]:
+        """The samples of each batch, in place of the batch."""
         packer = Packer(self.data)  # what one held before, it holds again once it was given the same samples
         tickets = (self._ticket(position) for position in self.share.positions())
         for ticket, result in load(self.reader, tickets, self.data):
@@ -99,17 +127,15 @@ class Stream:
             rows = packer.add(Item(position=ticket.position, dataset=self.names[ticket.dataset], tokens=result))
             waiting = [item.position for row in rows for item in row]
             for row in rows:
-                batch = self.collate([item.tokens for item in row])
-                batch.datasets = dict(Counter(item.dataset for item in row))
                 waiting = waiting[len(row) :]
                 self.share.move(ticket.position, [*waiting, *packer.held()])
-                batch.bookmark = self.share.piece()
-                yield batch
+                yield row
 
     def _ticket(self, position: int) -> Ticket:
-        dataset, shard, sample = self.order.locate(position)
-        instruction = _instruction(self._instructions[dataset], self.order.seed, position)
-        return Ticket(position=position, dataset=dataset, shard=shard, sample=sample, instruction=instruction)
+        place = dataset, shard, sample = self.order.locate(position)
+        said = {"instruction": _instruction(self._instructions[dataset], self.order.seed, position)}
+        said["refused"] = self._refused.get(place, "")
+        return Ticket(position=position, dataset=dataset, shard=shard, sample=sample, **said)
 
     def _reject(self, bad: Bad) -> None:
         self.quarantine.reject(bad.shard, bad.key, bad.reason)

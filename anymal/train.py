@@ -1,29 +1,29 @@
 """The loop, and nothing but the loop. Both stages run it; they differ in what is trainable and in their data."""
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from anymal import stopping
 from anymal.ahead import Ahead
 from anymal.config import Config
 from anymal.cost import Cost
-from anymal.engine import gather, learning_rate, set_learning_rate, sum_over_ranks
-from anymal.errors import UserError
+from anymal.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
 from anymal.meter import Meter
 from anymal.model import AnyMAL
+from anymal.recovery import refuse_culprits
 from anymal.sample import Batch
-from anymal.stream import merge_bookmarks
+from anymal.stream import Stream, merge_bookmarks
 from anymal.tracking import Tracker
 
-STOPPED = "stopped by a signal; start the same command again to go on"
+STOPPED = "stopped, since it was asked to; start the same command again to go on"
 
 
 def train(
     engine: Any,
-    batches: Iterator[Batch],
+    stream: Stream,
     *,
     config: Config,
     start: int,
@@ -39,7 +39,7 @@ def train(
 
     Args:
         engine: A DeepSpeed engine around the model.
-        batches: This rank's endless stream.
+        stream: This rank's batches.
         config: The settings.
         start: How many steps are done already.
         rank: This process's rank.
@@ -49,80 +49,68 @@ def train(
         cost: Counts what the batches cost, for the figures of throughput.
 
     Returns:
-        Whether all steps were done; False after SIGTERM or SIGUSR1, once the state was saved.
+        Whether all steps were done; False once it was asked to stop (see `anymal.stopping`) and the state was saved.
+
+    Raises:
+        UserError: The loss is not finite, and it is not single samples that make it so.
     """
     model: AnyMAL = engine.module
-    stop = _StopSignal()
+    stopping.note_signals()
     meter = Meter(cost, peak_tflops=config.run.peak_tflops)
-    ahead = Ahead(model)
-    following = _fetch(batches, config, meter) if start < config.optim.steps else []
-    if following:
-        ahead.start(following[0])
-    done = start
-    for step in range(start, config.optim.steps):
-        _seed(config.run.seed, step, rank)
-        micro_batches = following
+    ahead, done, place = Ahead(model), start, stream.bookmark
+    batches = iter(stream)
+    following = _fetch(batches, config, meter, ahead) if done < config.optim.steps else []
+    while done < config.optim.steps:
+        _seed(config.run.seed, done, rank)
+        micro_batches, losses = following, []
         answers = sum(len(batch.targets) for batch in micro_batches)
         answers = sum_over_ranks(torch.tensor(answers, device=model.device)).item()
-        rate = learning_rate(step, config)
+        rate = learning_rate(done, config)
         set_learning_rate(engine, rate)
         for number in range(1, len(micro_batches) + 1):
             batch, features = ahead.take()
             total, per_group = engine(batch, features)
-            _require_finite(total, batch, step)
-            # DeepSpeed averages gradients over ranks; times the world size, that is the sum we want.
-            engine.backward(total * (engine.world_size / answers), scale_wrt_gas=False)
-            # A GPU is busy with the backward pass from here to engine.step, which waits for it.
+            losses.append(per_group.detach())
+            engine.backward(total * scale_of(total, answers, engine.world_size), scale_wrt_gas=False)
+            # A GPU is busy with the backward pass from here to the step, which waits for it.
             if number < len(micro_batches):
                 ahead.start(micro_batches[number])
-            elif step + 1 < config.optim.steps:
-                following = _fetch(batches, config, meter)
-                ahead.start(following[0])
-            engine.step()
+            elif done + 1 < config.optim.steps:
+                following = _fetch(batches, config, meter, ahead)
+            applied = step(engine)
+        if not applied:
+            batches.close()
+            tracker.note(refuse_culprits(model, stream, place, rows=len(micro_batches), step=done + 1))
+            batches = iter(stream)
+            following = _fetch(batches, config, meter, ahead)
+            continue
+        done, place = done + 1, micro_batches[-1].bookmark
+        for batch, per_group in zip(micro_batches, losses, strict=True):
             meter.add(batch, per_group)
-        done = step + 1
-        stopping = sum_over_ranks(torch.tensor(stop.asked, device=model.device)).item() > 0
+        stop = sum_over_ranks(torch.tensor(int(stopping.asked()), device=model.device)).item() > 0
         if done % config.run.log_every == 0 or done == config.optim.steps:
             tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
-        if done % config.run.save_every == 0 or done == config.optim.steps or stopping:
-            save(done, merge_bookmarks(gather(micro_batches[-1].bookmark)))
-        if stopping and done < config.optim.steps:
+        if done % config.run.save_every == 0 or done == config.optim.steps or stop:
+            save(done, merge_bookmarks(gather(place)))
+        if stop and done < config.optim.steps:
+            stopping.forget()
             tracker.note(STOPPED)
             break
     tracker.summary(meter.summary())
     return done == config.optim.steps
 
 
-def _fetch(batches: Iterator[Batch], config: Config, meter: Meter) -> list[Batch]:
-    """The micro-batches of one optimizer step."""
+def _fetch(batches: Iterator[Batch], config: Config, meter: Meter, ahead: Ahead) -> list[Batch]:
+    """The micro-batches of one optimizer step, the first of them on its way."""
     with meter.waiting():
-        return [next(batches) for _ in range(config.optim.accumulate)]
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGUSR1 (Slurm's warnings), for the loop to finish its step, save and stop on all ranks."""
-
-    asked = 0  # of the process: one that comes as a stage ends stops the next
-
-    def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, *_):
-        _StopSignal.asked = 1
+        found = [next(batches) for _ in range(config.optim.accumulate)]
+    ahead.start(found[0])
+    return found
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
     """Dropout of a step depends on the step alone, so that a resumed run draws the same."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
-
-
-def _require_finite(total: torch.Tensor, batch: Batch, step: int) -> None:
-    if not torch.isfinite(total):
-        raise UserError(
-            f"the loss of step {step + 1} is {total.item()}; nothing of this step was applied. "
-            f"Lower optim.lr, or look at the samples {', '.join(batch.keys)}"
-        )
 
 
 def _norm(engine: Any) -> dict[str, float]:

@@ -50,6 +50,8 @@ class Ticket:
     """Index of the sample in the shard."""
     instruction: str = ""
     """What the user says after media without a word, in place of prompt.instruction; empty leaves that."""
+    refused: str = ""
+    """Why it is not to be used, if its loss told so; it is not read then."""
 
 
 class Reader:
@@ -66,6 +68,8 @@ class Reader:
 
     def one(self, ticket: Ticket) -> Any:
         """What `prepare` made of the sample, a `Bad`, or a `UserError` (returned, for the main process to raise)."""
+        if ticket.refused:
+            return self.dead(ticket, ticket.refused)
         shard, key, place = self.shards[ticket.dataset][ticket.shard], None, (0, 0)
         source = self.twins.get(shard.path, shard)
         try:
@@ -85,7 +89,7 @@ class Reader:
         return Bad(shard=shard.name, key=shards.name_of(source.path, *place) if key is None else key, reason=reason)
 
     def dead(self, ticket: Ticket, reason: str) -> Bad:
-        """What stands for a sample over which a worker died."""
+        """What stands for a sample over which a worker died, or which is refused."""
         shard = self.shards[ticket.dataset][ticket.shard]
         source = self.twins.get(shard.path, shard)
         try:

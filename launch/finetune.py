@@ -7,8 +7,11 @@ A recipe states the run, or several stages of one (docs/stages.md; stage=NAME ru
 written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
 """
 
-from launch.build import run_program
-from launch.stage import main
-
 if __name__ == "__main__":
+    from anymal.stopping import leave_on_signals
+
+    leave_on_signals()  # before the imports that take seconds
+    from launch.build import run_program
+    from launch.stage import main
+
     run_program(lambda: main(__doc__, defaults=["train=[projectors,lora]"]))

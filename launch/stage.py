@@ -149,6 +149,7 @@ def _train(
         rank=rank,
         world=world,
         bookmark=state.bookmark,
+        refused=state.refused,
         encoders=_identities(built, config),
     )
     shown = _samples_to_show(built, config)
@@ -170,15 +171,21 @@ def _train(
             parameters, moments = portable_parameters(engine), full_moments(engine)
             if rank == 0:
                 lock.require_no_other(folder)
-                where = {"step": place, "bookmark": bookmark, "wandb_id": tracker.run_id, "world": world}
-                now = TrainingState(moments=moments, **where)
+                now = TrainingState(
+                    step=place,
+                    bookmark=bookmark,
+                    refused=stream.refused,
+                    wandb_id=tracker.run_id,
+                    world=world,
+                    moments=moments,
+                )
                 saved = checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer, start)
                 start = checkpoint.start_at(saved)
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
 
         loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "cost": cost}
-        finished = train(engine, iter(stream), config=config, **loop)
+        finished = train(engine, stream, config=config, **loop)
         if finished:
             logs = "".join(f"; bad samples: {path}" for path in sorted(folder.glob("quarantine*.jsonl")))
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}{logs}")

@@ -119,7 +119,7 @@ def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders,
     parts = {"suffixes": suffixes(), "prepare": built.prepare, "collate": pack, "quarantine": quarantine}
     stream = Stream(config.data, **parts, seed=0)
     with Tracker(config.run, {}, rank=0, steps=3) as tracker:
-        train(engine, iter(stream), config=config, start=0, rank=0, tracker=tracker, save=lambda *_: None)
+        train(engine, stream, config=config, start=0, rank=0, tracker=tracker, save=lambda *_: None)
     assert {name: fingerprint(module) for name, module in frozen.items()} == before
     assert all(not torch.equal(p, learnt[name]) for name, p in trainable(built.model).items())
 
