@@ -17,7 +17,7 @@ from anymal.errors import UserError
 from anymal.modality import Modality
 from anymal.settings import load
 from launch.stage import run_stage
-from small_runs import deepspeed, go_back, losses, settings, zero_stages
+from small_runs import deepspeed, go_back, losses, settings
 from streams import listed
 from toys import ToyEncoder, ToyOptions
 
@@ -136,14 +136,22 @@ sys.exit(main("", ["train=[projectors]"]))
 
 
 @pytest.mark.slow
-def test_ranks_do_a_step_again_together(run, tiny_llm, tmp_path):
+def test_ranks_do_a_step_again_together(tiny_llm, tmp_path):
     """The culprit is one rank's; the others go back as well."""
     hostile = write(tmp_path / "hostile", np.float32(OVERFLOWS).tobytes(), 5)
     broken = write(tmp_path / "broken", b"no number", 5)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
-    recipe = zero_stages(tmp_path / "recipe.yaml", 1, 3)
-    deepspeed(2, str(program), recipe, *given(tiny_llm, tmp_path / "two", hostile, optim__steps=6))
-    wanted = losses(run("one", broken, optim__steps=6, optim__accumulate=2))
+    stages = [
+        {"name": name, "engine": {"zero": zero}, "data": {"shards": shards}, "model": {"checkpoint": None}}
+        for name, zero, shards in (("zero1", 1, hostile), ("zero3", 3, hostile), ("wanted", 1, broken))
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"stages": stages}))
+    rest = [setting for setting in given(tiny_llm, tmp_path / "two", "", optim__steps=6) if "shards" not in setting]
+    deepspeed(2, str(program), recipe, *rest)
+    wanted = losses(tmp_path / "two" / "wanted")
     for name in ("zero1", "zero3"):
         assert losses(tmp_path / "two" / name) == pytest.approx(wanted, rel=1e-5)
+    named = [entry for path in (tmp_path / "two" / "zero3").glob("quarantine*.jsonl") for entry in listed(path)]
+    assert [entry["key"] for entry in named] == ["05"]
