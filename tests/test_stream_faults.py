@@ -23,6 +23,7 @@ from anymal.config import DataConfig, DatasetConfig
 from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
 from anymal.sample import Sample, Tokens
 from anymal.stream import Stream, merge_bookmarks
+from anymal.workers import each
 from streams import (
     SUFFIXES,
     batches,
@@ -245,6 +246,18 @@ def kill_self(sample: Sample) -> Tokens:
 def test_a_loop_of_crashes_ends(tmp_path):
     with pytest.raises(BudgetExceeded, match=r"4 in a row.*SIGKILL"):
         batches(stream(folder(tmp_path / "d", 30), with_=kill_self, workers=2, rows=3), 1)
+
+
+def read_or_die(i: int) -> int:
+    if i == 1:
+        os._exit(3)
+    return i
+
+
+def test_whoever_reads_something_else_says_what_stands_for_the_dead():
+    data, dead = DataConfig(shards="x", workers=2), lambda i, reason: f"{i}: {reason}"
+    found = list(each(3, read_or_die, data, dead=dead, name="a.tar"))
+    assert found == [0, "1: the decoder ended its process (exit code 3)", 2]
 
 
 def kill_once(sample: Sample) -> Tokens:
