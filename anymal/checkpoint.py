@@ -47,7 +47,8 @@ from anymal.networks import LLM, Start
 LATEST = retention.LATEST
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OLDEST = ("step", "bookmark", "wandb_id")
-_DESCRIBED = (*_OLDEST, "world", "refused")  # fields of `TrainingState` in state.json; an older file may lack all but the oldest
+_DESCRIBED = (*_OLDEST, "world", "refused")
+"""Fields of `TrainingState` in state.json; an older file may lack all but the oldest."""
 _log = logging.getLogger(__name__)
 _DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
