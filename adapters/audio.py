@@ -30,7 +30,12 @@ FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 MIN_SECONDS = 0.1
 """A shorter sound is a bad sample: it has no more than a few frames of a spectrogram."""
 MAX_CHANNELS = 16
+MAX_SAMPLES = 1 << 26
+"""Of a sound, once its channels are one: 256 MB. Ten minutes at 96 kHz have fewer."""
+MAX_VALUES = 1 << 28
+"""Samples times channels that are decoded: a FLAC of silence holds a thousand of them in a byte."""
 RATES = (1000, 400_000)
+_BLOCK = 1 << 22  # samples times channels
 WHISPER_POSITIONS = 50
 """Features of Whisper for one second: frames of 10 ms, halved by a convolution."""
 
@@ -70,21 +75,37 @@ def read_sound(data: bytes, max_seconds: float) -> tuple[Tensor, int]:
                 )
             if frames > max_seconds * rate:
                 raise BadSample(f"a sound of {frames / rate:.0f} s; at most {max_seconds:g} s are wanted (max_seconds)")
-            samples = file.read(int(max_seconds * rate), dtype="float32", always_2d=True)
+            if frames > MAX_SAMPLES or frames * channels > MAX_VALUES:
+                raise BadSample(
+                    f"a sound of {frames} samples in {channels} channels; at most {MAX_SAMPLES}, or {MAX_VALUES} in "
+                    "all channels, are decoded"
+                )
+            sound = _mono(file)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         raise BadSample(
             f"{len(data)} bytes that begin with {data[:12]!r} do not decode as wav, flac, ogg, opus or mp3: "
             f"{getattr(error, 'error_string', error)}"
         ) from error
     cut = _cut_off(data)
-    if cut or len(samples) < 0.95 * frames:  # an mp3's length may be an estimate
-        raise BadSample(f"the sound is cut off: {cut or f'{len(samples)} of {frames} samples are there'}")
-    if len(samples) < MIN_SECONDS * rate:
-        raise BadSample(f"a sound of {len(samples)} samples at {rate} Hz; wanted are at least {MIN_SECONDS} s")
-    sound = torch.from_numpy(samples).mean(1)
+    if cut or len(sound) < 0.95 * frames:  # an mp3's length may be an estimate
+        raise BadSample(f"the sound is cut off: {cut or f'{len(sound)} of {frames} samples are there'}")
+    if len(sound) < MIN_SECONDS * rate:
+        raise BadSample(f"a sound of {len(sound)} samples at {rate} Hz; wanted are at least {MIN_SECONDS} s")
     if not torch.isfinite(sound).all():
         raise BadSample("the sound holds NaN or infinite samples")
     return sound, rate
+
+
+def _mono(file: Any) -> Tensor:
+    """An open `soundfile.SoundFile` → the mean of its channels; the channels themselves are held a block at a time."""
+    sound, read = torch.empty(file.frames), 0
+    while read < file.frames:
+        block = file.read(min(_BLOCK // file.channels, file.frames - read), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        sound[read : read + len(block)] = torch.from_numpy(block).mean(1)
+        read += len(block)
+    return sound[:read]
 
 
 def _cut_off(data: bytes) -> str:
@@ -187,7 +208,7 @@ def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:
     network = load_network(name, tower=FAMILIES[family] or None)
     from transformers import AutoFeatureExtractor
 
-    extractor = call("feature extractor", name, AutoFeatureExtractor.from_pretrained)
+    extractor = call("feature extractor", name, AutoFeatureExtractor.from_pretrained, trust_remote_code=False)
     own = _own_seconds(extractor, family)
     seconds = options.seconds or own
     if not MIN_SECONDS <= seconds <= own:

@@ -28,8 +28,19 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded. Pillow knows more; some of those start other programs, and none holds photos on the web."""
 ANIMATED = ("GIF", "PNG", "WEBP")
 """Of these, those whose further frames are moments; a JPEG's are previews and depth maps of the same."""
+ORIENTATION = 0x0112
+"""The Exif tag that says how a camera was held."""
 PADDING = (127, 127, 127)
 """Colour beside a picture that does not fill its tiles."""
+LARGE = 1 << 24
+"""Pixels of a picture that is decoded as it is (4096 x 4096): of a larger one, squares of 2 x 2 pixels (or more) are
+averaged first, a strip at a time, since every copy of 64 million pixels takes 256 MB. No encoder sees as many."""
+MAX_BYTES = 1 << 27
+"""Of a picture's file."""
+MAX_WEBP = 1 << 25
+"""Pixels of a WebP, whose decoder holds each five times."""
+MAX_EXIF = 64
+"""Pieces (of 64 kB) of a JPEG's Exif data. Pillow joins them one by one: 2000 take a minute."""
 MAX_ASPECT = 50
 """Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
 
@@ -71,11 +82,17 @@ def read_image(data: bytes, max_pixels: int) -> Any:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if len(data) > MAX_BYTES:
+        raise BadSample(f"a picture of {len(data)} bytes; at most {MAX_BYTES} are read")
+    if data.count(b"Exif\0\0") > MAX_EXIF:
+        raise BadSample(f"a picture with more than {MAX_EXIF} pieces of Exif data")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about large headers; we refuse them
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
+            if picture.format == "WEBP":
+                max_pixels = min(max_pixels, MAX_WEBP)
             if width * height > max_pixels:
                 raise BadSample(
                     f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
@@ -86,13 +103,9 @@ def read_image(data: bytes, max_pixels: int) -> Any:
                     f"an animated {picture.format}, of which an image would be the first frame alone; convert it to a "
                     "video (mp4, webm) or to a single picture"
                 )
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
-                picture = picture.point(lambda value: value / 256).convert("L")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
+            if width * height > LARGE:
+                picture = _reduced(picture)
+            return _rgb(ImageOps.exif_transpose(picture))
     except BadSample:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, twice its MAX_IMAGE_PIXELS
@@ -102,6 +115,34 @@ def read_image(data: bytes, max_pixels: int) -> Any:
         raise BadSample(
             f"{len(data)} bytes that begin with {data[:12]!r} are no whole picture ({', '.join(FORMATS)}){cause}"
         ) from error
+
+
+def _rgb(picture: Any) -> Any:
+    """A PIL image of any mode → one of mode RGB."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
+        picture = picture.point(lambda value: value / 256).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _reduced(picture: Any) -> Any:
+    """A large PIL image → one of mode RGB and at most `LARGE` pixels, each the mean of a square of the picture's."""
+    from PIL import Image
+
+    width, height = picture.size
+    factor = math.ceil(math.sqrt(width * height / LARGE))
+    made = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    rows = 64 * factor
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(top + rows, height)))
+        made.paste(_rgb(strip).reduce(factor), (0, top // factor))
+    if orientation := picture.getexif().get(ORIENTATION):
+        made.getexif()[ORIENTATION] = orientation
+    return made
 
 
 def check_aspect(width: int, height: int) -> None:
@@ -283,7 +324,9 @@ def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> 
     network = load_network(name, tower="vision_model")
     from transformers import AutoImageProcessor
 
-    processor = call("image processor", name, AutoImageProcessor.from_pretrained, backend="pil")
+    processor = call(
+        "image processor", name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
+    )
     flexible = network.config.model_type.startswith("siglip2")
     decode = ImageDecoder(processor=processor, max_pixels=options.max_pixels, square=flexible)
     return with_tiles(ImageEncoder(network, decode, options.layer, license_of(name)), options)
