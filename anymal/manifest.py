@@ -4,7 +4,6 @@ At the start `survey` needs one file for each folder and one look at each tar, h
 of a tar begin is loaded by whoever reads from it (`load`), and forgotten again: 20,000 tars would take 800 MB.
 """
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -74,7 +73,7 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
 
 def _local(path: str, manifest: "_Manifest") -> Shard:
     stamp = _stamp(path)
-    known = manifest.get(path)
+    known = manifest.get(path, stamp)
     if stamp and known and known[:2] == stamp:
         return Shard(path=path, count=known[2])
     made = shards.index(path)
@@ -84,7 +83,8 @@ def _local(path: str, manifest: "_Manifest") -> Shard:
 
 
 def _remote(remote: Remote, manifest: "_Manifest") -> Shard:
-    stamp, known = _stamp(remote.path), manifest.get(remote.path)
+    stamp = _stamp(remote.path)
+    known = manifest.get(remote.path, stamp)
     if known and stamp in (None, known[:2]):
         return Shard(path=remote.path, count=known[2], remote=remote)
     if stamp is None and (count := _published(remote)):
@@ -92,7 +92,7 @@ def _remote(remote: Remote, manifest: "_Manifest") -> Shard:
         return Shard(path=remote.path, count=count, remote=remote)
     made = _index(remote.path, remote)
     if known:
-        _compare(made, Shard(path=remote.path, count=known[2], remote=remote))
+        made = _agreeing(made, Shard(path=remote.path, count=known[2], remote=remote))
     if not made.problem:
         manifest.put(remote.path, [*(_stamp(remote.path) or [0, 0]), len(made)])
     return Shard(path=remote.path, count=len(made), problem=made.problem, remote=remote)
@@ -134,16 +134,20 @@ class _Manifest:
     def __init__(self, folder: str, remote: Remote | None):
         self.places = list(shards.index_files(os.path.join(folder, NAME), folder))
         self.remote, self.new = remote, False
-        self.tars = next((tars for place in self.places if (tars := _tars(_read(place)))), {})
+        held = [_tars(shards.read_json(place)) for place in self.places]
+        self.tars = {name: entry for tars in held for name, entry in tars.items()}
+        self._others = held[0]  # what others left in the folder; where it cannot be written to, ours is in the cache
 
-    def get(self, path: str) -> list[int] | None:
-        """What is known of a tar."""
+    def get(self, path: str, stamp: list[int] | None) -> list[int] | None:
+        """What is known of a tar, which has this size and mtime if it is here."""
         name = os.path.basename(path)
         if name not in self.tars and self.remote is not None:
             for other, (_, _, count) in _tars(self.remote.published(NAME)).items():
                 self.tars.setdefault(other, [0, 0, count])
             self.remote, self.new = None, True  # asked once
-        return self.tars.get(name)
+        known = self.tars.get(name)
+        other = self._others.get(name)
+        return other if other and known and known[:2] != stamp == other[:2] else known
 
     def put(self, path: str, entry: list[int]) -> None:
         """Note what was found out about a tar."""
@@ -154,14 +158,6 @@ class _Manifest:
         """Write the file if there is anything new. Ranks may do so at once: each knows all, and the last one stays."""
         if self.new and self.tars:
             shards.write_json({"version": VERSION, "tars": self.tars}, self.places)
-
-
-def _read(place: str) -> Any:
-    try:
-        with open(place, "rb") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _tars(known: Any) -> dict[str, list[int]]:
@@ -185,8 +181,7 @@ def load(shard: Shard) -> shards.Index:
     made = _loaded.get(shard.path)
     removable = shard.remote is not None and shard.remote.limit > 0
     if made is None or (removable and not shards.is_open(shard.path)):
-        made = _index(shard.path, shard.remote)
-        _compare(made, shard)
+        made = _agreeing(_index(shard.path, shard.remote), shard)
         _loaded[shard.path] = made
         while len(_loaded) > _LOADED:
             _loaded.popitem(last=False)
@@ -194,24 +189,39 @@ def load(shard: Shard) -> shards.Index:
     return made
 
 
-def _compare(made: shards.Index, shard: Shard) -> None:
+def _agreeing(made: shards.Index, shard: Shard) -> shards.Index:
+    """The index of a tar, made again from the tar itself if it does not agree with what is known of it.
+
+    Raises:
+        UserError: What is known of it is wrong; of a local tar it is right from now on.
+    """
     if len(made) != shard.count:
-        found = f"it {made.problem}" if made.problem else f"it holds {len(made):,} samples"
-        if shard.remote is None:
-            raise UserError(f"{shard.name} held {shard.count:,} samples at the start, now {found}; start the run again")
+        made = _index(shard.path, shard.remote, again=True)
+    if len(made) == shard.count:
+        return made
+    found = f"it {made.problem}" if made.problem else f"it holds {len(made):,} samples"
+    if shard.remote is None:
+        known = _Manifest(os.path.dirname(shard.path), None)
+        if not made.problem:
+            known.put(shard.path, [*(_stamp(shard.path) or [0, 0]), len(made)])
+        known.save()
         raise UserError(
-            f"{shard.name} should hold {shard.count:,} samples, as was published beside it or seen before; {found}. "
-            f"Mend what is published, or remove {os.path.dirname(shard.path)} if the tar was replaced"
+            f"{shard.name} held {shard.count:,} samples at the start, now {found}: it was changed, or what {NAME} said "
+            "of it was wrong, and is mended now. Start the run again"
         )
+    raise UserError(
+        f"{shard.name} should hold {shard.count:,} samples, as was published beside it or seen before; {found}. "
+        f"Mend what is published, or remove {os.path.dirname(shard.path)} if the tar was replaced"
+    )
 
 
-def _index(path: str, remote: Remote | None) -> shards.Index:
+def _index(path: str, remote: Remote | None, *, again: bool = False) -> shards.Index:
     """The index of a tar, which is open from then on: nobody can take it away while it is read."""
     for tries_left in reversed(range(_TRIES if remote else 1)):
         try:
             if remote:
                 remote.fetch()
-            made = shards.index(path)
+            made = shards.index(path, again=again)
             shards.open_tar(path)
             if remote and made.problem:
                 os.unlink(path)  # a login page, perhaps: the next start asks for the tar again

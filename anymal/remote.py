@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from anymal.errors import UserError
+from anymal.settings import public_text
 
 TRIES, BACKOFF, TIMEOUT = 5, 1.0, 60.0  # tries without progress; seconds before the second, doubling; for one answer
-_LARGEST_JSON = 1 << 28  # bytes
+_LARGEST_JSON = 1 << 25  # bytes; a larger one takes more memory than the counts in it are worth
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _opener = urllib.request.OpenerDirector()
@@ -46,11 +47,13 @@ def check(url: str) -> None:
         UserError: Another scheme, not a .tar, no host, or a password in it.
     """
     if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
-        raise UserError(f"{url!r}: an address has no spaces and only ASCII characters; write the others as %XX")
+        raise UserError(
+            f"{public_text(url)!r}: an address has no spaces and only ASCII characters; write the others as %XX"
+        )
     try:
         parts, name = urllib.parse.urlsplit(url), _without_query(url)
     except ValueError as error:
-        raise UserError(f"{url} is not an address: {error}") from error
+        raise UserError(f"{public_text(url)} is not an address: {error}") from error
     if parts.scheme.lower() not in ("http", "https"):
         how = "mount the bucket and give its path, or give pre-signed https addresses"
         raise UserError(f"{name}: {parts.scheme}:// is not read, only files, http:// and https://; {how}")

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tarfile
 import tempfile
 from collections import OrderedDict
@@ -29,12 +30,16 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_itera
 from anymal import remote
 from anymal.errors import BadSample, UserError
 from anymal.files import file_mode
+from anymal.settings import public_text
 
 BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
 LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once
+LARGEST_JSON = 1 << 25  # bytes of a file beside tars: the counts of 400,000, or the offsets of 3 million samples
 VERSION = 1  # of the index files
 _OPEN_FILES = 32
 _log = logging.getLogger(__name__)
+_LOOKED_AT = 3  # samples of a tar whose headers must be where its index file says
+_LONGEST_REASON = 500  # characters
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 _TIMES = re.compile(rb"(\d+ [acm]time=[\d.]+\n)+")  # the pax records of webdataset's own writer: nothing to obey
 _PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
@@ -78,7 +83,9 @@ def expand(shards: Any) -> list[str]:
         )
     twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
     if twice:
-        raise UserError(f"{twice} is listed twice; to see data more often, give it a ratio in data.datasets")
+        raise UserError(
+            f"{public_text(twice)} is listed twice; to see data more often, give it a ratio in data.datasets"
+        )
     return paths
 
 
@@ -98,6 +105,8 @@ def _expand_one(name: str) -> list[str]:
         if _PACKED.search(path):
             raise UserError(f"{path} is compressed, so that no sample can be read by its place; decompress it first")
         return [path]
+    if os.path.exists(path):
+        raise UserError(f"{path} is not a regular file: a pipe or a device has no places to read samples from")
     try:
         expanded = expand_urls(path)
     except ValueError as error:
@@ -111,16 +120,20 @@ def _expand_url(name: str) -> list[str]:
     try:
         urls = list(braceexpand(name))
     except ValueError as error:
-        raise UserError(f"{name} is not a brace pattern: {error}") from error
+        raise UserError(f"{public_text(name)} is not a brace pattern: {error}") from error
     for url in urls:
         remote.check(url)
     return urls
 
 
-def index(path: str) -> Index:
-    """Where the samples of a tar lie: from its index file if that is newer than the tar, else by walking its headers.
+def index(path: str, *, again: bool = False) -> Index:
+    """Where the samples of a tar lie: from its index file if that fits the tar, else by walking its headers.
 
     The index file lies beside the tar, or in $ANYMAL_CACHE (~/.cache/anymal) where that folder cannot be written to.
+
+    Args:
+        path: The tar.
+        again: Whether to walk its headers in any case, and write the index file anew.
 
     Raises:
         UserError: The tar cannot be opened. One that is no tar or is cut short is no error: see `Index.problem`
@@ -128,9 +141,12 @@ def index(path: str) -> Index:
     """
     _forget(path)  # whoever asks for an index wants the file that is there now
     try:
-        stat = os.stat(path)
-        stamp = [VERSION, stat.st_size, stat.st_mtime_ns]
-        for place in index_files(f"{path}.index.json", path):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"shard {path} is not a regular file: it is a folder, a pipe or a device")
+        stamp = [VERSION, status.st_size, status.st_mtime_ns]
+        # ours in the cache first: where it had to be written, what lies beside the tar may be wrong for ever
+        for place in () if again else reversed([*index_files(f"{path}.index.json", path)]):
             found = _load(place, path, stamp)
             if found is not None:
                 return found
@@ -153,15 +169,44 @@ def index_files(beside: str, of: str) -> Iterator[str]:
     yield os.path.join(cache_folder(), "index", f"{digest}.json")
 
 
-def _load(place: str, path: str, stamp: list[int]) -> Index | None:
+def read_json(path: str, most: int = LARGEST_JSON) -> Any:
+    """The JSON in a regular file of at most `most` bytes; None if there is no such file. Never waits for a pipe.
+
+    Files beside data are anyone's: links to devices, pipes, bombs.
+    """
     try:
-        known = json.loads(Path(place).read_bytes())
-        if known["stamp"] != stamp:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may already do something
             return None
-        bad = {int(sample): str(reason) for sample, reason in known["bad"].items()}
-        return Index(path=path, blocks=np.array(known["blocks"], np.uint32), bad=bad, problem=str(known["problem"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            data = file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+        return json.loads(data) if len(data) <= most else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _load(place: str, path: str, stamp: list[int]) -> Index | None:
+    known = read_json(place, LARGEST_JSON + stamp[1] // 32)  # a sample takes 512 bytes of the tar, and 11 of these
+    try:
+        if known["stamp"] != stamp or known["problem"]:  # a tar without samples is looked at again
+            return None
+        blocks = np.array(known["blocks"], np.uint32)
+        bad = {int(sample): str(reason)[:_LONGEST_REASON] for sample, reason in known["bad"].items()}
+        if not _fits(blocks, path, stamp[1]) or any(not 0 <= sample < len(blocks) - 1 for sample in bad):
+            return None
+        return Index(path=path, blocks=blocks, bad=bad)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, tarfile.TarError):
         return None  # missing, of another version, or damaged: it is made again
+
+
+def _fits(blocks: np.ndarray, path: str, size: int) -> bool:
+    """Whether the places of samples are in order, within the tar, and headers where a few of them begin."""
+    if blocks.ndim != 1 or len(blocks) < 2 or not (blocks[1:] > blocks[:-1]).all() or blocks[-1] > -(-size // BLOCK):
+        return False
+    with open(path, "rb") as file:
+        for block in blocks[np.linspace(0, len(blocks) - 2, _LOOKED_AT).astype(int)].tolist():
+            header = os.pread(file.fileno(), BLOCK, BLOCK * block)
+            tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")  # checks its sum
+    return True
 
 
 def _save(made: Index, stamp: list[int]) -> None:
@@ -311,7 +356,10 @@ def _any(path: str, data: bytes) -> tuple[str, dict[str, bytes]]:
     except Exception as error:  # as in _walk
         raise BadSample(f"does not read as members of a tar: {str(error.args[0]).split(' @ ')[0]}") from error
     if len(samples) != 1:
-        raise BadSample(f"its place in the tar holds {len(samples)} samples; was the tar changed during the run?")
+        raise BadSample(
+            f"its place in the tar holds {len(samples)} samples; was the tar changed during the run, "
+            f"or is {os.path.basename(path)}.index.json, which says where it lies, of another tar? Then remove that"
+        )
     sample = samples[0]
     key = sample.pop("__key__")
     del sample["__url__"]
@@ -341,7 +389,7 @@ def open_tar(path: str) -> int:
     if path not in _files:
         while len(_files) >= _OPEN_FILES:
             os.close(_files.popitem(last=False)[1])
-        _files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _files[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     _files.move_to_end(path)
     return _files[path]
 

@@ -126,6 +126,8 @@ def stamp(tar: str) -> list[int]:
 
 def read_header(path: str) -> dict[str, Any] | None:
     """What a twin says of itself; None if this is no twin, or one that was not finished."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return None
     try:
         with tarfile.open(path, mode="r:") as tar:
             member = tar.next()

@@ -1,5 +1,7 @@
 """What several tests need: a tiny causal LM of transformers with a chat template, made on the spot."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,17 @@ def make_llm(folder: Path, *, width: int = 64, layers: int = 2, seed: int = 0) -
 def tiny_llm(tmp_path_factory) -> Path:
     """The folder of a tiny causal LM."""
     return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Ends a test that waits for a pipe."""
+
+    def ended(*_):
+        raise AssertionError("waits for ever")
+
+    before = signal.signal(signal.SIGALRM, ended)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -55,7 +55,14 @@ def test_damaged_manifests_are_made_again(tars):
     place = Path(tars[0]).with_name(manifest.NAME)
     good = json.loads(place.read_text())
     assert good["tars"].keys() == {"3.tar", "4.tar", "5.tar"}
-    for damaged in ("", "[", "[]", "{}", json.dumps(good | {"version": 99}), json.dumps(good | {"tars": {"3.tar": 3}})):
+    for damaged in (
+        "",
+        "[",
+        "[]",
+        "[" * 10**6,
+        "{}",
+        *map(json.dumps, (good | {"version": 99}, good | {"tars": {"3.tar": 3}})),
+    ):
         place.write_text(damaged)
         assert counts(tars) == [3, 4, 5, 0]
         assert json.loads(place.read_text()) == good
@@ -86,3 +93,43 @@ def test_offsets_are_loaded_when_they_are_read(tars, monkeypatch):
     shutil.copy(tars[1], tars[0])
     with pytest.raises(UserError, match="held 3 samples at the start, now it holds 4"):
         manifest.load(found[0])
+
+
+def test_pipes_and_devices_in_the_place_of_a_manifest(tars, no_waiting, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path / "cache"))
+    place = Path(tars[0]).with_name(manifest.NAME)
+    for make in (os.mkfifo, lambda place: os.symlink("/dev/null", place)):
+        make(place)
+        assert counts(tars) == [3, 4, 5, 0]
+        place.unlink()
+
+
+def test_an_index_that_disagrees_with_the_tar_is_made_again(tars):
+    """It is plausible by itself: it lacks a sample."""
+    (shard,) = manifest.survey(tars[1:2]).values()
+    beside = Path(f"{tars[1]}.index.json")
+    good = json.loads(beside.read_text())
+    beside.write_text(json.dumps(good | {"blocks": [*good["blocks"][:2], *good["blocks"][3:]]}))
+    assert len(shards.index(tars[1])) == 3
+    manifest._loaded.clear()
+    assert len(manifest.load(shard)) == 4
+    assert json.loads(beside.read_text()) == good
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_manifest_that_disagrees_with_the_tars_is_mended(tars, tmp_path, monkeypatch, writable):
+    monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path / "cache"))
+    counts(tars)
+    place = Path(tars[0]).with_name(manifest.NAME)
+    wrong = json.loads(place.read_text())
+    wrong["tars"]["4.tar"][2] = 40
+    place.write_text(json.dumps(wrong))
+    assert counts(tars) == [3, 40, 5, 0]
+    if not writable:
+        write_json = shards.write_json
+        monkeypatch.setattr(shards, "write_json", lambda value, places: write_json(value, list(places)[1:]))
+    shard = manifest.survey(tars)[tars[1]]
+    with pytest.raises(UserError, match=r"4\.tar held 40 samples at the start, now it holds 4.*anymal\.index\.json"):
+        manifest.load(shard)
+    assert counts(tars) == [3, 4, 5, 0], "started again, as the message says, it is right"
+    assert (json.loads(place.read_text()) == wrong) == (not writable)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from anymal import shards
+from anymal import shards, twins
 from anymal.errors import BadSample, UserError
 
 
@@ -127,12 +127,29 @@ def test_index_file_is_used_until_the_tar_changes(tmp_path):
     beside = Path(f"{path}.index.json")
     known = json.loads(beside.read_text())
     assert known["blocks"] == first.blocks.tolist()
-    known["problem"] = "seen"  # shows that the file is read
-    beside.write_text(json.dumps(known))
-    assert shards.index(str(path)).problem == "seen"
-    for damaged in ("", "[1]", "{", json.dumps(known | {"blocks": [-1]}), json.dumps(known | {"stamp": [0]})):
-        beside.write_text(damaged)
-        assert shards.index(str(path)).blocks.tolist() == first.blocks.tolist()
+    blocks = known["blocks"]
+    beside.write_text(json.dumps(known | {"bad": {"0": "seen"}}))  # shows that the file is read
+    assert shards.index(str(path)).bad == {0: "seen"}
+    for damaged in (
+        {"blocks": [-1]},
+        {"stamp": [0]},
+        {"problem": "is no tar, they say"},
+        {"blocks": blocks[::-1]},
+        {"blocks": [blocks]},
+        {"blocks": [*blocks[:-1], blocks[-1] + 100]},  # beyond the tar's end
+        {"blocks": [block + 1 for block in blocks]},  # where no header is
+        {"blocks": [0]},
+        {"bad": {"4": "there is none"}},
+        "",
+        "[1]",
+        "{",
+        "[" * 10**6,
+        json.dumps(known) + " " * (shards.LARGEST_JSON + 10**4),
+    ):
+        beside.write_text(damaged if isinstance(damaged, str) else json.dumps(known | damaged))
+        found = shards.index(str(path))
+        assert found.blocks.tolist() == first.blocks.tolist() and not found.bad and not found.problem
+        assert json.loads(beside.read_text()) == known, "it was made again"
 
     shards.read(str(path), *first.place(0))  # opens the old file
     write(path, pairs(9, size=100))
@@ -163,13 +180,32 @@ def test_read_only_folder_uses_the_cache(monkeypatch):
                 os.seteuid(65534)
             assert len(shards.index(str(path))) == 3
             (cached,) = (cache / "index").iterdir()
-            cached.write_text(cached.read_text().replace('"problem":""', '"problem":"seen"'))
-            assert shards.index(str(path)).problem == "seen"
+            cached.write_text(cached.read_text().replace('"bad":{}', '"bad":{"0":"seen"}'))
+            assert shards.index(str(path)).bad == {0: "seen"}
         finally:
             if was_root:
                 os.seteuid(0)
             os.chmod(data, 0o755)
         assert [p.name for p in data.iterdir()] == ["a.tar"]
+
+
+def test_pipes_and_devices_in_the_place_of_files_are_not_opened(tmp_path, no_waiting, monkeypatch):
+    monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.tar", pairs(3))
+    beside = Path(f"{path}.index.json")
+    for make in (os.mkfifo, lambda place: os.symlink("/dev/null", place)):
+        make(beside)
+        assert len(shards.index(str(path))) == 3
+        beside.unlink()
+        tar = tmp_path / "b.tar"
+        make(tar)
+        with pytest.raises(UserError, match=r"b\.tar is not a regular file"):
+            shards.expand(str(tar))
+        assert shards.expand(str(tmp_path)) == [str(path), str(tar)]
+        with pytest.raises(UserError, match=r"b\.tar is not a regular file"):
+            shards.index(str(tar))
+        assert twins.read_header(str(tar)) is None
+        tar.unlink()
 
 
 def test_nowhere_to_write_is_no_error(tmp_path, monkeypatch):

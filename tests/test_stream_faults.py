@@ -109,7 +109,7 @@ NAMED = {
     ("mixed.tar", "toofew"): "refers to 2 image members, it holds 1",
     ("mixed.tar", "toomany"): "refers to 1 image members, it holds 2",
     ("mixed.tar", "badjson"): "json is not valid",
-    ("mixed.tar", "deepjson"): "RecursionError",
+    ("mixed.tar", "deepjson"): "nested too deeply",
     ("mixed.tar", "nocaption"): "has no text",
     ("mixed.tar", "nomedium"): "no medium",
     ("mixed.tar", "badtext"): "not UTF-8",
