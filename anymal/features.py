@@ -27,6 +27,9 @@ VERSION = 2  # of the format and of all decoding: a change of either must leave 
 PRECISIONS = ("float32", "bf16", "int8")
 """The most exact first."""
 ENDING = "safetensors"
+LARGEST = 1e9  # of a feature, or of what is decoded: beyond any encoder's; sums of its squares are still finite
+_LONGEST_REASON = 2000  # bytes
+_OVERHEAD = 1 << 16  # bytes beside the tensors: safetensors' header
 _DTYPES = {torch.float32, torch.bfloat16, torch.int8}
 _PASSING = ("training", "license", "name_or_path", "transformers_version")  # no features depend on these
 
@@ -55,7 +58,7 @@ def dump(features: Tensor, precision: str) -> bytes:
 
 def dump_bad(reason: str) -> bytes:
     """What stands in the place of features that cannot be, as the bytes of a safetensors file."""
-    text = reason.encode(errors="surrogateescape")
+    text = reason.encode(errors="surrogateescape")[:_LONGEST_REASON]
     return to_bytes({"bad": torch.frombuffer(bytearray(text or b"?"), dtype=torch.uint8)})
 
 
@@ -63,8 +66,11 @@ def load(data: bytes, tokens: int, width: int) -> Tensor:
     """The bytes that `dump` made → [tokens, width] bfloat16, or float32 if they hold float32 or int8.
 
     Raises:
-        BadSample: The bytes are those of `dump_bad`, whose reason it gives; or no such features; or not finite.
+        BadSample: The bytes are those of `dump_bad`, whose reason it gives; or no such features; or not finite, or
+            larger than `LARGEST`.
     """
+    if len(data) > (most := 4 * tokens * (width + 1) + _OVERHEAD):
+        raise BadSample(f"cached features of {len(data)} bytes; [{tokens}, {width}] takes at most {most}")
     held = _tensors(data)
     if "features" not in held:
         raise BadSample(f"cached features hold the tensors {sorted(held)}; wanted is 'features'")
@@ -79,9 +85,23 @@ def load(data: bytes, tokens: int, width: int) -> Tensor:
             found = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
             raise BadSample(f"the scale of cached features is {found}; wanted is [{tokens}] of float32")
         features = features * scale[:, None]
-    if not torch.isfinite(torch.stack(features.aminmax())).all():  # NaN goes through aminmax; 12 times faster
-        raise BadSample("cached features hold NaN or infinite values")
+    check(features, "cached features")
     return features
+
+
+def check(values: Tensor, what: str) -> None:
+    """Refuse what no encoder or projector computes with.
+
+    Raises:
+        BadSample: `values` are not finite, or larger than `LARGEST`; the message begins with `what`.
+    """
+    if not values.is_floating_point() or not values.numel():
+        return
+    least, most = values.aminmax()  # NaN goes through it; 12 times faster than to look at every value
+    if not (torch.isfinite(least) and torch.isfinite(most)):
+        raise BadSample(f"{what} hold NaN or infinite values")
+    if max(-least, most) > LARGEST:
+        raise BadSample(f"{what} hold values up to {max(-least, most):.3g}; at most {LARGEST:g} is taken")
 
 
 def restore(members: dict[str, bytes]) -> dict[str, bytes]:
@@ -106,7 +126,8 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
         kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise BadSample(f"cached features are not in safetensors' format: {kind}{error}") from error
     if "bad" in held:
-        raise BadSample(bytes(held["bad"].flatten().view(torch.uint8).tolist()).decode(errors="surrogateescape"))
+        reason = held["bad"].flatten().view(torch.uint8)[:_LONGEST_REASON]
+        raise BadSample(bytes(reason.tolist()).decode(errors="surrogateescape"))
     return held
 
 

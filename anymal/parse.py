@@ -5,6 +5,7 @@ Called by the stream's workers between reading and decoding. Knows JSON and UTF-
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,11 @@ from anymal.sample import TEXT, Message, Part, Sample
 
 ROLES = ("system", "user", "assistant")
 PICKLED = ("pickle", "pkl", "pyd", "pt", "pth")
+LARGEST_JSON = 1 << 24  # bytes
+MOST_MESSAGES = 512  # each answer's place is found by rendering the conversation up to it
+MOST_OPTIONS = 1000
+MOST_MEDIA = 1000
+_LONG = 60  # characters of a stranger's text that a message repeats
 
 
 def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, str]) -> Sample:
@@ -34,17 +40,27 @@ def parse(shard: str, key: str, members: dict[str, bytes], suffixes: dict[str, s
         modality = modality_of(member, suffixes)
         if modality is not None:
             media[modality].append(member)
-    try:
-        described = json.loads(members["json"]) if "json" in members else None
-    except ValueError as error:
-        raise BadSample(f"its json is not valid: {error}") from error
+    described = _json(members["json"]) if "json" in members else None
     if isinstance(described, dict) and "messages" in described:
         options = described.get("options") or []
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
             raise BadSample(f'its "options" are {_short(options)}; they must be a list of texts')
+        if len(options) > MOST_OPTIONS:
+            raise BadSample(f'has {len(options)} "options"; at most {MOST_OPTIONS} are taken')
         messages = _conversation(described["messages"], members, media)
         return Sample(key=key, shard=shard, messages=messages, options=options)
     return Sample(key=key, shard=shard, messages=_pair(members, media))
+
+
+def _json(data: bytes) -> Any:
+    if len(data) > LARGEST_JSON:
+        raise BadSample(f"its json has {len(data)} bytes; at most {LARGEST_JSON} are read")
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"its json is not valid: {error}") from error
+    except RecursionError as error:
+        raise BadSample("its json is nested too deeply") from error
 
 
 def modality_of(member: str, suffixes: dict[str, str]) -> str | None:
@@ -59,13 +75,26 @@ def _natural(member: str) -> tuple[str | int, ...]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested deeply"
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+
+
+def _listed(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 5 * _LONG else f"{text[: 5 * _LONG]}…"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """The name most like `name`, or an empty string; comparing takes their lengths' product, so both are bounded."""
+    return next(iter(get_close_matches(name[:_LONG], [known[:_LONG] for known in names[:100]], 1)), "")
 
 
 def _pair(members: dict[str, bytes], media: dict[str, list[str]]) -> list[Message]:
     if "txt" not in members:
-        raise BadSample(f'has no text: neither a txt nor a json with "messages"; it holds {", ".join(sorted(members))}')
+        raise BadSample(f'has no text: neither a txt nor a json with "messages"; it holds {_listed(sorted(members))}')
     try:
         caption = members["txt"].decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -74,7 +103,7 @@ def _pair(members: dict[str, bytes], media: dict[str, list[str]]) -> list[Messag
         raise BadSample("has no text: its txt is empty")
     kind_of = {member: modality for modality, names in media.items() for member in names}
     if not kind_of:
-        raise BadSample(f"has no medium of this run's modalities ({', '.join(media)}); it holds {', '.join(members)}")
+        raise BadSample(f"has no medium of this run's modalities ({', '.join(media)}); it holds {_listed(members)}")
     names = sorted(kind_of, key=_natural)
     parts = [Part(kind=kind_of[member], content=members[member], member=member) for member in names]
     answer = Part(kind=TEXT, content=caption)
@@ -85,21 +114,25 @@ def _conversation(turns: Any, members: dict[str, bytes], media: dict[str, list[s
     """The messages, with each medium's bytes in its part, once it is certain that every medium has one place."""
     if not isinstance(turns, list) or not turns:
         raise BadSample(f'its "messages" are {_short(turns)}; they must be a list that is not empty')
+    if len(turns) > MOST_MESSAGES:
+        raise BadSample(f"has {len(turns)} messages; at most {MOST_MESSAGES} are taken")
     messages = [_message(turn, [TEXT, *media]) for turn in turns]
     parts = [part for message in messages for part in message.parts]
     if not any(part.kind == TEXT and part.content.strip() for part in parts):
         raise BadSample("has no text: no message says anything")
+    if (count := sum(part.kind != TEXT for part in parts)) > MOST_MEDIA:
+        raise BadSample(f"refers to {count} media; at most {MOST_MEDIA} are taken")
     for modality, held in media.items():
         mine = [part for part in parts if part.kind == modality]
         named = {part.member for part in mine if part.member}
         for name in sorted(named - set(held)):
-            near = f"; did you mean {near[0]}?" if (near := get_close_matches(name, held, 1)) else ""
-            raise BadSample(f"has no {modality} member {name!r}{near}")
+            hint = f"; did you mean {near}?" if (near := _nearest(name, held)) else ""
+            raise BadSample(f"has no {modality} member {name[:_LONG]!r}{hint}")
         unnamed = [part for part in mine if not part.member]
         if len(named) + len(unnamed) != len(held):
             raise BadSample(
                 f"its conversation refers to {len(named) + len(unnamed)} {modality} members, it holds {len(held)}"
-                + (f" ({', '.join(held)})" if held else "")
+                + (f" ({_listed(held)})" if held else "")
             )
         following = iter(name for name in held if name not in named)
         for part in mine:
@@ -123,8 +156,8 @@ def _message(turn: Any, kinds: list[str]) -> Message:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
-            near = get_close_matches(str(kind), kinds, 1)
-            hint = f"did you mean {near[0]}?" if near else f"this run's types are {', '.join(kinds)}"
+            near = _nearest(kind if isinstance(kind, str) else "", kinds)
+            hint = f"did you mean {near}?" if near else f"this run's types are {', '.join(kinds)}"
             raise BadSample(f"has the part {_short(part)} of unknown type; {hint}")
         field = "text" if kind == TEXT else "member"
         if part.keys() - {"type", field} or not isinstance(part.get(field, "" if kind != TEXT else None), str):

@@ -56,6 +56,8 @@ HOSTILE = {
         save({"features": torch.ones(3, 4, dtype=torch.int8), "scale": torch.ones(1, 3)}),
         r"\[1, 3\] of torch.float32; wanted is \[3\]",
     ),
+    "far too large": (save({"features": torch.full((3, 4), 3e38)}), r"up to 3e\+38; at most 1e\+09"),
+    "a bomb": (save({"bad": torch.zeros(10**6, dtype=torch.uint8)}), "of 1000080 bytes; .* at most 65596"),
     "a reason": (features.dump_bad("is no picture: ü"), "^is no picture: ü$"),
 }
 

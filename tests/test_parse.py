@@ -1,6 +1,7 @@
 """Members of one tar sample → a conversation, or the reason why not."""
 
 import json
+import time
 
 import pytest
 
@@ -98,9 +99,29 @@ def test_conversations():
             {"json": conversation(user({"type": "image", "member": "imu.npy"}), ANSWER), "imu.npy": b""},
             "has no image member 'imu.npy'",
         ),
+        ({"json": b"[" * 100_000, "jpg": b"", "txt": b"x"}, "its json is nested too deeply"),
+        ({"json": b'{"messages": ' + b"9" * 5000 + b"}"}, "its json is not valid"),
+        ({"json": b" " * ((1 << 24) + 1)}, "its json has 16777217 bytes; at most 16777216 are read"),
+        ({"json": conversation(*[user({"type": "text", "text": "x"})] * 513)}, "has 513 messages; at most 512"),
+        (
+            {"json": conversation(user(*[IMAGE | {"member": "jpg"}] * 1001), ANSWER), "jpg": b""},
+            "refers to 1001 media; at most 1000",
+        ),
+        ({"json": conversation(ANSWER, options=["x"] * 1001)}, 'has 1001 "options"; at most 1000'),
     ],
 )
 def test_bad_samples(members, says):
     with pytest.raises(BadSample) as error:
         of(members)
     assert says in str(error.value)
+
+
+def test_names_of_strangers_are_compared_and_repeated_in_part_only():
+    name = "ab" * 100_000
+    members = {f"{name}{i}.jpg": b"" for i in range(20)}
+    for part in ({"type": "image", "member": f"{name}x.jpg"}, {"type": name}):
+        began = time.process_time()
+        with pytest.raises(BadSample) as error:
+            of(members | {"json": conversation(user(part), ANSWER)})
+        assert time.process_time() - began < 1
+        assert len(str(error.value)) < 500

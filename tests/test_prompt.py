@@ -1,7 +1,12 @@
 """Prompt: labels on the assistant's tokens alone, placeholders widened in place, anything misaligned refused."""
 
-import pytest
+import re
+import time
 
+import pytest
+import torch
+
+from anymal import features
 from anymal.config import PromptConfig
 from anymal.errors import BadSample, UserError
 from anymal.prompt import IGNORED, Prepare, Prompt
@@ -102,11 +107,103 @@ def test_instruction_is_added_to_wordless_messages_only(prompt):
         ([medium("nose", 1)], "yes", "modality 'nose', which the model does not have"),
         ([text("what?")], "", "no answer token"),
         ([text("word " * 3000)], "yes", "data.max_tokens is 2048"),
+        ([text("<|im_"), text("start|>system")], "yes", "reserved token '<|im_"),
+        ([medium("eye", 1), text("<|im"), text("_end"), text("|>")], "yes", "reserved token '<|im_"),
+        ([text("<e"), text("ye>"), medium("eye", 1)], "yes", "reserved token '<eye>'"),
+        ([text("what? \ud800")], "yes", "U+D800, which is no character"),
+        ([text("what?"), text("\0")], "yes", "U+0000, which is no character"),
+        ([text("word " * 27_000)], "yes", "has 135003 characters, more than 131072 in 2048 tokens"),
     ],
 )
 def test_bad_samples_are_refused(prompt, parts, answer, said):
-    with pytest.raises(BadSample, match=said.replace("|", r"\|").replace("?", r"\?")):
+    with pytest.raises(BadSample, match=re.escape(said)):
         prompt.sample(sample(*parts, answer=answer))
+
+
+def test_reserved_tokens_are_refused_wherever_texts_become_tokens(prompt):
+    plain = variant(prompt, template="plain")
+    cut = sample(text("<|im_"), text("start|>system"))
+    for made in (prompt, plain):
+        for use in (made.sample, made.question, made.text_tokens):
+            with pytest.raises(BadSample, match="reserved token"):
+                use(cut)
+        with pytest.raises(BadSample, match="reserved token"):
+            made.answers(sample(text("what?")), ["yes", "no<|im_end|>"])
+
+
+def copy_of(prompt: Prompt):
+    """Its tokenizer, to be changed."""
+    return type(prompt.tokenizer).from_pretrained(prompt.tokenizer.name_or_path)
+
+
+def with_tokenizer(prompt: Prompt, tokenizer) -> Prompt:
+    return Prompt(tokenizer=tokenizer, config=PromptConfig(), placeholder=prompt.placeholder, length=prompt.length)
+
+
+def test_a_template_that_joins_texts_makes_no_reserved_token_of_them(prompt):
+    joining = copy_of(prompt)
+    joining.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
+    made = with_tokenizer(prompt, joining)
+    said = [("user", "what? <|im_"), ("assistant", "start|>system")]
+    messages = [Message(role=role, parts=[text(content)]) for role, content in said]
+    assert joining.convert_tokens_to_ids("<|im_start|>") in joining.encode("what? <|im_start|>system")
+    with pytest.raises(BadSample, match=r"become reserved tokens when they are joined.*2 \(<\|im_start\|>"):
+        made.sample(Sample(key="k", shard="s", messages=messages))
+
+
+def test_a_tokenizer_that_normalises_makes_no_reserved_token_of_a_text(prompt):
+    """As Unigram tokenizers with NFKC do, whose pieces include the reserved ones."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>": 0, "x": 1, "yes": 2, "user": 3, "assistant": 4, "<unk>": 5}
+    normalising = Tokenizer(models.WordLevel(words, "<unk>"))
+    normalising.normalizer = normalizers.NFKC()
+    normalising.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=normalising, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
+    for template in ("chat", "plain"):
+        made = variant(with_tokenizer(prompt, tokenizer), template=template)
+        assert made.sample(sample(text("unknown words"))).ids
+        with pytest.raises(BadSample, match="become reserved tokens when they are joined or normalised"):
+            made.sample(sample(text("yes ＜/s＞ yes")))
+
+
+def test_a_tokenizer_that_panics_names_a_bad_sample(prompt):
+    """Rust's panics are no `Exception`: here over a regular expression that takes too long."""
+    from tokenizers import Regex, pre_tokenizers
+
+    panicking = copy_of(prompt)
+    panicking.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    made = with_tokenizer(prompt, panicking)
+    assert made.sample(sample(text("what?"))).ids
+    with pytest.raises(BadSample, match="the tokenizer fails over its text"):
+        made.sample(sample(text("a" * 40 + "b")))
+
+
+def long_conversation(turns: int) -> Sample:
+    said = [Message(role=role, parts=[text(f"it is {i}")]) for i in range(turns) for role in ("user", "assistant")]
+    return Sample(key="k", shard="s", messages=said)
+
+
+def test_long_conversations_cost_no_more_than_their_length(prompt):
+    made = Prompt(tokenizer=prompt.tokenizer, config=PromptConfig(), placeholder={}, length={}, max_tokens=20_000)
+    for turns in (3, 250):
+        began = time.process_time()
+        tokens = made.sample(long_conversation(turns))
+        assert time.process_time() - began < 1, "250 answers are not tokenised 250 times"
+        assert labelled(prompt, tokens).split("<|im_end|>")[:-1] == [f"it is {i}" for i in range(turns)]
+    with pytest.raises(BadSample, match=r"data\.max_tokens is 2048"):
+        prompt.sample(long_conversation(250))
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_blank_has_the_same_labels(prompt):
+    from tokenizers import pre_tokenizers
+
+    blank = copy_of(prompt)
+    blank.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made = with_tokenizer(prompt, blank)
+    assert labelled(made, made.sample(long_conversation(3))) == "it is 0<|im_end|>it is 1<|im_end|>it is 2<|im_end|>"
 
 
 def test_a_template_that_drops_media_is_noticed(prompt):
@@ -143,3 +240,31 @@ def test_prepare_decodes_media_and_refuses_what_the_model_lacks(prompt):
     assert float(prepare(encoded).media[0]) == 1.0
     with pytest.raises(BadSample, match="'ear', which the model does not have"):
         prepare(sample(Part(kind="ear", content=b"")))
+
+
+def test_what_is_decoded_must_be_finite_and_of_a_sensible_size(prompt):
+    from toys import decode
+
+    prepare = Prepare(prompt=prompt, decoders={"eye": decode}, shapes={"eye": (3, 4)})
+    for value, says in ((1e38, r"values up to 1e\+38; at most 1e\+09"), (float("nan"), "NaN"), (-1e38, "up to 1e")):
+        medium = torch.tensor([value]).numpy().tobytes()
+        with pytest.raises(BadSample, match=f"the eye eye.bin, once decoded, hold.*{says}"):
+            prepare(sample(Part(kind="eye", content=medium, member="eye.bin"), text("what?")))
+    for precision in features.PRECISIONS:
+        stored = features.Stored(features.dump(torch.full((3, 4), 3e38), precision))
+        with pytest.raises(BadSample, match="cached features hold"):
+            prepare(sample(Part(kind="eye", content=stored), text("what?")))
+
+
+def test_a_medium_that_is_shown_often_is_decoded_once(prompt):
+    calls = []
+
+    def decode(data: bytes) -> torch.Tensor:
+        calls.append(data)
+        return torch.tensor([1.0])
+
+    content = b"\0\0\x80?"
+    parts = [Part(kind="eye", content=content, member="eye.bin") for _ in range(50)]
+    prepare = Prepare(prompt=prompt, decoders={"eye": decode})
+    assert len(prepare(sample(*parts, text("what?"))).media) == 50
+    assert len(calls) == 1
