@@ -100,7 +100,7 @@ def load_config(name: str) -> Any:
     import adapters.efficientnet_lite
     import adapters.imu_encoder  # noqa: F401
 
-    return call("config", name, AutoConfig.from_pretrained)
+    return call("config", name, AutoConfig.from_pretrained, trust_remote_code=False)
 
 
 def load_network(name: str, *, tower: str | None = None, cls: type | None = None) -> nn.Module:
@@ -119,13 +119,13 @@ def load_network(name: str, *, tower: str | None = None, cls: type | None = None
 
     if without_weights():
         with quiet(), torch.device("meta"):  # where numbers that are no weights can be read, as ConvNeXt does
-            model = cls(config) if cls else AutoModel.from_config(config, dtype=torch.float32)
+            model = cls(config) if cls else AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with new_tensors():
             model.to_empty(device="cpu")
         return getattr(model, tower or "", model).eval().requires_grad_(False)
     with quiet():
-        load = (cls or AutoModel).from_pretrained
-        model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True)
+        load, own = (cls or AutoModel).from_pretrained, {"trust_remote_code": False}
+        model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True, **own)
     keep = tower is not None and hasattr(model, tower)
     missing = [key for key in report["missing_keys"] if not any(part in key for part in UNUSED)]
     missing = [key for key in missing if not keep or key.split(".")[0] == tower]

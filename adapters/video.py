@@ -199,7 +199,9 @@ def load_video_encoder(name: str | Mapping[str, Any], options: VideoOptions) -> 
     network = load_network(name)
     from transformers import AutoImageProcessor
 
-    processor = call("image processor", name, AutoImageProcessor.from_pretrained, backend="pil")
+    processor = call(
+        "image processor", name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
+    )
     images = ImageDecoder(processor=processor, max_pixels=options.max_pixels)
     decode = VideoDecoder(images=images, frames=config.num_frames, max_seconds=options.max_seconds)
     return ClipEncoder(network, decode, options.pool, license_of(name))

@@ -208,7 +208,9 @@ def load_leaf(config: LeafConfig, where: str) -> Leaf:
     from transformers import AutoImageProcessor
 
     network = _load(config.name)
-    processor = call("image processor", config.name, AutoImageProcessor.from_pretrained, backend="pil")
+    processor = call(
+        "image processor", config.name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
+    )
     pixels = pixels_for(processor, config.size, where)
     return Leaf(network.requires_grad_(False), processor, pixels, config, license_of(config.name), where)
 

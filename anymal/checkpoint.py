@@ -73,14 +73,14 @@ class TrainingState:
 
 def adapter_config(adapter: Adapter, config: Config) -> dict[str, Any]:
     """What a projector fits: modality, encoder, shapes, LLM."""
-    name = adapter.modality.name
+    name, stated = adapter.modality.name, settings.public(config)["model"]
     return {
         "modality": name,
         "placeholder": adapter.modality.placeholder,
-        **asdict(config.model.modalities[name]),
+        **stated["modalities"][name],
         "encoder_width": adapter.encoder.width,
         "encoder_tokens": adapter.encoder.tokens,
-        "llm": config.model.llm.name,
+        "llm": stated["llm"]["name"],
     }
 
 
@@ -258,7 +258,7 @@ def recipe(folder: Path, overrides: Sequence[str] = (), model: Mapping[str, Any]
         model: Nested settings that beat those below its ``model``: ``{"llm": {"name": FOLDER}}`` for an LLM that moved.
     """
     part = ("a setting for the checkpoint", {"model": dict(model)}) if model else None
-    return settings.load(Config, folder / "recipe.yaml", overrides, part=part)
+    return settings.load(Config, folder / "recipe.yaml", overrides, part=part, keep_unset=True)
 
 
 def start_at(folder: Path) -> Start:
@@ -430,15 +430,17 @@ def load_training_state(folder: Path, *, moments: bool = True) -> TrainingState:
 
 def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:
     """A model card in Markdown: what it is, what it was made from, and under which licences."""
-    llm = config.model.llm
-    on_hub = _HUB_NAME.fullmatch(llm.name) and not Path(llm.name).exists()  # others may not even be paths elsewhere
-    base = f"base_model: {llm.name}\n" if on_hub else ""
-    title = llm.name if on_hub else Path(llm.name).name
-    rows = [f"| LLM | {llm.name} | {llm.license or 'unknown'} |"]
+    llm, stated = config.model.llm, settings.public(config)
+    name = stated["model"]["llm"]["name"]
+    on_hub = name == llm.name and _HUB_NAME.fullmatch(name) and not Path(name).exists()  # others may not even be paths
+    base = f"base_model: {name}\n" if on_hub else ""
+    title = name if on_hub else Path(name).name
+    rows = [f"| LLM | {name} | {llm.license or 'unknown'} |"]
     for name, adapter in adapters.items():
-        rows.append(f"| {name} encoder | {config.model.modalities[name].encoder} | {adapter.encoder.license} |")
-    datasets = ", ".join(config.data.datasets) or str(config.data.shards)
-    rows.append(f"| data | {datasets} | {config.run.data_license or 'not stated (run.data_license)'} |")
+        encoder = stated["model"]["modalities"][name]["encoder"]
+        rows.append(f"| {name} encoder | {encoder} | {adapter.encoder.license} |")
+    datasets = ", ".join(config.data.datasets) or str(stated["data"]["shards"])
+    rows.append(f"| data | {datasets} | {stated['run']['data_license'] or 'not stated (run.data_license)'} |")
     listed = "\n".join(rows)
     return f"""---
 {base}library_name: anymal

@@ -78,13 +78,14 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
     elif config.bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name)
+        tokenizer = AutoTokenizer.from_pretrained(config.name, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=dtype,
             quantization_config=quantization,
             attn_implementation=attention.at_loading(config.attention),
             device_map={"": device},
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error

@@ -10,7 +10,11 @@ the nearest one.
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from anymal.errors import UserError
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SHORT = 8  # characters: what is shorter is no secret, and may well stand somewhere else by chance
+_as_written: dict[tuple[str, str], str] = {}  # a setting's dotted name and its value → how the recipe has it
+_environment: dict[str, str] = {}  # the variables of the environment that recipes were made of
+_reading: ContextVar[str] = ContextVar("reading", default="values")  # what ${oc.env:NAME} becomes: see `_env`
+
 
 def load(
     schema: type,
@@ -26,6 +36,7 @@ def load(
     overrides: Sequence[str] = (),
     defaults: Sequence[str] = (),
     part: tuple[str, Any] | None = None,
+    keep_unset: bool = False,
 ) -> Any:
     """Defaults of `schema`, then `defaults`, the YAML recipe, and ``a.b=value`` overrides, checked against the types.
 
@@ -35,6 +46,8 @@ def load(
         overrides: They beat all else.
         defaults: Overrides that the recipe beats.
         part: A name for messages, and settings that beat the recipe's: those of a stage.
+        keep_unset: Whether ``${oc.env:NAME}`` stays as it is where that variable is not set: the recipe of a checkpoint
+            names data that whoever chats with it does not need.
 
     Raises:
         UserError: The recipe is missing or not YAML, a key is unknown (the nearest is named), a value has the wrong
@@ -69,10 +82,11 @@ def load(
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
             raise UserError(f"{name} is not valid YAML: {error}") from error
     try:
-        missing = sorted(OmegaConf.missing_keys(config) | asked)
-        if missing:
-            raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
-        return OmegaConf.to_object(_with_home(config))
+        with _read_as("kept" if keep_unset else "values"):
+            missing = sorted(OmegaConf.missing_keys(config) | asked)
+            if missing:
+                raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
+            return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_first_lines(error)}") from error
 
@@ -84,17 +98,89 @@ def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _set(value, f"{prefix}{key}.")
 
 
-def _with_home(config: Any) -> Any:
-    """Put the home folder in place of a leading ``~/`` wherever a setting is a text."""
+def _with_home(config: Any, prefix: str = "") -> Any:
+    """Put the home folder in place of a leading ``~/`` wherever a setting is a text, and note how that was written."""
     for key in list(config) if OmegaConf.is_dict(config) else range(len(config)):
         if OmegaConf.is_missing(config, key):
             continue
-        value = config[key]
+        value, name = config[key], f"{prefix}{key}"
         if OmegaConf.is_config(value):
-            _with_home(value)
-        elif isinstance(value, str) and value.startswith("~/"):
-            config[key] = str(Path(value).expanduser())
+            _with_home(value, f"{name}.")
+        elif isinstance(value, str):
+            try:
+                with _read_as("written"):
+                    written = config[key]
+            except OmegaConfBaseException:  # of a resolver that takes an interpolation for nothing it knows
+                written = OmegaConf.to_container(config, resolve=False)[key]
+            at_home = str(Path(value).expanduser()) if value.startswith("~/") else value
+            if at_home != value:
+                config[key] = at_home
+            if written != value:
+                _as_written[name, at_home] = written.replace("\0", "$")
     return config
+
+
+@contextmanager
+def _read_as(what: str) -> Iterator[None]:
+    token = _reading.set(what)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
+
+
+def _env(key: str, *default: Any) -> str | None:
+    """OmegaConf's oc.env: the variable, or the default. While recipes are read as they were written, the interpolation
+    itself, its $ hidden so that it is not resolved again; where what is not set is kept, that for it.
+    """
+    text = default[0] if default else None
+    if _reading.get() == "written":
+        literal = "null" if text is None else "'" + str(text).replace("\0", "$").replace("'", "\\'") + "'"
+        return f"\0{{oc.env:{key},{literal}}}" if default else f"\0{{oc.env:{key}}}"
+    if key in os.environ:
+        _environment[key] = os.environ[key]
+        return os.environ[key]
+    if default:
+        return None if text is None else str(text)
+    if _reading.get() == "kept":
+        return f"${{oc.env:{key}}}"
+    raise KeyError(f"Environment variable '{key}' not found")
+
+
+_register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # the name before OmegaConf 2.4
+_register("oc.env", _env, replace=True)
+
+
+def derived(name: str, value: str, source: str, ending: str) -> str:
+    """`value`, a setting made of another's value `source` and an `ending`, to be written as that one was."""
+    if (name, source) in _as_written:
+        _as_written[name, value] = _as_written[name, source] + ending
+    return value
+
+
+def public(config: Any) -> dict[str, Any]:
+    """Settings as plain dicts and lists, as they may be written down or sent: no secret is in them.
+
+    What came from an environment variable is its ``${oc.env:NAME}`` again, and addresses lack what follows the ``?``,
+    which may be a signature.
+    """
+    return _public(OmegaConf.to_container(OmegaConf.structured(config)), "")
+
+
+def _public(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _public(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item, f"{name}.{i}") for i, item in enumerate(value)]
+    return public_text(_as_written.get((name, value), value)) if isinstance(value, str) else value
+
+
+def public_text(text: str) -> str:
+    """A text without values of the environment that the settings hold, and if it is an address, without its query."""
+    for key, value in sorted(_environment.items(), key=lambda item: -len(item[1])):
+        if len(value) >= _SHORT and os.environ.get(key) == value:
+            text = text.replace(value, f"${{oc.env:{key}}}")
+    return re.split("[?#]", text, maxsplit=1)[0] if _ADDRESS.match(text) else text
 
 
 def _first_lines(error: Exception) -> str:
@@ -104,13 +190,13 @@ def _first_lines(error: Exception) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the resolved settings as a recipe that `load` reads back."""
+    """Write the settings, without secrets (see `public`), as a recipe that `load` reads back."""
     path.write_text(to_yaml(config))
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved settings as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The settings as YAML, without secrets (see `public`)."""
+    return OmegaConf.to_yaml(OmegaConf.create(public(config)))
 
 
 def options(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from anymal.config import Config, encoder_learns
 from anymal.errors import UserError
-from anymal.settings import load
+from anymal.settings import derived, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 RESERVED = ("checkpoints", "wandb")  # what a run keeps in its own folder
@@ -73,7 +73,7 @@ def load_stages(
         given = overrides if name == chosen[0] else later
         stage = load(schema, recipe, given, defaults, (f"{recipe}, stage {name}", parts[name]))
         stage.stage, stage.run.group = name, stage.run.group or stage.run.dir
-        stage.run.dir = str(Path(stage.run.dir) / name)
+        stage.run.dir = derived("run.dir", str(Path(stage.run.dir) / name), stage.run.dir, f"/{name}")
         made.append(stage)
     if len(made) > 1 and made[0].run.resume not in ("auto", "never"):
         raise UserError(f"run.resume={made[0].run.resume} is one stage's checkpoint; say which by stage=NAME")

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from anymal.config import RunConfig
 from anymal.errors import UserError
 from anymal.files import append_line, write_whole, writing
+from anymal.settings import public_text
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is not a terminal, the bar is a line of text at most this often."""
@@ -46,7 +47,7 @@ class Tracker:
 
     Args:
         run: Where the run lives, and whether W&B is used.
-        config_dict: The resolved settings, for W&B.
+        config_dict: The settings without secrets (`anymal.settings.public`), for W&B.
         rank: This process's.
         steps: Optimizer steps of the whole run.
         start: The last step that is already done: 0, or the step of the checkpoint that the run resumes from. Later
@@ -160,13 +161,14 @@ def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) ->
     """
     import wandb
 
-    offline = run.wandb == "offline"
+    offline, arguments = run.wandb == "offline", sys.argv
+    sys.argv = arguments[:1]  # W&B would send the command line, and the signatures and secrets in it
     try:
         started = wandb.init(
             project=run.project,
             dir=run.dir,
             id=run_id,
-            group=run.group or None,
+            group=public_text(run.group) or None,
             resume="allow",
             mode=run.wandb,
             config=dict(config_dict),
@@ -175,6 +177,8 @@ def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) ->
         )
     except Exception as error:
         raise UserError(f"W&B did not start: {error}. Try run.wandb=offline, or run.wandb=disabled") from error
+    finally:
+        sys.argv = arguments
     started.define_metric("step", hidden=True)
     started.define_metric("*", step_metric="step")
     return started

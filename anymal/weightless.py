@@ -44,7 +44,7 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.llm.name={name}: no config of a causal LM is to be had: {error}") from error
 
@@ -102,7 +102,9 @@ def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torc
     known = settings.attention in ("packed", "sdpa", "eager")
     name = settings.attention if known else "sdpa"  # others save as much as sdpa
     with fake:
-        llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.at_loading(name))
+        llm = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.at_loading(name), trust_remote_code=False
+        )
     attention.choose(llm, name)
     if settings.bits in (4, 8):
         quantise_shapes(llm, settings.bits, dtype, fake)

@@ -90,7 +90,8 @@ class Painter:
 
         dtype = torch.bfloat16 if self.place.type == "cuda" else torch.float32
         try:  # safetensors only: other weights are pickles
-            found = AutoPipelineForText2Image.from_pretrained(self.name, use_safetensors=True, dtype=dtype)
+            own = {"use_safetensors": True, "trust_remote_code": False}
+            found = AutoPipelineForText2Image.from_pretrained(self.name, dtype=dtype, **own)
         except (OSError, ValueError) as error:
             raise UserError(f"draw={self.name} does not load as a text-to-image pipeline: {error}") from error
         found.set_progress_bar_config(leave=False)

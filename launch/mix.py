@@ -213,7 +213,7 @@ def hollow_llm(name: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(read_config(name), dtype=torch.float32)
+        llm = AutoModelForCausalLM.from_config(read_config(name), dtype=torch.float32, trust_remote_code=False)
     for module in llm.modules():
         for key, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(key, nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))

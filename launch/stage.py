@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from omegaconf import OmegaConf
 
 from adapters import describe_options
 from anymal import checkpoint, lock, retention, settings
@@ -153,9 +152,13 @@ def _train(
         encoders=_identities(built, config),
     )
     shown = _samples_to_show(built, config)
-    resolved = OmegaConf.to_container(OmegaConf.structured(config))
     with Tracker(
-        config.run, resolved, rank=rank, steps=config.optim.steps, start=state.step, run_id=state.wandb_id
+        config.run,
+        settings.public(config),
+        rank=rank,
+        steps=config.optim.steps,
+        start=state.step,
+        run_id=state.wandb_id,
     ) as tracker:
         tracker.note(format_table(table(built.model)))
         tracker.note(stream.cached)

@@ -1,5 +1,6 @@
 """Settings: types, defaults, overrides, and errors that say what to do."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from anymal.command_line import parse_args
 from anymal.config import Config, ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
-from anymal.settings import load, options, save
+from anymal.settings import load, options, public, save
+from anymal.stages import Recipe, load_stages
 
 NAMED = "model.llm.name=x"
 
@@ -111,3 +113,54 @@ def test_unknown_options_of_a_modality_name_the_nearest():
     with pytest.raises(UserError, match=r"model\.x: unknown option 'framez'; did you mean frames\?"):
         options(MODALITY.options, {"framez": 4}, "model.x")
     assert options(MODALITY.options, {"frames": 4}, "model.x").frames == 4
+
+
+ADDRESS = "https://bucket.example/a/{00..09}.tar"
+SECRET = "X-Amz-Signature=0123456789abcdef"
+
+
+def test_what_is_written_keeps_interpolations_and_drops_signatures(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIDDEN", "/the/hidden/folder")
+    monkeypatch.setenv("SHORT", "kept")
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text(
+        'model: {llm: {name: "${oc.env:HIDDEN}/llm"}, checkpoint: "${run.dir}/before"}\n'
+        f"data: {{shards: [\"{ADDRESS}?{SECRET}\", \"${{oc.env:NOT_SET,'~/d'}}/a.tar\", '~/b.tar']}}\n"
+        'prompt: {instruction: "${oc.env:SHORT} it. Is it kept?"}\n'
+        "run: {dir: \"${oc.env:HIDDEN}/run\", project: kept, data_license: 'https://x.example/license'}\n"
+    )
+    loaded = load(Config, recipe)
+    assert (
+        loaded.model.llm.name == "/the/hidden/folder/llm" and loaded.model.checkpoint == "/the/hidden/folder/run/before"
+    )
+    assert loaded.data.shards[0].endswith(SECRET)
+    changed = replace(loaded, run=replace(loaded.run, seed=1))  # as programs do
+    save(changed, tmp_path / "recipe.yaml")
+    written = (tmp_path / "recipe.yaml").read_text()
+    assert "hidden/folder" not in written and SECRET not in written and SECRET not in str(public(loaded))
+    stated = public(changed)
+    assert stated["model"]["llm"]["name"] == "${oc.env:HIDDEN}/llm"
+    assert stated["model"]["checkpoint"] == "${oc.env:HIDDEN}/run/before"
+    assert stated["data"]["shards"] == [ADDRESS, "${oc.env:NOT_SET,'~/d'}/a.tar", str(Path("~/b.tar").expanduser())]
+    assert stated["prompt"]["instruction"] == "${oc.env:SHORT} it. Is it kept?"
+    assert (stated["run"]["project"], stated["run"]["data_license"]) == ("kept", "https://x.example/license")
+    again = load(Config, tmp_path / "recipe.yaml")
+    assert again == replace(changed, data=replace(changed.data, shards=[ADDRESS, *changed.data.shards[1:]]))
+
+    monkeypatch.delenv("HIDDEN")  # whoever chats with a checkpoint need not have what its data need
+    with pytest.raises(UserError, match="HIDDEN"):
+        load(Config, tmp_path / "recipe.yaml")
+    kept = load(Config, tmp_path / "recipe.yaml", ["model.llm.name=elsewhere"], keep_unset=True)
+    assert (kept.model.llm.name, kept.run.dir) == ("elsewhere", "${oc.env:HIDDEN}/run")
+
+
+def test_what_is_derived_from_a_setting_is_written_as_that(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", "r")  # so short that it may stand anywhere
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        'model: {llm: {name: x}}\nrun: {dir: "${oc.env:RUNS}/all"}\nstages: [{name: align}, {name: tune}]\n'
+    )
+    stages = load_stages(Recipe, recipe)
+    assert [stage.run.dir for stage in stages] == ["r/all/align", "r/all/tune"]
+    assert [public(stage)["run"]["dir"] for stage in stages] == ["${oc.env:RUNS}/all/align", "${oc.env:RUNS}/all/tune"]
+    assert public(stages[1])["model"]["checkpoint"] == "${oc.env:RUNS}/all/align"
