@@ -20,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -115,6 +116,7 @@ def _work(target: Target, seed: int, batch: Sequence[tuple[str, int]], folder: P
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries tell there what they make of mutants
+    faulthandler.disable()
     libc = ctypes.CDLL(None)
     try:
         for kind, number in batch:

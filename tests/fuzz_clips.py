@@ -28,6 +28,7 @@ _MASTERS = {
     0x4DBB,
 }
 _BLOCKS, _PRIVATE = (0xA3, 0xA1), 0x63A2
+_PLACES = (0x53AC, 0xF1, 0xB3)  # where in the file an index lies, and a cluster, and when
 
 
 def _clip(kind: str, codec: str, pixels: str = "yuv420p", frames: int = 9, sound: bool = False) -> bytes:
@@ -174,10 +175,10 @@ def _mutate_mkv(rng: Random, data: bytes) -> bytes:
             chosen = rng.choice(private)
             chosen[1] = blind(rng, chosen[1])
         elif choice in (6, 7):
-            chosen = rng.choice([leaf for leaf in leaves if leaf[0] not in _BLOCKS])
-            width = max(len(chosen[1]), 1)
-            old = int.from_bytes(chosen[1], "big")
-            chosen[1] = number(rng, 8 * width, old).to_bytes(width, "big") if width <= 8 else blind(rng, chosen[1])
+            kinds = sorted({leaf[0] for leaf in leaves} - set(_BLOCKS))
+            kind = rng.choice([kind for kind in kinds if kind in _PLACES] if rng.random() < 0.4 else kinds)
+            chosen = rng.choice([leaf for leaf in leaves if leaf[0] == kind])
+            chosen[1] = _number(rng, chosen[1])
         elif choice == 8:
             chosen = rng.choice(_masters(tree))
             chosen[1] = shuffled(rng, chosen[1])
@@ -185,6 +186,14 @@ def _mutate_mkv(rng: Random, data: bytes) -> bytes:
             chosen = rng.choice(leaves)
             chosen[0] = rng.choice(leaves)[0]
     return _ebml(tree)
+
+
+def _number(rng: Random, old: bytes) -> bytes:
+    """Another number in the place of one, as wide or wider; or other bytes, where there is no number."""
+    if len(old) > 8:
+        return blind(rng, old)
+    width = max(len(old), rng.choice((1, 1, 4, 8)))
+    return number(rng, 8 * width, int.from_bytes(old, "big")).to_bytes(width, "big")
 
 
 def _mutate_block(rng: Random, block: list) -> None:

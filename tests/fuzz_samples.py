@@ -125,7 +125,12 @@ VALUES = (
 
 def _parts(rng: Random) -> list[dict]:
     pieces = PIECES if rng.random() < 0.6 else PIECES[:3]
-    return [{"type": "text", "text": rng.choice(pieces)} for _ in range(rng.choice((1, 2, 2, 3, 8)))]
+    said = [rng.choice(pieces) for _ in range(rng.choice((1, 2, 2, 3, 8)))]
+    if rng.random() < 0.1:
+        token = rng.choice(("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<image>", "<audio>"))
+        cut = rng.randint(1, len(token) - 1)
+        said += [token[:cut], token[cut:]]
+    return [{"type": "text", "text": text} for text in said]
 
 
 def conversation(rng: Random) -> dict:
@@ -475,7 +480,7 @@ def _mutate_npy(rng: Random, data: bytes) -> bytes:
     body, choice = data[stream.tell() :], rng.randrange(4)
     if choice == 0:  # what the numbers are
         array = np.frombuffer(body, dtype).reshape(shape).copy()
-        value = rng.choice((float("nan"), float("inf"), 1e38, -1e19, 999.0, 99.0, 1e-40))
+        value = rng.choice((float("nan"), float("inf"), 1e30, -1e19, 999.0, 99.0, 1e-40))
         array[rng.randrange(shape[0]), rng.randrange(6)] = value
         return npy(array if rng.random() < 0.7 else array * value)
     if choice == 1:
