@@ -225,16 +225,17 @@ def _ogg(pages: list[tuple[bytes, bytes, bytes]]) -> bytes:
 
 def _mutate_ogg(rng: Random, data: bytes) -> bytes:
     pages = _pages(data)
-    at, choice = rng.randrange(len(pages)), rng.randrange(6)
+    choice = rng.randrange(9)
+    at = rng.randrange(2 if len(pages) > 2 and choice < 5 else 0, len(pages))  # most of them behind the headers
     head, sizes, body = pages[at]
-    if choice in (0, 1):
+    if choice < 5:
         pages[at] = (head, sizes, in_place(rng, body))
-    elif choice == 2:
+    elif choice == 5:
         pages[at] = (in_place(rng, head, 5), sizes, body)  # flags, granule position, serial, sequence
-    elif choice == 3:
+    elif choice == 6:
         pages[at] = (head, in_place(rng, sizes), body)
-    elif choice == 4:
-        pages = shuffled(rng, pages, first=rng.choice((0, 1, 2)))
+    elif choice == 7:
+        pages = shuffled(rng, pages, first=rng.choice((0, 1, 2, 2)))
     else:
         pages[0] = (pages[0][0], pages[0][1], poke(rng, pages[0][2], rng.choice((7, 8, 9)), None, "<"))
     return _ogg(pages)
@@ -284,17 +285,17 @@ FORMATS = {
     ),
     "ogg": Format(
         suffix="ogg",
-        make_seeds=lambda: [_sound("OGG", "VORBIS"), _sound("OGG", "VORBIS", rate=44100, channels=2)],
+        make_seeds=lambda: [_sound("OGG", "VORBIS"), _sound("OGG", "VORBIS", rate=44100, channels=2, seconds=2.0)],
         structured=[_mutate_ogg],
         probe=opens,
-        header=58,
+        header=4400,
     ),
     "opus": Format(
         suffix="opus",
         make_seeds=lambda: [_sound("OGG", "OPUS"), _sound("OGG", "OPUS", rate=48000, channels=2, seconds=1.3)],
         structured=[_mutate_ogg],
         probe=opens,
-        header=47,
+        header=900,
     ),
     "mp3": Format(
         suffix="mp3",
