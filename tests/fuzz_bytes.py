@@ -1,12 +1,15 @@
-"""Mutators that know bytes only, and what those that know a format share: a format's description, and its mutants.
+"""What all mutators share: a format's description, a mutant on the disk, and mutators that know bytes only.
 
 seed ──structured (a parser's own), or blind behind the header, or blind anywhere──▶ mutant
 """
 
+import io
 import struct
+import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from random import Random
 
 Mutator = Callable[[Random, bytes], bytes]
@@ -39,7 +42,7 @@ class Format:
     """Good files that are read as they are."""
     structured: Sequence[Mutator]
     """Mutators that parse a good file, change something, and repair sizes and checksums around it."""
-    bombs: Callable[[], Sequence[Callable[[Random], bytes]]] = tuple
+    bombs: Sequence[Callable[[Random], bytes]] = ()
     """Makers of files that ask for far more memory or time than their size tells."""
     probe: Callable[[bytes], object]
     """Past the header is what this neither raises over nor finds false: the format's real parser opens it."""
@@ -53,9 +56,9 @@ class Format:
 
     def mutant(self, rng: Random) -> bytes:
         """One file that is not as it should be."""
-        bombs, kind, data = self.bombs(), rng.random(), rng.choice(self.seeds)
-        if bombs and kind < 0.05:
-            return rng.choice(bombs)(rng)
+        kind, data = rng.random(), rng.choice(self.seeds)
+        if self.bombs and kind < 0.05:
+            return rng.choice(self.bombs)(rng)
         if kind < 0.55 and self.structured:
             data = rng.choice(self.structured)(rng, data)
             return blind(rng, data, self.seeds, self.header) if rng.random() < 0.2 else data
@@ -63,6 +66,44 @@ class Format:
         for _ in range(rng.choice((1, 1, 2, 4))):
             data = blind(rng, data, self.seeds, start)
         return data
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One mutant as it lies on the disk: a sample, or a whole tar, and what lies beside it."""
+
+    members: dict[str, bytes] = field(default_factory=dict)
+    """Of the one sample, by suffix."""
+    tar: bytes = b""
+    """In place of `members`."""
+    beside: Callable[[Path], None] | None = None
+    """Writes what lies beside the tar at this path, or puts something else in its place."""
+    cached: dict[str, bytes] = field(default_factory=dict)
+    """Members of the sample of the tar of features, if there is one."""
+    culprit: str = ""
+    """What a `UserError` must name beside the folder: the file that is wrong, if it is not the tar."""
+    probe: Callable[[], object]
+    """As `fuzz_bytes.Format.probe`, of the whole."""
+
+    def write(self, path: Path) -> None:
+        """Put it on the disk, the tar at `path`."""
+        path.write_bytes(self.tar or pack({f"sample.{suffix}": data for suffix, data in self.members.items()}))
+        if self.cached:
+            cached = pack({f"sample.{suffix}": data for suffix, data in self.cached.items()})
+            path.with_name("features").write_bytes(cached)
+        if self.beside:
+            self.beside(path)
+
+
+def pack(members: dict[str, bytes]) -> bytes:
+    """Members by name → the bytes of a tar."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return stream.getvalue()
 
 
 def number(rng: Random, bits: int, old: int = 0) -> int:

@@ -340,19 +340,19 @@ FORMATS = {
         suffix="jpg",
         make_seeds=_jpeg_seeds,
         structured=[_mutate_jpeg],
-        bombs=lambda: [_jpeg_exif, _jpeg_scans],
+        bombs=[_jpeg_exif, _jpeg_scans],
         probe=opens,
         header=160,
     ),
     "png": Format(
-        suffix="png", make_seeds=_png_seeds, structured=[_mutate_png], bombs=lambda: [_png_bomb], probe=opens, header=33
+        suffix="png", make_seeds=_png_seeds, structured=[_mutate_png], bombs=[_png_bomb], probe=opens, header=33
     ),
     "webp": Format(suffix="webp", make_seeds=_webp_seeds, structured=[_mutate_webp], probe=opens, header=30),
     "gif": Format(
         suffix="gif",
         make_seeds=lambda: [_picture("P", "GIF"), _picture("L", "GIF", interlace=0), _moving("GIF", loop=0)],
         structured=[_mutate_gif],
-        bombs=lambda: [_gif_bomb],
+        bombs=[_gif_bomb],
         probe=opens,
         header=13,
     ),

@@ -13,28 +13,38 @@ from typing import Any
 import torch
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
+import fuzz_arrays
 import fuzz_clips
 import fuzz_pictures
-import fuzz_samples
 import fuzz_sounds
+import fuzz_tars
+import fuzz_texts
 import tiny_encoders
 from adapters import MODALITIES, build_adapters
 from anymal import manifest, prompt, shards
 from anymal.config import ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.errors import UserError
+from anymal.errors import Quarantine, UserError
 from anymal.prompt import Prepare
 from anymal.sample import Features, Tokens
 from anymal.workers import Bad, Reader, Ticket
 from conftest import make_llm
-from fuzz_samples import Case
+from fuzz_bytes import Case
 
 LONGEST_REASON = 500
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 MAX_TOKENS = 2048
+MOST = 1 << 30  # bad samples in a row
 SUFFIXES = {suffix: name for name, modality in MODALITIES.items() for suffix in modality.suffixes}
-MEDIA = fuzz_pictures.FORMATS | fuzz_clips.FORMATS | fuzz_sounds.FORMATS | {"imu": fuzz_samples.NPY}
+MEDIA = fuzz_pictures.FORMATS | fuzz_clips.FORMATS | fuzz_sounds.FORMATS | fuzz_arrays.FORMATS
 """Formats of media."""
-FORMATS = [*MEDIA, *fuzz_samples.MAKERS, "features"]
+MAKERS = {
+    "txt": fuzz_texts.make_txt,
+    "json": fuzz_texts.make_json,
+    "tar": fuzz_tars.make_tar,
+    "index": fuzz_tars.make_index,
+}
+"""Makers of mutants of what is no medium."""
+FORMATS = [*MEDIA, *MAKERS, "features"]
 """All that can be attacked."""
 WEIGHTED = [*FORMATS, "mkv", "json", "tar", "index", "features"]
 """Formats as often as they are drawn."""
@@ -97,9 +107,9 @@ class Target:
         profile = self.profiles[rng.random() < 0.25]
         if kind == "features":
             profile = self.profiles[0]
-            return fuzz_samples.make_features(rng, *profile.prepare.shapes["image"]), profile
-        if kind in fuzz_samples.MAKERS:
-            return fuzz_samples.MAKERS[kind](rng), profile
+            return fuzz_arrays.make_features(rng, *profile.prepare.shapes["image"]), profile
+        if kind in MAKERS:
+            return MAKERS[kind](rng), profile
         data = MEDIA[kind].mutant(rng)
         members = {MEDIA[kind].suffix: data, "txt": b"a dog"}
         return Case(members=members, probe=lambda: MEDIA[kind].probe(data)), profile
@@ -124,13 +134,16 @@ class Target:
 
     def _judge(self, result: Any, case: Case, profile: Profile, path: Path) -> str:
         if isinstance(result, UserError):
-            file = "index.json" if case.tar and case.beside else str(path.parent)
+            file = case.culprit or str(path.parent)
             return "" if file in str(result) else f"a UserError that does not name {file}: {result}"
         if isinstance(result, Bad):
-            named = result.shard == str(path) and result.key and 0 < len(result.reason) < LONGEST_REASON
             if _TOO_MUCH.search(result.reason):
                 return f"too much memory: {result.reason}"
-            return "" if named else f"a reason of {len(result.reason)} characters: {result!r}"
+            log = path.with_name("quarantine.jsonl")
+            Quarantine(log, max_in_a_row=MOST, max_share=1.0).reject(result.shard, result.key, result.reason)
+            line = json.loads(log.read_text().splitlines()[-1])  # what people are told
+            named = line["shard"] == str(path) and line["key"] and 0 < len(line["reason"]) < LONGEST_REASON
+            return "" if named else f"a reason of {len(line['reason'])} characters: {line}"
         if not isinstance(result, Tokens):
             return f"neither tokens nor an error: {result!r}"
         return _shapes(result, profile) or _texts(result, case, profile)

@@ -113,7 +113,6 @@ def _raises(error):
         (lambda _: torch.full((3, 32, 32), float("nan")), "not finite"),
         (lambda _: torch.full((3, 32, 32), 1e30), "not finite"),
         (lambda _: torch.zeros(3, 32, 31), "is [3, 32, 31]; wanted is [3, 32, 32]"),
-        (_raises(BadSample("no " * 300)), "a reason of 900 characters"),
         (_raises(BadSample("")), "a reason of 0 characters"),
         (_raises(fuzz.anymal.errors.UserError("something is wrong")), "does not name"),
         (_raises(BaseException("a panic")), "raises BaseException: a panic"),
