@@ -46,7 +46,6 @@ from fuzz_target import FORMATS, MEDIA, WEIGHTED, Target
 
 BATCH = 20  # mutants of one process: few enough that a heap that one of them spoilt tells which one it was
 PAST_HEADER = 0.3
-VERDICTS = ("crash", "hang", "memory", "unnamed")
 _ROOM = 4 << 30  # bytes of addresses that a process may add to those it starts with, so that the machine survives
 
 
@@ -88,6 +87,15 @@ class Report:
     def met(self) -> bool:
         """Whether nothing was found, and the search went deep enough."""
         return not self.findings and not self.shallow()
+
+    def last_line(self, seed: int, seconds: float, good: bool) -> str:
+        """The figures in one line."""
+        names = {"crashes": "crash", "hangs": "hang", "memory": "memory", "unnamed": "unnamed"}
+        found = " ".join(f"{name}={self.verdicts()[verdict]}" for name, verdict in names.items())
+        count = sum(self.count.values())
+        share = f"{sum(self.past.values()) / count:.0%}"
+        verdict = "met" if good else "missed"
+        return f"seed={seed} count={count} {found} past_header={share} seconds={seconds:.0f} goal={verdict}"
 
     def table(self) -> str:
         """Figures by format."""
@@ -294,18 +302,11 @@ def main() -> None:
         if given.only:
             mutants = [(kind, number) for number in given.only for kind in given.formats]
         report = fuzz(target, mutants, given.seed, folder=keep, processes=1 if given.only else given.processes)
-    verdicts, count = report.verdicts(), sum(report.count.values())
     print(report.table())
     for kind in report.shallow():
         print(f"{kind}: fewer than {PAST_HEADER:.0%} of its mutants got past the header")
     good = not report.findings if given.only else report.met()
-    found = (
-        " ".join(f"{name}={verdicts[name]}" for name in VERDICTS).replace("crash", "crashes").replace("hang", "hangs")
-    )
-    print(
-        f"seed={given.seed} count={count} {found} past_header={sum(report.past.values()) / count:.0%} "
-        f"seconds={time.monotonic() - began:.0f} goal={'met' if good else 'missed'}"
-    )
+    print(report.last_line(given.seed, time.monotonic() - began, good))
     sys.exit(not good)
 
 

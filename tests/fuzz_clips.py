@@ -9,7 +9,7 @@ from random import Random
 import av
 import numpy as np
 
-from fuzz_bytes import Format, blind, crc, flip, in_place, number, overwrite, poke, shuffled
+from fuzz_bytes import Format, Mutator, blind, crc, flip, in_place, number, overwrite, poke, shuffled
 
 _MP4_FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"dinf", b"udta", b"moof", b"traf", b"mvex")
 _MASTERS = {
@@ -175,8 +175,7 @@ def _mutate_mkv(rng: Random, data: bytes) -> bytes:
             chosen = rng.choice(private)
             chosen[1] = blind(rng, chosen[1])
         elif choice in (6, 7):
-            kinds = sorted({leaf[0] for leaf in leaves} - set(_BLOCKS))
-            kind = rng.choice([kind for kind in kinds if kind in _PLACES] if rng.random() < 0.4 else kinds)
+            kind = rng.choice(sorted({leaf[0] for leaf in leaves} - set(_BLOCKS)))
             chosen = rng.choice([leaf for leaf in leaves if leaf[0] == kind])
             chosen[1] = _number(rng, chosen[1])
         elif choice == 8:
@@ -194,6 +193,16 @@ def _number(rng: Random, old: bytes) -> bytes:
         return blind(rng, old)
     width = max(len(old), rng.choice((1, 1, 4, 8)))
     return number(rng, 8 * width, int.from_bytes(old, "big")).to_bytes(width, "big")
+
+
+def _misplace(rng: Random, data: bytes) -> bytes:
+    """Say that indexes or clusters lie elsewhere: mostly behind the end of the file."""
+    tree = _elements(data, 0, len(data))
+    kind = rng.choice(_PLACES)
+    for leaf in _leaves(tree):
+        if leaf[0] == kind and rng.random() < 0.6:
+            leaf[1] = (1 << rng.randrange(20, 46)).to_bytes(8, "big") if rng.random() < 0.7 else _number(rng, leaf[1])
+    return _ebml(tree)
 
 
 def _mutate_block(rng: Random, block: list) -> None:
@@ -236,35 +245,36 @@ def _mutate_ts(rng: Random, data: bytes) -> bytes:
     return b"".join(packets)
 
 
-def _format(suffix: str, container: str, header: int, mutate: Callable, *kinds: tuple) -> Format:
+def _format(suffix: str, container: str, header: int, mutate: list[Mutator], *kinds: tuple) -> Format:
     """`kinds`: FFmpeg's name of the container, the codec, and perhaps its pixels."""
     return Format(
         suffix=suffix,
         make_seeds=lambda: [_clip(*kind) for kind in kinds] + [_clip(*kinds[0], sound=True)],
-        structured=[mutate],
+        structured=mutate,
         probe=partial(opens, container),
         header=header,
     )
 
 
+_MKV = [_mutate_mkv, _mutate_mkv, _misplace]
 _mutate_mp4 = partial(_mutate_leaves, _boxes, (b"mdat",))
 _mutate_avi = partial(_mutate_leaves, _lists, (b"00dc", b"01wb"))
 
 FORMATS = {
-    "mp4": _format("mp4", "mp4", 48, _mutate_mp4, ("mp4", "libx264"), ("mp4", "mpeg4"), ("mp4", "libvpx-vp9")),
-    "mov": _format("mov", "mp4", 48, _mutate_mp4, ("mov", "libx264"), ("mov", "mjpeg", "yuvj420p"), ("mov", "mpeg4")),
+    "mp4": _format("mp4", "mp4", 48, [_mutate_mp4], ("mp4", "libx264"), ("mp4", "mpeg4"), ("mp4", "libvpx-vp9")),
+    "mov": _format("mov", "mp4", 48, [_mutate_mp4], ("mov", "libx264"), ("mov", "mjpeg", "yuvj420p"), ("mov", "mpeg4")),
     "mkv": _format(
         "mkv",
         "matroska",
         400,
-        _mutate_mkv,
+        _MKV,
         ("matroska", "libx264"),
         ("matroska", "mpeg4"),
         ("matroska", "mjpeg", "yuvj420p"),
         ("matroska", "ffv1"),
         ("matroska", "libx265"),
     ),
-    "webm": _format("webm", "matroska", 400, _mutate_mkv, ("webm", "libvpx"), ("webm", "libvpx-vp9")),
-    "avi": _format("avi", "avi", 300, _mutate_avi, ("avi", "mpeg4"), ("avi", "mjpeg", "yuvj420p"), ("avi", "ffv1")),
-    "mpegts": _format("mp4", "mpegts", 564, _mutate_ts, ("mpegts", "libx264"), ("mpegts", "mpeg2video")),
+    "webm": _format("webm", "matroska", 400, _MKV, ("webm", "libvpx"), ("webm", "libvpx-vp9")),
+    "avi": _format("avi", "avi", 300, [_mutate_avi], ("avi", "mpeg4"), ("avi", "mjpeg", "yuvj420p"), ("avi", "ffv1")),
+    "mpegts": _format("mp4", "mpegts", 564, [_mutate_ts], ("mpegts", "libx264"), ("mpegts", "mpeg2video")),
 }
