@@ -1,6 +1,8 @@
 """What all mutators share: a format's description, a mutant on the disk, and mutators that know bytes only.
 
-seed ──structured (a parser's own), or blind behind the header, or blind anywhere──▶ mutant
+    seed ──structured (a parser's own), or blind behind the header, or blind anywhere──▶ mutant
+
+All are drawn from the generator that they are given, so that a mutant can be made again.
 """
 
 import io

@@ -1,6 +1,8 @@
 """What is attacked, by the way that production takes: a tar's survey, the stream's reader, real decoders and tokenizer.
 
-a.tar ──shards.expand, manifest.survey──▶ Shard ──workers.Reader──▶ Tokens, Bad or UserError ──▶ a complaint, or none
+    a.tar ──shards.expand, manifest.survey──▶ Shard ──workers.load──▶ Tokens, Bad or UserError ──▶ a complaint, or none
+
+Two models are prepared for; their encoders are tiny, their processors, the decoders and the tokenizer real.
 """
 
 import json
@@ -22,11 +24,11 @@ import fuzz_texts
 import tiny_encoders
 from adapters import MODALITIES, build_adapters
 from anymal import manifest, prompt, shards
-from anymal.config import ModalityConfig, ProjectorConfig, PromptConfig
+from anymal.config import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.errors import Quarantine, UserError
 from anymal.prompt import Prepare
 from anymal.sample import Features, Tokens
-from anymal.workers import Bad, Reader, Ticket
+from anymal.workers import Bad, Reader, Ticket, load
 from conftest import make_llm
 from fuzz_bytes import Case
 
@@ -122,8 +124,8 @@ class Target:
                 return f"a problem of {len(shard.problem)} characters" * (len(shard.problem) >= LONGEST_REASON)
             cached = manifest.Shard(path=str(path.with_name("features")), count=1)
             reader = Reader([[shard]], SUFFIXES, profile.prepare, {shard.path: cached} if case.cached else {})
-            for sample in range(min(len(shard), 3)):
-                ((_, result),) = reader[[Ticket(position=sample, dataset=0, shard=0, sample=sample)]]
+            tickets = [Ticket(position=i, dataset=0, shard=0, sample=i) for i in range(min(len(shard), 3))]
+            for _, result in load(reader, tickets, DataConfig(workers=0)):
                 if said := self._judge(result, case, profile, path):
                     return said
         except UserError as error:
