@@ -41,7 +41,7 @@ def _mutate_wav(rng: Random, data: bytes) -> bytes:
     chunks = riff(data)
     names = [name for name, _ in chunks]
     fmt, sound = names.index(b"fmt "), names.index(b"data")
-    choice = rng.randrange(7)
+    choice = rng.randrange(6)
     if choice == 0:
         chunks[fmt] = (b"fmt ", _fmt(rng, chunks[fmt][1]))
     elif choice == 1:
@@ -54,8 +54,6 @@ def _mutate_wav(rng: Random, data: bytes) -> bytes:
         chunks.insert(rng.randint(0, len(chunks)), (rng.choice((b"LIST", b"fact", b"smpl", b"bext", b"cue ")), body))
     elif choice == 4:
         chunks = shuffled(rng, chunks)
-    elif choice == 5:
-        return _floats(rng, data)
     else:
         data = to_riff(b"WAVE", chunks)
         at = data.index(b"data") + 4
@@ -266,7 +264,7 @@ FORMATS = {
     "wav": Format(
         suffix="wav",
         make_seeds=_wav_seeds,
-        structured=[_mutate_wav],
+        structured=[_mutate_wav, _mutate_wav, _floats],
         bombs=[_wav_bomb],
         probe=opens,
         header=48,
