@@ -41,6 +41,7 @@ from data_prep.shards import SPLITS, read_shards
 from launch import pretrain_imu_encoder
 from launch.build import run_program
 from launch.demo import MODALITIES, data_folder
+from launch.tables import sets_of
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-pretrain.yaml"
 STRENGTHS = [10.0**power for power in range(-5, 3)]
@@ -76,7 +77,7 @@ def main() -> None:
     settings, cache = parse_args(Settings, __doc__), cache_folder()
     if not (cache / "models").is_dir():
         raise UserError(f"there is no {cache / 'models'}; run make demo first")
-    trained = [json.loads(Path(path).read_text())["modalities"] for path in settings.evaluations]
+    trained = [trained_figures(Path(path)) for path in settings.evaluations]
     print("seed modality    n sources chance  flattened (95%)        averaged (95%)         trained (95%)")
     best, met = {name: [] for name in MODALITIES}, True
     for number, seed in enumerate(settings.seeds):
@@ -90,6 +91,12 @@ def main() -> None:
             met &= n >= LEAST and is_plausible(name, row, chance)
     figures = (f"{name}={min(of):.3f}–{max(of):.3f}" for name, of in best.items())
     print(*figures, f"seeds={len(settings.seeds)}", f"goal={'met' if met else 'missed'}")
+
+
+def trained_figures(evaluation: Path) -> dict[str, dict[str, Any]]:
+    """The accuracy, with its interval, of each set of an evaluation.json."""
+    sets = sets_of(json.loads(evaluation.read_text()))
+    return {name: {"accuracy": one["own"]["accuracy"], "interval": one["interval"]} for name, one in sets.items()}
 
 
 def make_data(cache: Path, seed: int) -> Path:

@@ -14,10 +14,8 @@ from anymal.errors import BadSample
 from fuzz import Limits, numbered
 from fuzz_target import FORMATS, MEDIA, Target
 
-SEED, COUNT = 3, 400
+SEED, COUNT = 3, 600
 """Of the small run; more mutants find more."""
-ATTACKED = ["png", "webp", "gif", "bmp", "avi", "mpegts", "ogg", "opus", "mp3", "imu"]
-"""Formats of the small run."""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,9 @@ def _planted(target, fault, folder, monkeypatch, *, count=3, limits=None, **opti
 
 
 def test_a_small_run_finds_nothing(target, tmp_path):
-    report = fuzz.fuzz(target, numbered(COUNT, ATTACKED), SEED, folder=tmp_path)
+    report = fuzz.fuzz(target, numbered(COUNT), SEED, folder=tmp_path)
     assert report.met(), report.findings or report.shallow()
-    assert set(report.count) == set(ATTACKED)
+    assert set(report.count) == set(FORMATS)
     last = report.last_line(SEED, 9.6, report.met())
     pattern = rf"seed={SEED} count={COUNT} crashes=0 hangs=0 memory=0 unnamed=0 past_header=\d+% seconds=10 goal=met"
     assert re.fullmatch(pattern, last)
@@ -115,6 +113,7 @@ def _raises(error):
     ],
 )
 def test_what_is_neither_good_nor_named_is_found(target, tmp_path, monkeypatch, fault, seen):
+    monkeypatch.setattr("anymal.features.check", lambda *_: None)  # else what is not finite is refused, and by name
     report = _planted(target, fault, tmp_path, monkeypatch, count=2)
     assert [verdict for verdict, *_ in report.findings] == ["unnamed"] * 2
     assert seen in report.findings[0][3]
