@@ -191,7 +191,8 @@ def _load(place: str, path: str, stamp: list[int]) -> Index | None:
             return None
         blocks = np.array(known["blocks"], np.uint32)
         bad = {int(sample): str(reason)[:_LONGEST_REASON] for sample, reason in known["bad"].items()}
-        if not _fits(blocks, path, stamp[1]) or any(not 0 <= sample < len(blocks) - 1 for sample in bad):
+        ours = all(reason and 0 <= sample < len(blocks) - 1 for sample, reason in bad.items())
+        if not ours or not _fits(blocks, path, stamp[1]):
             return None
         return Index(path=path, blocks=blocks, bad=bad)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, tarfile.TarError):

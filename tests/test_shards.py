@@ -140,6 +140,7 @@ def test_index_file_is_used_until_the_tar_changes(tmp_path):
         {"blocks": [block + 1 for block in blocks]},  # where no header is
         {"blocks": [0]},
         {"bad": {"4": "there is none"}},
+        {"bad": {"0": ""}},  # no reason that could be told
         "",
         "[1]",
         "{",
