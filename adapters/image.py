@@ -41,6 +41,8 @@ MAX_WEBP = 1 << 25
 """Pixels of a WebP, whose decoder holds each five times."""
 MAX_EXIF = 64
 """Pieces (of 64 kB) of a JPEG's Exif data. Pillow joins them one by one: 2000 take a minute."""
+MAX_SCANS = 32
+"""Of a progressive JPEG. Encoders write about ten; each goes over the whole picture, and ten thousand take 26 s."""
 MAX_ASPECT = 50
 """Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
 
@@ -98,6 +100,9 @@ def read_image(data: bytes, max_pixels: int) -> Any:
                     f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
                 )
             check_aspect(width, height)
+            # Pillow has read up to the first scan; within scans 0xFF 0xDA is never data.
+            if picture.format == "JPEG" and (scans := 1 + data.count(b"\xff\xda", picture.fp.tell())) > MAX_SCANS:
+                raise BadSample(f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
             if picture.format in ANIMATED and getattr(picture, "is_animated", False):
                 raise BadSample(
                     f"an animated {picture.format}, of which an image would be the first frame alone; convert it to a "

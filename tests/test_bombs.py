@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from adapters.audio import read_sound
 from adapters.image import read_image
@@ -104,6 +105,17 @@ def test_exif_in_many_pieces_and_large_files_are_refused_at_once():
     with pytest.raises(BadSample, match=r"a picture of 134217729 bytes; at most 134217728"):
         read_image(bytes((1 << 27) + 1), 10_000)
     assert time.process_time() - began < 2
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded():
+    """10,000 scans of 586 kB in all, each over 64 million pixels, took 26 s."""
+    stream = io.BytesIO()
+    Image.effect_noise((96, 96), 60).save(stream, "JPEG", progressive=True)
+    data = stream.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    assert read_image(data[:-2] + last * 10 + data[-2:], MAX_PIXELS).size == (96, 96)
+    with pytest.raises(BadSample, match=r"a JPEG of 1\d\d scans; at most 32"):
+        read_image(data[:-2] + last * 100 + data[-2:], MAX_PIXELS)
 
 
 def test_a_large_picture_is_what_it_was_at_half_the_size():
