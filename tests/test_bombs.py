@@ -119,8 +119,6 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded():
 
 
 def test_a_large_picture_is_what_it_was_at_half_the_size():
-    from PIL import Image
-
     small = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
