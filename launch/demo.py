@@ -44,7 +44,7 @@ class Settings:
 
     seed: int = 0
     """Which pictures, instruments and people are held out."""
-    limit: int = 96
+    limit: int = 56
     """Samples of each test split that are evaluated; 0 takes all, 300 and more."""
 
 
