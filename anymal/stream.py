@@ -11,9 +11,10 @@ it is done this way.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anymal import manifest, shards, twins
 from anymal.config import DataConfig, DatasetConfig
@@ -173,15 +174,21 @@ def samples_once(
     shards_of = _survey(data, quarantine, rank / world)
     if not any(len(tar) for found in shards_of for tar in found):
         raise UserError("data: the shards hold no sample")
-    places = [(d, s, i) for d, found in enumerate(shards_of) for s, tar in enumerate(found) for i in range(len(tar))]
-    if seed is not None:
-        places = [places[i] for i in permutation(len(places), seed, ONCE)]
-    mine = islice(enumerate(places[: limit or None]), rank, None, world)
+    # Counted, not listed: a run that shows four of its samples may be one over hundreds of millions.
+    tars_of = [(d, s) for d, found in enumerate(shards_of) for s in range(len(found))]
+    ends = np.cumsum([len(shards_of[d][s]) for d, s in tars_of])
+    total = int(ends[-1])
+    order = range(total) if seed is None else permutation(total, seed, ONCE)
     instructions = [dataset.instructions for dataset in _datasets(data).values()]
-    tickets = (
-        Ticket(position=p, dataset=d, shard=s, sample=i, instruction=_instruction(instructions[d], 0, p))
-        for p, (d, s, i) in mine
-    )
+
+    def ticket(position: int) -> Ticket:
+        i = int(order[position])
+        nth = int(ends.searchsorted(i, side="right"))  # passes over empty tars
+        d, s = tars_of[nth]
+        place = {"dataset": d, "shard": s, "sample": i - int(ends[nth]) + len(shards_of[d][s])}
+        return Ticket(position=position, instruction=_instruction(instructions[d], 0, position), **place)
+
+    tickets = map(ticket, range(rank, min(limit or total, total), world))
     for _, result in load(Reader(shards_of, suffixes, prepare), tickets, data):
         if isinstance(result, Bad):
             quarantine.reject(result.shard, result.key, result.reason)

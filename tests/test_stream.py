@@ -2,8 +2,10 @@
 
 import json
 import random
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,21 @@ def test_samples_once(tmp_path, workers):
     assert all(int(key) == media[0].item() for _, key, media in merged)
     with pytest.raises(UserError, match="hold no sample"):
         next(samples_once(DataConfig(shards=str(first / "001.tar")), suffixes={}, prepare=decoded, **options))
+
+
+def test_a_few_samples_of_many_cost_no_memory(tmp_path):
+    """The samples that a run shows are the first of its training data: hundreds of millions, perhaps."""
+    tar = str(folder(tmp_path / "d", 200) / "000.tar")
+    data = DataConfig(datasets={f"{i}": DatasetConfig(shards=tar) for i in range(500)}, workers=0)
+    quarantine = Quarantine(None, max_in_a_row=9, max_share=0.5)
+    once = partial(samples_once, data, suffixes=SUFFIXES, prepare=lambda sample: sample.key, quarantine=quarantine)
+    next(once())  # imports, and the tar's index
+    tracemalloc.start()
+    under_way = once()
+    assert next(under_way) == "00000"
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2e6  # bytes, for 100,000 samples
 
 
 def test_workers_pass_on_every_tensor():
