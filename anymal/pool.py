@@ -29,6 +29,9 @@ from torch import Tensor
 from anymal.errors import UserError
 
 _fork = multiprocessing.get_context("fork")
+MOST_AHEAD = 64
+"""How often a process is asked ahead at most: all its answers fit into the pipe. If it had to wait for a reader of them
+while the main process waits for it to read what it is asked, both would wait for ever."""
 _ALIGNED = 64  # bytes: where a tensor may begin, for every dtype
 
 
@@ -50,7 +53,7 @@ def in_order(
         items: Asked for a little ahead of their use; endless ones are fine.
         processes: How many; at least 1.
         size: Items that a process is given at a time: spreads the cost of passing them on.
-        ahead: How often as many it is given before the first are taken back.
+        ahead: How often as many it is given before the first are taken back; `MOST_AHEAD` at most.
         timeout: Seconds that may pass without anything from a process that is waited for.
         dead: What stands for an item that kills its process, given the item and the reason.
         name: What a message calls an item.
@@ -69,7 +72,7 @@ def in_order(
 
     try:
         workers += [_Process(one) for _ in range(processes)]
-        for _ in range(ahead):
+        for _ in range(min(ahead, MOST_AHEAD)):
             for worker in workers:
                 ask(worker)
         while pending:

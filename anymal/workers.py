@@ -145,7 +145,7 @@ def _work(one: Callable, items: Iterable, data: DataConfig, dead: Callable, name
     """Items → (item, what `one` makes of it), by processes ahead of their use or, with no workers, in this one."""
     if data.workers:
         batch = data.row_tokens // _SHORT or data.batch_size
-        size = max(1, min(_CHUNK, batch // data.workers))
+        size = max(1, min(_CHUNK, batch // data.workers), -(-batch // (data.workers * pool.MOST_AHEAD)))
         ahead = max(2, -(-batch // (data.workers * size)))  # the next batch is read while this one is trained on
         options = {"processes": data.workers, "size": size, "ahead": ahead, "timeout": data.timeout}
         found = pool.in_order(one, items, dead=dead, name=name, **options)

@@ -260,6 +260,24 @@ def test_whoever_reads_something_else_says_what_stands_for_the_dead():
     assert found == [0, "1: the decoder ended its process (exit code 3)", 2]
 
 
+def same(i: int) -> int:
+    return i
+
+
+def read_many() -> None:
+    data = DataConfig(shards="x", workers=1, batch_size=8192)
+    os._exit(0 if list(each(10_000, same, data, dead=None, name="a.tar")) == list(range(10_000)) else 1)
+
+
+def test_a_batch_of_thousands_does_not_fill_the_pipes_from_both_ends():
+    process = multiprocessing.get_context("fork").Process(target=read_many)
+    process.start()
+    process.join(20)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
+
+
 def kill_once(sample: Sample) -> Tokens:
     with suppress(FileExistsError):
         Path(os.environ["ONCE"]).mkdir()
