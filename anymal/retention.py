@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -57,11 +58,13 @@ def clean(place: Path) -> None:
             remove(path)
     latest = place / LATEST
     if latest.is_dir() and not latest.is_symlink():  # the run was copied by something that follows links
-        free = place / f"{LATEST}-copy-{os.getpid()}"
+        free, step = place / f"{LATEST}-copy-{secrets.token_hex(4)}", None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             step = place / f"step-{json.loads((latest / 'training' / 'state.json').read_text())['step']:08d}"
             free = free if step.exists() else step
         latest.rename(free)
+        if step is not None and is_whole(step):  # a copy's times say nothing of which is the newest
+            latest.symlink_to(step.name)
 
 
 def publish(temporary: Path, folder: Path) -> None:

@@ -197,6 +197,12 @@ def test_a_copy_that_followed_links_goes_on(run, resumed, arguments):
     (place / "step-00000004").rename(place / "latest")
     retention.clean(place)
     assert resumed().name == "step-00000004"
+    (place / "latest").unlink(missing_ok=True)
+    shutil.copytree(place / "step-00000004", place / "latest")
+    os.utime(place / "step-00000002" / "manifest.json")  # copied last
+    retention.clean(place)
+    assert resumed().name == "step-00000004"
+    (place / "latest").unlink()
     shutil.copytree(place / "step-00000004", place / "latest")
     pretrain_here(None, *arguments, f"run.dir={run}", "optim.steps=5")
     assert checkpoint.existing(run).name == "step-00000005" and (place / "latest").is_symlink()
