@@ -49,7 +49,13 @@ def _listed(places: Sequence[str], modalities: Sequence[str]) -> dict[str, Path]
     """The only one of several checkpoints that has each of the recipe's modalities."""
     found: dict[str, Path] = {}
     for folder in map(existing, places):
-        for name in (name for name in modalities_in(folder) if name in modalities):
+        held = modalities_in(folder)
+        if not set(held) & set(modalities):  # nothing of it would be taken, not even its LoRA
+            raise UserError(
+                f"model.checkpoint: {folder} has projectors for {', '.join(held)} and the recipe for "
+                f"{', '.join(modalities)}: take it out of the list"
+            )
+        for name in (name for name in held if name in modalities):
             if name in found:
                 raise UserError(
                     f"model.checkpoint: {found[name]} and {folder} both have a projector for {name}; say by modality "

@@ -95,6 +95,9 @@ def test_which_modality_is_whose_must_be_said(tiny_llm, encoders, apart, tmp_pat
     assert find_start(config).modalities == {"image": checkpoint.existing(apart["image"]), "imu": both}
     with pytest.raises(UserError, match=r"model\.checkpoint\.imu: .* has no projector for it, but for image"):
         find_start(joined(tiny_llm, encoders, tmp_path / "run", dict.fromkeys(KINDS, apart["image"])))
+    of_imu = settings(tiny_llm, encoders, tmp_path / "run", "x", ["imu"], model__checkpoint=f"[{apart['image']}]")
+    with pytest.raises(UserError, match=r"image/.* has projectors for image and the recipe for imu: take it out"):
+        find_start(load(Config, None, of_imu))
     with pytest.raises(UserError, match=r"nowhere holds no checkpoint"):
         find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": "nowhere"}))
 
