@@ -35,8 +35,9 @@ def writing(path: Path, remedy: str = _ROOM) -> Iterator[None]:
 
 
 def _no_room(error: Exception) -> bool:
-    """Whether the disk is full, or the quota; libraries in Rust say so in words alone."""
-    return getattr(error, "errno", None) in _NO_ROOM or any(f"(os error {code})" in str(error) for code in _NO_ROOM)
+    """Whether the disk is full, or the quota; libraries in Rust, and shutil of a folder, say so in words alone."""
+    said = [text for code in _NO_ROOM for text in (f"(os error {code})", f"[Errno {code}]")]
+    return getattr(error, "errno", None) in _NO_ROOM or any(text in str(error) for text in said)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from anymal import checkpoint, lock, shards
 from anymal.config import RunConfig
 from anymal.errors import Quarantine, UserError
-from anymal.files import append_line, write_whole
+from anymal.files import append_line, write_whole, writing
 from anymal.tracking import Tracker
 from small_runs import losses, make_encoders, pretrain_here, settings, write_pairs
 
@@ -93,6 +94,16 @@ def test_a_quarantine_that_finds_no_room_is_named(disk):
         for key in range(1000):
             quarantine.reject("a.tar", str(key), "no picture" * 10)
     assert all(map(json.loads, (disk / "quarantine.jsonl").read_text().splitlines()))
+
+
+def test_a_folder_that_finds_no_room_is_named(disk, tmp_path):
+    """As a trained encoder that the next checkpoint takes over, where there are no hard links."""
+    for name in "ab":
+        (tmp_path / "from" / name).mkdir(parents=True)
+        (tmp_path / "from" / name / "weights").write_bytes(bytes(SIZE))
+    said = r"taken could not be written: the disk is full; make room"
+    with pytest.raises(UserError, match=said), writing(disk / "taken"):
+        shutil.copytree(tmp_path / "from", disk / "taken")
 
 
 def test_a_recipe_is_written_whole_or_not_at_all(disk):
