@@ -10,6 +10,7 @@ measures at several of them is kept beside it:
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def save(folder: Path, trained: int, measured: Mapping[int, Mapping[str, Mapping
         trained: The bits that it was trained beside.
         measured: Bits → set → `anymal.scores.figures`. What earlier calls kept of other sets or bits stays.
     """
-    sets = _read(folder).get("sets", {})
+    sets = _read(folder)
     for bits, results in measured.items():
         for name, figures in results.items():
             sets.setdefault(name, {})[str(bits)] = {key: figures["own"][key] for key in KEPT}
@@ -46,10 +47,11 @@ def note(folder: Path, trained: int, bits: int) -> str:
         return ""
     text = f"{folder} was trained beside its LLM at {trained} bits; at {bits} it may answer differently"
     drifts = []
-    for name, of_set in _read(folder).get("sets", {}).items():
-        before, now = of_set.get(str(trained)), of_set.get(str(bits))
-        if before and now:
-            drifts.append(f"{name} {_drift(before, now)} (n={now['n']})")
+    with suppress(AttributeError, KeyError, TypeError, ValueError):  # whoever made the checkpoint wrote what they liked
+        for name, of_set in _read(folder).items():
+            before, now = of_set.get(str(trained)), of_set.get(str(bits))
+            if before and now:
+                drifts.append(f"{name} {_drift(before, now)} (n={now['n']})")
     if drifts:
         return f"{text}. Measured: {'; '.join(drifts)}"
     how = f"python launch/evaluate.py checkpoint={folder} 'bits=[{trained},{bits}]' sets.NAME=SHARDS"
@@ -62,9 +64,10 @@ def _drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"loss {before['loss']:.3f} → {now['loss']:.3f}"
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Set → bits → figures; empty where nothing was measured, or the file is missing or damaged."""
     try:
-        known = json.loads((folder / NAME).read_text())
-    except (OSError, ValueError):  # missing, or damaged: then nothing was measured
+        sets = json.loads((folder / NAME).read_text())["sets"]
+        return {name: dict(of_set) for name, of_set in sets.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}

@@ -113,6 +113,8 @@ def test_drift_is_remembered_beside_the_checkpoint(tmp_path):
     assert precision.save(tmp_path, 4, {4: {"captions": measured(None, 2.0)}})
     note = precision.note(tmp_path, 4, 32)
     assert note.endswith("Measured: audio accuracy 75% → 60% (n=48); captions loss 2.000 → 2.500 (n=48)")
-    (tmp_path / precision.NAME).write_text("[damaged")
-    assert "was not measured yet" in precision.note(tmp_path, 4, 32)
+    for others in ("[damaged", '{"sets": {"audio": {"4": {"n": 1}, "32": {"n": 1}}}}', '{"sets": []}'):
+        (tmp_path / precision.NAME).write_text(others)
+        assert "was not measured yet" in precision.note(tmp_path, 4, 32)
+    assert precision.save(tmp_path, 4, {4: {"audio": measured(0.75)}})
     assert not precision.save(tmp_path / "missing", 4, {})
