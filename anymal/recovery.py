@@ -14,6 +14,7 @@ import torch
 from anymal.ahead import Ahead
 from anymal.engine import gather
 from anymal.errors import UserError
+from anymal.llm import set_frozen_mode
 from anymal.model import AnyMAL, trainable
 from anymal.packing import Item, pack
 from anymal.stream import Stream, merge_bookmarks
@@ -62,6 +63,7 @@ def _not_finite(model: AnyMAL, items: list[Item]) -> list[tuple[int, str, str]]:
     """Position, key and reason of each sample whose loss, alone in a row, is not finite, or has such a gradient."""
     found = []
     model.eval()
+    set_frozen_mode(model.llm, recompute=True)  # a long sample may not fit without what checkpointing saves
     # A sharded model runs only where all ranks run it: those with fewer samples run their last one again.
     for number in range(max(gather(len(items)))):
         item = items[min(number, len(items) - 1)]

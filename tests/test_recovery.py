@@ -8,6 +8,7 @@ import pytest
 import torch
 import webdataset as wds
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import adapters
 from adapters.projectors import PROJECTORS
@@ -122,6 +123,26 @@ def test_a_gradient_that_is_not_finite_is_never_applied(run, tmp_path, zero):
     broken = write(tmp_path / "broken", b"no number", 5)
     assert losses(run("found", steep, **more)) == losses(run("wanted", broken, **more))
     assert listed(tmp_path / "found" / "quarantine.jsonl")[0]["reason"] == "the gradient of its loss is not finite"
+
+
+@pytest.mark.parametrize("train", ["projectors", "llm"])
+def test_samples_are_tried_with_the_memory_of_training(tiny_llm, tmp_path, train):
+    """Layers recompute what they recompute in training, or a sample that just fits there would not fit here."""
+    modes = set()
+
+    def note(module: nn.Module, _: tuple) -> None:
+        if isinstance(module, GradientCheckpointingLayer) and torch.is_grad_enabled():
+            modes.add(module.training)
+
+    more = {"optim__steps": 2, "model__llm__checkpointing": "full", "model__llm__bits": 32}
+    shards = write(tmp_path / "hostile", np.float32(OVERFLOWS).tobytes(), *range(0, 24, 6))
+    config = load(Config, None, given(tiny_llm, tmp_path / "run", shards, **more), [f"train=[projectors,{train}]"])
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        run_stage(config)
+    finally:
+        hook.remove()
+    assert listed(tmp_path / "run" / "quarantine.jsonl") and modes == {True}
 
 
 PROGRAM = """
