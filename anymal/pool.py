@@ -136,10 +136,13 @@ class _Process:
         self._start()
 
     def _start(self) -> None:
-        self._pipe, theirs = _fork.Pipe()
-        _running.add(self)
-        self._process = _fork.Process(target=_serve, args=(self._one, theirs), daemon=True)
-        self._process.start()
+        try:
+            self._pipe, theirs = _fork.Pipe()
+            self._process = _fork.Process(target=_serve, args=(self._one, theirs), daemon=True)
+            _running.add(self)
+            self._process.start()
+        except OSError as error:
+            raise UserError(f"a worker could not be started: {error.strerror}; try fewer: data.workers") from error
         theirs.close()  # from here on only the process holds it, so that its death is the end of the pipe
 
     def ask(self, items: list[Any]) -> None:
@@ -175,7 +178,7 @@ class _Process:
     def end(self) -> None:
         """Kill it: one that hangs would hear of nothing else."""
         self.close()
-        if self._owner == os.getpid():
+        if self._owner == os.getpid() and self._process.pid is not None:  # it may not have been started
             self._process.kill()
             self._process.join()
 

@@ -278,6 +278,31 @@ def test_a_batch_of_thousands_does_not_fill_the_pipes_from_both_ends():
     assert process.exitcode == 0
 
 
+WITHOUT_FILES = """
+import os, resource
+from anymal.config import DataConfig
+from anymal.errors import UserError
+from anymal.workers import each
+data, others = DataConfig(shards="x", workers=3), each(99, abs, DataConfig(shards="x", workers=1), dead=None, name="x")
+next(others)
+used = max(map(int, os.listdir("/proc/self/fd")))
+for more in range(1, 9):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, 10_000))
+    try:
+        list(each(9, abs, data, dead=None, name="a.tar"))
+    except UserError as error:
+        assert "a worker could not be started: Too many open files; try fewer" in str(error), error
+    else:
+        raise SystemExit("they were started")
+"""
+
+
+def test_workers_that_cannot_be_started_are_told_and_the_process_ends():
+    command = [sys.executable, "-c", WITHOUT_FILES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def kill_once(sample: Sample) -> Tokens:
     with suppress(FileExistsError):
         Path(os.environ["ONCE"]).mkdir()
