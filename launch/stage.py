@@ -67,13 +67,13 @@ def run_stages(stages: Sequence[Config]) -> int:
 
 def _changed_since(stage: Config) -> str:
     """The settings that a stage which is done was trained with and the recipe no longer says."""
-    changed = differences(checkpoint.recipe(retention.newest(checkpoint.checkpoints(stage))), stage)
+    try:
+        changed = differences(checkpoint.recipe(retention.newest(checkpoint.checkpoints(stage))), stage)
+    except UserError as error:  # edited, or of another version: the stage is done all the same
+        return f", with settings that cannot be compared ({error})"
     names = sorted(set(changed) - set(FREE) - {"model.checkpoint"})
-    return (
-        f", with other settings: {', '.join(f'{n} was {changed[n][0]}, is {changed[n][1]}' for n in names)}"
-        if names
-        else ""
-    )
+    said = ", ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in names)
+    return f", with other settings: {said}" if said else ""
 
 
 def run_stage(config: Config) -> int:

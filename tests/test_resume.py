@@ -136,3 +136,7 @@ def test_a_stage_that_is_done_is_passed_over_with_a_word_on_what_changed(tiny_ll
     for name in "ab":
         assert f"{tmp_path}/run/{name}: done before\n" in said
         assert f"{tmp_path}/run/{name}: done before, with other settings: optim.lr was 0.01, is 0.02\n" in said
+    for path in (tmp_path / "run").glob("a/checkpoints/latest/recipe.yaml"):
+        path.write_text(path.read_text() + "gone: 1\n")
+    pretrain_here(tmp_path / "recipe.yaml", *given)
+    assert "run/a: done before, with settings that cannot be compared (" in capfd.readouterr().out
