@@ -9,6 +9,7 @@ so that results do not depend on whether torchvision is installed). Several enco
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ MAX_EXIF = 64
 """Pieces (of 64 kB) of a JPEG's Exif data. Pillow joins them one by one: 2000 take a minute."""
 MAX_SCANS = 32
 """Of a progressive JPEG. Encoders write about ten; each goes over the whole picture, and ten thousand take 26 s."""
+MAX_SEGMENTS = 4096
+"""Of a JPEG: scans, tables, and metadata in pieces of 64 kB."""
+_MARKER = re.compile(
+    rb"\xff[^\x00\x01\xff\xd0-\xd7]"
+)  # of a JPEG's segment, or of its end; within scans it is never data
 MAX_ASPECT = 50
 """Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
 
@@ -100,9 +106,8 @@ def read_image(data: bytes, max_pixels: int) -> Any:
                     f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
                 )
             check_aspect(width, height)
-            # Pillow has read up to the first scan; within scans 0xFF 0xDA is never data.
-            if picture.format == "JPEG" and (scans := 1 + data.count(b"\xff\xda", picture.fp.tell())) > MAX_SCANS:
-                raise BadSample(f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
+            if picture.format in ("JPEG", "MPO"):
+                _check_scans(data)
             if picture.format in ANIMATED and getattr(picture, "is_animated", False):
                 raise BadSample(
                     f"an animated {picture.format}, of which an image would be the first frame alone; convert it to a "
@@ -120,6 +125,24 @@ def read_image(data: bytes, max_pixels: int) -> Any:
         raise BadSample(
             f"{len(data)} bytes that begin with {data[:12]!r} are no whole picture ({', '.join(FORMATS)}){cause}"
         ) from error
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG of very many scans. What follows its end is not looked at: the film of a motion photo, for example.
+
+    Raises:
+        BadSample: It is one.
+    """
+    scans, place = 0, 2
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(data, place)
+        if found is None or found[0] == b"\xff\xd9":
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    raise BadSample(f"a JPEG of more than {MAX_SEGMENTS} segments")
 
 
 def _rgb(picture: Any) -> Any:
