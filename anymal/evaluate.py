@@ -126,7 +126,7 @@ def _trials(model: AnyMAL, asked: Iterable[Asked], batch_size: int) -> Iterator[
     """Every sample under every condition."""
     zeros: dict[str, Features] = {}
     first: dict[tuple[str, ...], Asked] = {}  # of the samples with media of the same modalities
-    last: dict[tuple[str, ...], tuple[str, Media]] = {}
+    last: dict[tuple[str, ...], tuple[Asked, Media]] = {}
     for window in _batches(asked, batch_size):
         for one, media, blank in _encoded(model, window, batch_size, zeros):
             yield _Trial(asked=one, condition=OWN, tokens=_with(one.tokens, media))
@@ -138,15 +138,15 @@ def _trials(model: AnyMAL, asked: Iterable[Asked], batch_size: int) -> Iterator[
                 yield _lent(one, last[alike])
             else:
                 first[alike] = one
-            last[alike] = one.key, media
+            last[alike] = one, media
     for alike, one in first.items():
-        if last[alike][0] != one.key:
+        if last[alike][0] is not one:
             yield _lent(one, last[alike])
 
 
-def _lent(one: Asked, lender: tuple[str, Media]) -> _Trial:
-    key, media = lender
-    return _Trial(asked=one, condition=SHUFFLED, tokens=_with(one.tokens, media), lender=key)
+def _lent(one: Asked, lender: tuple[Asked, Media]) -> _Trial:
+    other, media = lender
+    return _Trial(asked=one, condition=SHUFFLED, tokens=_with(one.tokens, media), lender=other.key)
 
 
 def _encoded(

@@ -1,6 +1,7 @@
 """Evaluation: what is held and when, three conditions, and that every sample is decoded and encoded once."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -90,6 +91,12 @@ def test_nobody_is_lent_its_own_media_or_such_of_another_kind(toy):
     alone = run(toy, samples[1:2])
     assert [record.condition for record in alone] == ["own", "blank"], "there is nobody else's medium"
     assert figures(alone, "sum")["shuffled"] is None
+
+
+def test_samples_of_the_same_key_in_two_shards_lend_to_each_other(toy):
+    one, other = closed(1.0, "yes", "0000"), replace(closed(2.0, "yes", "0000"), shard="t.tar")
+    lent = [record.shard for record in run(toy, [one, other]) if record.condition == "shuffled"]
+    assert sorted(lent) == ["s.tar", "t.tar"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
