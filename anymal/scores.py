@@ -163,7 +163,7 @@ def _condition(
     right = {_name(record): record.answer for record in records}
 
     def share_right(made: dict[tuple[str, str], str]) -> float | None:
-        return accuracy(list(made.values()), [right[name] for name in made]) if made else None
+        return sum(option == right[name] for name, option in made.items()) / len(made) if made else None
 
     result: dict[str, Any] = {"n": len(records), "loss": sum(record.loss for record in records) / len(records)}
     result["accuracy_by"] = {name: share_right(made) for name, made in chosen.items()}

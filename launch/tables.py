@@ -132,12 +132,15 @@ def _times_control(result: Mapping[str, Any]) -> str:
 
 def chose_right(prediction: Mapping[str, Any]) -> bool | None:
     """Whether the chosen option is the answer; None without options."""
-    return None if not prediction.get("choice") else words(prediction["choice"]) == words(prediction["answer"])
+    return None if prediction.get("choice") is None else prediction["choice"] == prediction["answer"]
 
 
 def said_right(prediction: Mapping[str, Any]) -> bool | None:
     """Whether what was said is the answer, in the same words; None if nothing was asked for."""
-    return None if prediction.get("said") is None else words(prediction["said"]) == words(prediction["answer"])
+    if prediction.get("said") is None:
+        return None
+    said, answer = (words(text) or [text.strip()] for text in (prediction["said"], prediction["answer"]))
+    return said == answer
 
 
 def print_table(evaluation: Mapping[str, Any], examples: int = 3) -> str:

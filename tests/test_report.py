@@ -212,11 +212,18 @@ def test_yes_no_questions_have_a_table_of_their_own(tmp_path):
 
 
 def test_choice_and_words_are_judged_apart():
-    assert chose_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
-    assert not said_right({"choice": "cat", "said": "a dog", "answer": "Cat"})
+    assert chose_right({"choice": "Cat", "said": "a dog", "answer": "Cat"})
+    assert not said_right({"choice": "Cat", "said": "a dog", "answer": "Cat"})
     assert said_right({"said": "Rose!", "answer": "rose"}) and chose_right({"said": "Rose!", "answer": "rose"}) is None
     assert not said_right({"said": "a rose", "answer": "rose"})
     assert said_right({"said": None, "answer": "rose"}) is None
+
+
+def test_answers_without_words_are_told_apart():
+    for right, wrong in (("C", "C++"), ("+", "-"), ("😀", "😢")):
+        assert chose_right({"choice": right, "answer": right}) and not chose_right({"choice": wrong, "answer": right})
+    assert said_right({"said": "+", "answer": "+"}) and not said_right({"said": "-", "answer": "+"})
+    assert not said_right({"said": "", "answer": "😀"}), "an empty answer is none"
 
 
 def test_a_stage_without_evaluation_is_enough(tmp_path):

@@ -35,6 +35,10 @@ def test_the_sum_favours_short_options_and_the_others_do_not():
     assert figures([own], "blank")["own"]["accuracy"] is None, "nothing to compare with"
 
 
+def test_an_option_that_differs_in_letter_case_alone_is_another():
+    assert figures([record(answer="Polish", Polish=-2.0, polish=-1.0)], "sum")["own"]["accuracy"] == 0.0
+
+
 def test_free_answers_have_controls():
     """What a model says of no medium at all can score as well as what it says of its own."""
     answers = ["a dog on the grass", "a red car in town", "two people at sea"]
