@@ -37,8 +37,6 @@ from anymal.workers import each, reason_of
 from launch.build import device, run_program, suffixes
 from launch.encode_report import Figures, report
 
-NOT_FINITE = "the encoder's features hold NaN or infinite values"
-
 
 @dataclass(kw_only=True)
 class Read:
@@ -198,9 +196,11 @@ class Encode:
 
 def _written(exact: Tensor, precision: str, figures: Figures) -> bytes:
     """The bytes of one medium's features, and how far what is read from them will be from `exact`."""
-    if not torch.isfinite(exact).all():
+    try:
+        features.check(exact, "the encoder's features")
+    except BadSample as error:
         figures.bad += 1
-        return features.dump_bad(NOT_FINITE)
+        return features.dump_bad(str(error))
     data = features.dump(exact, precision)
     error = features.load(data, *exact.shape).double() - exact
     figures.media += 1

@@ -17,7 +17,7 @@ import anymal.model
 from adapters import MODALITIES, build_adapters
 from anymal import checkpoint, features, shards, twins
 from anymal.config import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.errors import Quarantine, UserError
+from anymal.errors import BadSample, Quarantine, UserError
 from anymal.llm import load_llm
 from anymal.model import run_encoder
 from anymal.packing import pack
@@ -261,6 +261,21 @@ def test_bad_samples_are_the_same_for_the_same_reasons(tiny_llm, encoders, tmp_p
     assert "duplicate" in bad["twice"] and "cut or damaged" in bad["cut1"] and "b'!'" in bad["second"]
     media, texts = {"noimage", "half", "second"}, {"nocaption", "badjson", "reserved", "pickled", "onlytheirs", "sound"}
     assert set(bad) == media | texts | {"twice", "cut1", ""}
+
+
+@pytest.mark.parametrize(
+    ("factor", "reason"), [(1e12, "hold values up to"), (torch.inf, "hold NaN or infinite values")]
+)
+def test_features_that_no_projector_computes_with_are_bad(tiny_llm, encoders, tmp_path, factor, reason):
+    data = write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=2)
+    encode = encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image"]))
+    encode.encoders["image"].register_forward_hook(lambda encoder, media, made: made * factor)
+    paths = shards.expand(data)
+    encode_all(encode, paths)
+    for _, members in samples_of(encode.found(paths)[paths[0]].path):
+        stored = next(member for name, member in members.items() if name.endswith(features.ENDING))
+        with pytest.raises(BadSample, match=f"the encoder's features {reason}"):
+            features.load(stored, 4, 4)
 
 
 def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
