@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, yes_no
+from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, words, yes_no
 
 OWN, BLANK, SHUFFLED = "own", "blank", "shuffled"
 CONDITIONS = (OWN, BLANK, SHUFFLED)
@@ -149,7 +149,7 @@ def figures(records: Sequence[Record], rule: str) -> dict[str, Any]:
     if result[OWN] and result[OWN]["accuracy"] is not None:
         made = len(chosen[rule][OWN])
         result["interval"] = wilson_interval(round(result[OWN]["accuracy"] * made), made)
-    if own and all(sorted(o.text.strip().lower() for o in record.options) == ["no", "yes"] for record in own):
+    if own and all(sorted(words(option.text) for option in record.options) == [["no"], ["yes"]] for record in own):
         result["yes_no"] = _yes_no(several, chosen[rule])
     return result
 
@@ -181,7 +181,7 @@ def _condition(
 
 
 def _yes_no(several: dict[str, list[Record]], chosen: dict[str, dict[tuple[str, str], str]]) -> dict[str, Any]:
-    answers = {_name(record): record.answer for record in several[OWN]}
+    answers = {_name(record): " ".join(words(record.answer)) for record in several[OWN]}  # "Yes." is a yes
     result: dict[str, Any] = {"said": None}
     if all(record.said is not None for record in several[OWN]):
         result["said"] = yes_no([record.said for record in several[OWN]], list(answers.values()))

@@ -84,6 +84,13 @@ def test_yes_no_sets_have_popes_figures():
     assert figures([record(key="k", dog=-1.0, cat=-2.0)], "sum").get("yes_no") is None
 
 
+def test_yes_and_no_with_a_full_stop_are_yes_and_no():
+    options = {"Yes.": -1.0, "No.": -2.0}
+    records = [record(key=f"k{i}", answer=answer, said=answer, **options) for i, answer in enumerate(options)]
+    found = figures(records, "sum")["yes_no"]
+    assert found["said"]["accuracy"] == 1.0 and found["chosen"]["yes_ratio"] == 1.0
+
+
 def test_records_survive_the_file(tmp_path):
     records = [record(key=f"k{i}", condition=c, dog=-1.5, cat=-2.0) for i in range(2) for c in ("own", "shuffled")]
     lines = [write_record(one, set="pets", bits=4) for one in records]
