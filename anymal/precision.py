@@ -5,6 +5,8 @@ silent. So a checkpoint's precision is remembered (``model.llm.bits`` of its rec
 measures at several of them is kept beside it:
 
     CHECKPOINT/precision.json    {"trained": 4, "sets": {"image": {"4": {"accuracy": 0.7, ...}, "32": {...}}}}
+
+Figures are compared where they are of the same samples, chosen by the same rule.
 """
 
 import json
@@ -17,6 +19,8 @@ from typing import Any
 NAME = "precision.json"
 KEPT = ("n", "accuracy", "cider_d", "loss", "empty")
 """What is kept of a set's figures with its own media."""
+MEASURED = ("samples", "rule")
+"""What is kept of how they were measured."""
 
 
 def save(folder: Path, trained: int, measured: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> bool:
@@ -25,12 +29,14 @@ def save(folder: Path, trained: int, measured: Mapping[int, Mapping[str, Mapping
     Args:
         folder: The checkpoint.
         trained: The bits that it was trained beside.
-        measured: Bits → set → `anymal.scores.figures`. What earlier calls kept of other sets or bits stays.
+        measured: Bits → set → `anymal.scores.figures`, and `samples`, a digest of which they are. What earlier calls
+            kept of other sets or bits stays.
     """
     sets = _read(folder)
     for bits, results in measured.items():
         for name, figures in results.items():
-            sets.setdefault(name, {})[str(bits)] = {key: figures["own"][key] for key in KEPT}
+            kept = {key: figures["own"][key] for key in KEPT} | {key: figures[key] for key in MEASURED}
+            sets.setdefault(name, {})[str(bits)] = kept
     temporary = folder / f".{NAME}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps({"trained": trained, "sets": sets}, indent=1))
@@ -50,7 +56,7 @@ def note(folder: Path, trained: int, bits: int) -> str:
     with suppress(AttributeError, KeyError, TypeError, ValueError):  # whoever made the checkpoint wrote what they liked
         for name, of_set in _read(folder).items():
             before, now = of_set.get(str(trained)), of_set.get(str(bits))
-            if before and now:
+            if before and now and all(before.get(key) == now.get(key) for key in MEASURED):
                 drifts.append(f"{name} {_drift(before, now)} (n={now['n']})")
     if drifts:
         return f"{text}. Measured: {'; '.join(drifts)}"

@@ -7,6 +7,7 @@ Writes to `out`: records.jsonl (a line for each sample and condition, with the f
 every option is), evaluation.json (the figures, computed from these), and some of the media. Prints tables.
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -149,6 +150,8 @@ def summarise(
         for bits in several:
             records = read_records(out / "records.jsonl", set=name, bits=bits)
             result = figures(records, config.choose)
+            asked = sorted({(record.shard, record.key) for record in records})
+            result["samples"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
             result["same_choice"] = None if reference is None else agreement(reference, records, config.choose)
             kept = (p for p in predictions(records, config.choose) if (p["shard"], p["key"]) in media[name])
             result["predictions"] = [p | {"media": media[name][p["shard"], p["key"]]} for p in kept]

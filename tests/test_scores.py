@@ -114,8 +114,9 @@ def test_a_prediction_holds_what_was_said_and_nothing_invented():
 
 
 def test_drift_is_remembered_beside_the_checkpoint(tmp_path):
-    def measured(accuracy, loss=1.0):
-        return {"own": {"n": 48, "accuracy": accuracy, "cider_d": 1.0, "loss": loss, "empty": 0.0}}
+    def measured(accuracy, loss=1.0, samples="a", rule="sum"):
+        own = {"n": 48, "accuracy": accuracy, "cider_d": 1.0, "loss": loss, "empty": 0.0}
+        return {"own": own, "samples": samples, "rule": rule}
 
     assert precision.note(tmp_path, 4, 4) == ""
     assert "was not measured yet" in precision.note(tmp_path, 4, 32)
@@ -124,6 +125,9 @@ def test_drift_is_remembered_beside_the_checkpoint(tmp_path):
     assert precision.save(tmp_path, 4, {4: {"captions": measured(None, 2.0)}})
     note = precision.note(tmp_path, 4, 32)
     assert note.endswith("Measured: audio accuracy 75% → 60% (n=48); captions loss 2.000 → 2.500 (n=48)")
+    for other in ({"samples": "b"}, {"rule": "bytes"}):
+        precision.save(tmp_path, 4, {32: {"audio": measured(0.20, **other)}})
+        assert "audio" not in precision.note(tmp_path, 4, 32), "figures of other samples, or otherwise chosen"
     for others in ("[damaged", '{"sets": {"audio": {"4": {"n": 1}, "32": {"n": 1}}}}', '{"sets": []}'):
         (tmp_path / precision.NAME).write_text(others)
         assert "was not measured yet" in precision.note(tmp_path, 4, 32)
