@@ -51,7 +51,7 @@ class EvaluateConfig:
     """Folder for what is written; empty takes CHECKPOINT/evaluation."""
     bits: Any = 0
     """Precision of the LLM: 4, 8, 16 or 32, or a list of several, such as [4,16,32], to have them side by side; 0
-    takes the one that the checkpoint was trained with."""
+    takes the one that the checkpoint was trained with, or what model.llm.bits says."""
     limit: int = 0
     """So many samples of each set, drawn by `seed`; 0 takes all."""
     choose: str = "sum"
@@ -91,7 +91,8 @@ def main() -> None:
         raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
     trained = checkpoint.recipe(folder).model.llm.bits
-    several = list(dict.fromkeys(bits or trained for bits in listed(config.bits)))
+    asked = checkpoint.recipe(folder, model=config.model).model.llm.bits
+    several = list(dict.fromkeys(bits or asked for bits in listed(config.bits)))
     out = Path(config.out or folder / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
     media = {name: write_media(config, name, out / "media" / name) for name in config.sets}

@@ -64,8 +64,8 @@ def test_chat_and_evaluate_take_the_new_place(moved, monkeypatch, tmp_path, caps
             {"__key__": "t", "png": picture.read_bytes(), "json": {"messages": turns, "options": ["red", "blue"]}}
         )
     given = [f"checkpoint={moved['a']}", f"sets.x={tmp_path / 'test.tar'}", f"out={tmp_path / 'out'}"]
-    program(launch.evaluate, monkeypatch, *given, *names(moved["new"]))
-    assert (tmp_path / "out" / "evaluation.json").is_file()
+    program(launch.evaluate, monkeypatch, *given, *names(moved["new"]), "model.llm.bits=16", "max_new_tokens=0")
+    assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["precisions"]) == ["16"]
     for module, arguments in ((launch.chat, asked), (launch.evaluate, given)):
         with pytest.raises(UserError, match=r"no folder .*old/llm; .*give model\.llm\.name=FOLDER"):
             program(module, monkeypatch, *arguments)
