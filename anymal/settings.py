@@ -76,6 +76,8 @@ def load(
             settings = read()
             for setting, value in _set(OmegaConf.to_container(settings)):
                 (asked.add if value == MISSING else asked.discard)(setting)
+                if isinstance(value, list) and OmegaConf.is_dict(OmegaConf.select(config, setting)):
+                    OmegaConf.update(config, setting, None)  # a list takes a dict's place; OmegaConf merges neither
             config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"{name}: {_first_lines(error)}") from error

@@ -73,6 +73,13 @@ def test_what_a_recipe_leaves_open_must_be_given(tmp_path):
     assert load(Config, recipe, ["data.shards=a", "model.checkpoint=b"]).model.checkpoint == "b"
 
 
+def test_a_list_takes_the_place_of_the_recipes_dict():
+    recipe = Path(__file__).parents[1] / "launch" / "recipes" / "mmit-lora.yaml"
+    assert isinstance(load(Config, recipe, ["data.shards=x"]).model.checkpoint, dict)
+    joined = load(Config, recipe, ["data.shards=x", "model.checkpoint=[runs/a,runs/b]"])
+    assert joined.model.checkpoint == ["runs/a", "runs/b"]
+
+
 def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path):
     with pytest.raises(UserError, match="there is no recipe"):
         load(Config, tmp_path / "none.yaml")
