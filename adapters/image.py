@@ -99,12 +99,12 @@ def read_image(data: bytes, max_pixels: int) -> Any:
             warnings.simplefilter("ignore")  # Pillow warns about large headers; we refuse them
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
-            if picture.format == "WEBP":
-                max_pixels = min(max_pixels, MAX_WEBP)
             if width * height > max_pixels:
                 raise BadSample(
                     f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
                 )
+            if picture.format == "WEBP" and width * height > MAX_WEBP:
+                raise BadSample(f"a WebP of {width} x {height} pixels; at most {MAX_WEBP} are decoded")
             check_aspect(width, height)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(data)

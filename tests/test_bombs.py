@@ -125,6 +125,13 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(kind):
         read_image(data[:end] + b"\xff\xfe\0\2" * 5000 + data[end:], MAX_PIXELS)
 
 
+def test_a_webp_beyond_its_own_bound_does_not_blame_the_setting():
+    stream = io.BytesIO()
+    Image.new("RGB", (5800, 5800)).save(stream, "WEBP", quality=1, method=0)
+    with pytest.raises(BadSample, match=r"a WebP of 5800 x 5800 pixels; at most 33554432 are decoded$"):
+        read_image(stream.getvalue(), MAX_PIXELS)
+
+
 def test_the_film_behind_a_motion_photo_is_no_scan():
     """Phones put a few MB of mp4 behind the picture's end; in 4 MB of such bytes a scan's marker stands 60 times."""
     data = picture(size=(64, 48), kind="JPEG")
