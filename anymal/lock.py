@@ -68,12 +68,20 @@ class Holder:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Who holds the lock of a run's folder, dead or alive; None if nobody does."""
+    """Who holds the lock of a run's folder, dead or alive; None if nobody does.
+
+    Raises:
+        UserError: There is something in its place that cannot be read.
+    """
     path = folder / LOCK
     try:
         text, touched = path.read_text(errors="replace"), path.stat().st_mtime
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; nobody can tell whether a run trains there"
+        ) from error
     silent = max(0.0, _now(folder) - touched)
     seen = {"text": text, "touched": touched, "silent": silent}
     try:
@@ -86,11 +94,12 @@ def require_no_other(folder: Path) -> None:
     """A run that slept for long may have been taken for dead; then it must not write any more.
 
     Raises:
-        UserError: Another process holds the lock by now.
+        UserError: Another process holds the lock by now, or somebody took it away: others may have been there since.
     """
     held = holder(folder)
-    ours = (socket.gethostname(), _machine(), os.getpid())
-    if held is not None and (held.host, held.machine, held.pid) != ours:
+    if held is None:
+        raise UserError(f"{folder / LOCK} was removed while this run trained, which ends without saving")
+    if (held.host, held.machine, held.pid) != (socket.gethostname(), _machine(), os.getpid()):
         raise UserError(f"{_in_use(folder, held)}. This run was taken for dead, and ends without saving")
 
 

@@ -155,6 +155,20 @@ def test_one_that_was_taken_for_dead_writes_no_more(tmp_path):
     assert lock.holder(tmp_path).host == "node9"  # it is not ours to remove
 
 
+def test_one_whose_lock_was_removed_writes_no_more(tmp_path):
+    """Somebody took it for dead; by now another run may have trained there and ended."""
+    with lock.hold(tmp_path):
+        (tmp_path / lock.LOCK).unlink()
+        with pytest.raises(UserError, match=r"run\.lock was removed while this run trained, which ends without saving"):
+            lock.require_no_other(tmp_path)
+
+
+def test_what_cannot_be_read_in_a_locks_place_is_named(tmp_path):
+    (tmp_path / lock.LOCK).mkdir()
+    with pytest.raises(UserError, match=r"run\.lock cannot be read: Is a directory"), lock.hold(tmp_path):
+        pass
+
+
 def contend(folder: Path, start, done, won) -> None:
     start.wait()
     try:
