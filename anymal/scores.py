@@ -200,18 +200,15 @@ def agreement(records: Sequence[Record], others: Sequence[Record], rule: str) ->
 
 
 def predictions(records: Sequence[Record], rule: str) -> Iterator[dict[str, Any]]:
-    """What a person wants to read of each sample: question, answer, the choice and what was said, with its controls."""
+    """What a person wants to read of each sample: question, answer, the choice and what was said."""
     chosen = choices(records, rule)
-    several = {name: {_name(r): r for r in of_condition} for name, of_condition in _by_condition(records).items()}
-    for name, record in several[OWN].items():
-        blank = several[BLANK].get(name)
+    for record in _by_condition(records)[OWN]:
         yield {
             "key": record.key,
             "shard": record.shard,
             "question": record.question,
             "answer": record.answer,
-            "choice": chosen[OWN].get(name),
+            "choice": chosen[OWN].get(_name(record)),
             "said": record.said,
             "cut": record.cut,
-            "said_blank": None if blank is None else blank.said,
         }

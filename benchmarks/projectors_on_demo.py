@@ -81,7 +81,7 @@ def measure(cache: Path, folder: Path, name: str, overrides: Sequence[str]) -> d
     OmegaConf.save(made, folder / f"{name}.yaml")
     start(cache, "launch/pretrain.py", str(folder / f"{name}.yaml"), *overrides)
     out = folder / f"{name}-evaluation"
-    asked = [f"sets.image={cache}/data/image/test", "max_new_tokens=0", "media=0"]
+    asked = [f"sets.image={cache}/data/image/validation", "max_new_tokens=0", "media=0"]
     start(cache, "launch/evaluate.py", f"checkpoint={folder / name}", *asked, f"out={out}")
     evaluation = json.loads((out / "evaluation.json").read_text())
     losses = [line["loss"] for line in read_lines(folder / name / "metrics.jsonl") if "loss" in line]

@@ -20,7 +20,7 @@ from typing import Any
 
 from anymal.errors import UserError
 from anymal.scores import CONDITIONS, OWN
-from launch.tables import Table, chose_right, percent, print_table, said_right, sets_of, tables
+from launch.tables import Table, chose_right, percent, print_table, remarks, said_right, sets_of, tables
 
 CARDS = 8
 """Predictions shown for each modality: the first ones that have a medium, not chosen ones."""
@@ -95,6 +95,7 @@ def _results(evaluation: Mapping[str, Any]) -> str:
     if not sets:
         return ""
     shown = "".join(map(_table, tables(evaluation)))
+    shown += "".join(f'<p class="soft small">{escape(remark)}</p>' for remark in remarks(evaluation))
     return (
         f"<h2>Held-out results</h2>{_bars(sets)}{shown}"
         '<p class="soft small">Accuracy: the right option is chosen. <b>Blank</b> and <b>shuffled</b> are the '

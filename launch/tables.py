@@ -143,14 +143,25 @@ def said_right(prediction: Mapping[str, Any]) -> bool | None:
     return said == answer
 
 
+def remarks(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """What has to be known beside the tables: media that decoding changed, controls of fewer samples."""
+    for name, result in sets_of(evaluation).items():
+        for change, count in result.get("altered", {}).items():
+            yield f"{name}: {change} in {count} of {result['n']}"
+        for condition in (BLANK, SHUFFLED):
+            n = _of(result, condition).get("n", result.get("n"))
+            if n != result.get("n"):
+                missing = "the others have no media, or nobody else has such"
+                yield f"{name}: {condition} is of {n} of {result['n']} samples; {missing}"
+
+
 def print_table(evaluation: Mapping[str, Any], examples: int = 3) -> str:
     """The evaluation as aligned text: its tables, then the first few predictions of each set."""
     lines: list[str] = []
     for table in tables(evaluation):
         lines += [*_aligned([table.columns, *table.rows]), ""]
-    for name, result in sets_of(evaluation).items():
-        changes = (f"{change} in {count} of {result['n']}" for change, count in result.get("altered", {}).items())
-        lines += [f"{name}: {change}" for change in changes]
+    if said := list(remarks(evaluation)):
+        lines += [*said, ""]
     for name, result in sets_of(evaluation).items():
         lines += [name, *(f"  {_prediction(one)}" for one in result.get("predictions", [])[:examples]), ""]
     if (trained := evaluation.get("trained_parameters")) is not None:
