@@ -1,5 +1,6 @@
 """From settings to the parts of a run: the one place where core and modalities meet. Every program here uses it."""
 
+import atexit
 import os
 import sys
 import warnings
@@ -110,6 +111,7 @@ def _say_other_precisions(config: Config, start: Start) -> None:
 
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
+    atexit.register(_leave_processes)
     for theirs in OTHERS_FUTURE_WARNINGS:
         warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
     try:
@@ -120,3 +122,13 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_processes() -> None:
+    """End gloo's threads. Left to the interpreter's end, they now and then abort the process, its exit code lost.
+
+    NCCL's are left alone: where another rank is gone, to end them could wait for ever.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
