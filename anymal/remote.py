@@ -29,10 +29,6 @@ TRIES, BACKOFF, TIMEOUT = 5, 1.0, 60.0  # tries without progress; seconds before
 _LARGEST_JSON = 1 << 25  # bytes; a larger one takes more memory than the counts in it are worth
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-_opener = urllib.request.OpenerDirector()
-for _handler in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError", "Unknown"):
-    _opener.add_handler(getattr(urllib.request, f"{_handler}Handler")())
-_opener.add_handler(urllib.request.HTTPErrorProcessor())
 
 
 def is_url(name: str) -> bool:
@@ -162,9 +158,18 @@ def _tars(cache: str) -> Iterator[tuple[str, os.stat_result]]:
             yield str(tar), tar.stat()
 
 
+def _opener() -> urllib.request.OpenerDirector:
+    """Speaks http and https alone, through the proxies that the environment names by now."""
+    opener = urllib.request.OpenerDirector()
+    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError", "Unknown"):
+        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    return opener
+
+
 def _ask(url: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers={"User-Agent": "anymal", **(headers or {})})
-    return _opener.open(request, timeout=TIMEOUT)
+    return _opener().open(request, timeout=TIMEOUT)
 
 
 @dataclass(kw_only=True)

@@ -256,3 +256,14 @@ def test_default_folder(server, tar, tmp_path, monkeypatch):
     (found,) = manifest.survey([f"{server.url}/a.tar"]).values()
     assert Path(found.path).is_relative_to(tmp_path / "all" / "shards")
     assert os.path.basename(found.path) == "a.tar" and len(found) == 20
+
+
+def test_a_proxy_that_was_set_since_the_last_request_is_used(server, tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    far = Remote(url="http://127.0.0.1:1/a.tar", cache=str(tmp_path))
+    (server.root / "http:" / "127.0.0.1:1").mkdir(parents=True)  # a proxy is asked for the whole address
+    (server.root / "http:" / "127.0.0.1:1" / "stats.json").write_text('{"n": 1}')
+    assert far.published("stats.json") is None
+    monkeypatch.setenv("http_proxy", server.url)
+    assert far.published("stats.json") == {"n": 1}
