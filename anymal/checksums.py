@@ -27,6 +27,11 @@ _log = logging.getLogger(__name__)
 _known: dict[tuple[int, ...], str] = {}  # device, inode, size and time of a file → digest; of a hard link, too
 
 
+def forget() -> None:
+    """From now on each file is hashed anew: bytes rot without a new time, and inodes are given again."""
+    _known.clear()
+
+
 def write(folder: Path) -> None:
     """Write the manifest of all files in a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -43,7 +48,7 @@ def damage(folder: Path, *, training: bool) -> str:
     """What is wrong with a checkpoint's files, as a sentence that names the first; empty if nothing is.
 
     Args:
-        folder: The checkpoint. Each file is hashed once in a process, however often it is asked for.
+        folder: The checkpoint. Each file is hashed once until `forget`, however often it is asked for.
         training: Whether the state of training is looked at, too, if the checkpoint has any; it is most of the bytes.
     """
     stripped = not (folder / TRAINING).exists()

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import socket
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -56,6 +57,28 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int, torch.device]]:
+    """`start_processes`, and the end of a group of a single process, with what describes it in the environment.
+
+    What this process starts later would take itself for a rank of it. A launcher's group stays for the next stage or
+    run: its address is taken, and to leave it a rank may have to wait for others that are gone.
+    """
+    alone = "RANK" not in os.environ and not torch.distributed.is_initialized()
+    before = dict(os.environ)
+    try:
+        yield start_processes()
+    finally:
+        if alone:
+            if torch.distributed.is_initialized():
+                import deepspeed
+
+                deepspeed.comm.destroy_process_group()
+            for name in ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -118,16 +141,18 @@ def make_engine(model: AnyMAL, config: Config) -> Any:
     return engine
 
 
-def end_engine(engine: Any) -> None:
-    """Free what an engine holds, and give torch its own ``linear`` back.
+@contextmanager
+def engine_of(model: AnyMAL, config: Config) -> Iterator[Any]:
+    """`make_engine`'s engine; afterwards what it holds is free, and torch has its own ``linear`` back.
 
     Under ZeRO-3 DeepSpeed puts one in its place that keeps the input of every layer, frozen ones too, and leaves it
     there for whatever the process does next: the stages that follow would hold more memory and recompute more.
     """
-    engine.destroy()
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as patch
-
-    torch.nn.functional.linear = getattr(patch, "linear_bk", torch.nn.functional.linear)
+    with ExitStack() as at_end:
+        at_end.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
+        engine = make_engine(model, config)
+        at_end.callback(engine.destroy)
+        yield engine
 
 
 def learning_rate(step: int, config: Config) -> float:

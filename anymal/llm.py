@@ -8,6 +8,8 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,22 @@ def require_llm(name: str) -> None:
         )
 
 
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Inside, transformers shows its progress bars on a terminal alone."""
+    from transformers.utils import logging
+
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+@bars_on_terminals_only()
 def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -> tuple[nn.Module, Any]:
     """Load a causal LM of transformers, frozen and in eval mode, and its tokenizer.
 
@@ -60,12 +78,9 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
             f"train lists llm, but model.llm.bits is {config.bits}, and quantised weights cannot learn: set "
             "model.llm.bits to 16 or 32, or train lora instead"
         )
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     require_llm(config.name)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     dtype = {16: torch.bfloat16, 32: torch.float32}.get(32 if learns else config.bits, compute_dtype(device))
     quantization = None
     if config.bits == 4:

@@ -50,11 +50,12 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
 
     Local tars without an index are indexed; remote ones whose number of samples is not published are downloaded. Each
     rank begins at another tar (`start` of 0..1), so that ranks share that work: whoever comes second finds it done.
-    If it takes long, the first rank shows how far it is.
+    If it takes long, the first rank shows how far it is. What was loaded before is forgotten.
 
     Raises:
         UserError: A tar cannot be read or downloaded, or holds another number of samples than was published.
     """
+    forget()  # tars that were replaced since, and indexed by another process, would still be read as they were
     cache = os.path.expanduser(cache) or os.path.join(shards.cache_folder(), "shards")
     folders: dict[str, _Manifest] = {}
     found, first = {}, int(start * len(names))
@@ -187,6 +188,12 @@ def load(shard: Shard) -> shards.Index:
             _loaded.popitem(last=False)
     _loaded.move_to_end(shard.path)
     return made
+
+
+def forget() -> None:
+    """Close all tars, and drop where their samples lie."""
+    _loaded.clear()
+    shards.close_all()
 
 
 def _agreeing(made: shards.Index, shard: Shard) -> shards.Index:

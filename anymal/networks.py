@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from anymal import settings
 from anymal.config import Config, LLMConfig, ModalityConfig
 from anymal.errors import UserError
+from anymal.llm import bars_on_terminals_only
 from anymal.modality import Adapter, Encoder
 from anymal.model import AnyMAL
 from anymal.stages import encoder_names
@@ -94,6 +95,7 @@ def _save_encoder(encoder: Encoder, weights: dict[str, Tensor], folder: Path) ->
         save_file(weights, folder / "model.safetensors")
 
 
+@bars_on_terminals_only()
 def _save_llm(llm: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, bits: int) -> None:
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     config = copy.deepcopy(llm.config)  # save_pretrained writes the dtype of the model into its own

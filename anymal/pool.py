@@ -15,8 +15,8 @@ import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -190,10 +190,20 @@ _running: WeakSet[_Process] = WeakSet()
 
 
 @atexit.register
-def _end_all() -> None:
+def _end_all(but: Collection[_Process] = ()) -> None:
     # multiprocessing would ask them to terminate and wait: for ever, since they ignore it.
-    for process in list(_running):
+    for process in set(_running).difference(but):
         process.end()
+
+
+@contextmanager
+def none_left() -> Iterator[None]:
+    """Processes that were started inside end with it, also those of an iteration that an error's traceback holds."""
+    before = set(_running)
+    try:
+        yield
+    finally:
+        _end_all(but=before)
 
 
 def _serve(one: Callable[[Any], Any], pipe: Connection) -> None:

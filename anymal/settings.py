@@ -131,6 +131,23 @@ def _read_as(what: str) -> Iterator[None]:
         _reading.reset(token)
 
 
+@contextmanager
+def notes_of_its_own() -> Iterator[None]:
+    """Inside, nothing is noted of the recipes that were read before; afterwards nothing of those read inside.
+
+    Without, what one recipe takes from the environment would be ``${oc.env:NAME}`` in the next that has the same value.
+    """
+    before = [(notes, dict(notes)) for notes in (_as_written, _environment)]
+    for notes, _ in before:
+        notes.clear()
+    try:
+        yield
+    finally:
+        for notes, held in before:
+            notes.clear()
+            notes.update(held)
+
+
 def _env(key: str, *default: Any) -> str | None:
     """OmegaConf's oc.env: the variable, or the default. While recipes are read as they were written, the interpolation
     itself, its $ hidden so that it is not resolved again; where what is not set is kept, that for it.

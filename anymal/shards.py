@@ -236,11 +236,12 @@ def write_json(value: Any, places: Iterable[str]) -> None:
             failed = f"{place} could not be written: {error.strerror or error}"
             if temporary is not None:
                 os.unlink(temporary)
-    _note_unwritten(failed)
+    note_unwritten(failed)
 
 
 @functools.cache
-def _note_unwritten(failed: str) -> None:
+def note_unwritten(failed: str) -> None:
+    """Warn, once until ``note_unwritten.cache_clear()``."""
     _log.warning(
         "%s; it is made again at every start: make room there, or in the folder that ANYMAL_CACHE names", failed
     )
@@ -398,6 +399,12 @@ def open_tar(path: str) -> int:
 def is_open(path: str) -> bool:
     """Whether the tar is still open."""
     return path in _files
+
+
+def close_all() -> None:
+    """Close the tars that are still open."""
+    for path in list(_files):
+        _forget(path)
 
 
 def _forget(path: str) -> None:

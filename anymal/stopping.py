@@ -5,25 +5,28 @@ a launcher that died and left its ranks behind. While a run starts, a signal end
 import os
 import signal
 import stat
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 _noted: list[int] = []  # of the process: one that comes as a stage ends stops the next
+_outputs: dict[int, int] = {}  # descriptor → a copy of what it was, before the terminal was gone
 
 
 def leave_on_signals() -> None:
     """From now on, until `note_signals`, a signal ends the process with one line and exit code 1."""
-    _launchers()
+    _launchers(os.getpid())
     _handle_by(_leave)
 
 
 def note_signals() -> None:
     """From now on a signal is noted for `asked`. A second SIGINT interrupts at once."""
-    _launchers()
+    _launchers(os.getpid())
     _handle_by(_note)
 
 
@@ -32,9 +35,27 @@ def asked() -> bool:
     return bool(_noted) or _is_orphan()
 
 
-def forget() -> None:
-    """The run has stopped; what the process does next was not meant."""
-    _noted.clear()
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Inside, `note_signals` may be called; afterwards handlers and outputs are as before, and no signal is noted.
+
+    `leave_on_signals` belongs to a program that ends next, which has nothing more to stop: there signals stay noted.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler not in (None, _leave, signal.getsignal(number)):  # None: set by C code, which must set it again
+                signal.signal(number, handler)
+        _noted.clear()
+        if _outputs:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        while _outputs:
+            output, copy = _outputs.popitem()
+            os.dup2(copy, output)
+            os.close(copy)
 
 
 def _handle_by(handler: Callable) -> None:
@@ -59,14 +80,18 @@ def _note(number: int, _: object) -> None:
     if number == signal.SIGHUP:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for output in (1, 2):  # to write to a terminal that is gone would be an error before the state is saved
-            if not stat.S_ISREG(os.fstat(output).st_mode):
+            if output not in _outputs and not stat.S_ISREG(os.fstat(output).st_mode):
+                _outputs[output] = os.dup(output)
                 os.dup2(nowhere, output)
         os.close(nowhere)
 
 
 @cache
-def _launchers() -> list[int]:
-    """This process's parent and, if that was started by another, its parent, as far as they are launchers of ranks."""
+def _launchers(process: int) -> list[int]:
+    """This process's parent and, if that was started by another, its parent, as far as they are launchers of ranks.
+
+    Looked up before one can die. `process` is this one's pid: a fork has another parent.
+    """
     found: list[int] = []
     pid = os.getppid()
     while "RANK" in os.environ and _is_launcher(pid):
@@ -78,7 +103,7 @@ def _launchers() -> list[int]:
 def _is_orphan() -> bool:
     """Whether a launcher died: DeepSpeed's ``deepspeed`` passes no signal on to the process that holds the ranks."""
     pid = os.getpid()
-    for launcher in _launchers():
+    for launcher in _launchers(pid):
         if _parent(pid) != launcher:
             return True
         pid = launcher

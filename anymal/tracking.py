@@ -172,8 +172,9 @@ def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) ->
             resume="allow",
             mode=run.wandb,
             config=dict(config_dict),
-            # The bar would be recorded as thousands of lines of console output.
-            settings=wandb.Settings(console="off", silent=offline),
+            # The bar would be recorded as thousands of lines of console output. A run that the caller of ours has open
+            # in this process must neither get our figures nor be finished.
+            settings=wandb.Settings(console="off", silent=offline, reinit="create_new"),
         )
     except Exception as error:
         raise UserError(f"W&B did not start: {error}. Try run.wandb=offline, or run.wandb=disabled") from error

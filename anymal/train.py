@@ -93,7 +93,6 @@ def train(
         if done % config.run.save_every == 0 or done == config.optim.steps or stop:
             save(done, merge_bookmarks(gather(place)))
         if stop and done < config.optim.steps:
-            stopping.forget()
             tracker.note(STOPPED)
             break
     tracker.summary(meter.summary())

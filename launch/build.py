@@ -4,7 +4,8 @@ import atexit
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 
 from adapters import MODALITIES, build_adapters
 from adapters.pretrained import license_of
-from anymal import networks, precision
+from anymal import checksums, manifest, networks, pool, precision, settings, shards, stopping
 from anymal.checkpoint import load_projectors, recipe, start_at, with_lora
 from anymal.config import Config
 from anymal.errors import UserError
-from anymal.llm import load_llm, on_gpu
+from anymal.llm import bars_on_terminals_only, load_llm, on_gpu
 from anymal.modality import Adapter
 from anymal.model import AnyMAL
 from anymal.networks import Start
@@ -60,6 +61,7 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
+@bars_on_terminals_only()
 def build(
     config: Config,
     place: torch.device,
@@ -109,13 +111,31 @@ def _say_other_precisions(config: Config, start: Start) -> None:
             print(note, file=sys.stderr)
 
 
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Around a program's `main`, for callers whose process goes on, to another `main` perhaps: a notebook, a service.
+
+    Signal handlers, torch's random numbers and what is noted of recipes are as before at the end, workers are gone, and
+    what is known of files is forgotten, before and after: they may be others by the next call.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with ExitStack() as at_end:
+        for restored in (stopping.handlers_restored(), settings.notes_of_its_own(), torch.random.fork_rng(devices)):
+            at_end.enter_context(restored)
+        for forget in (checksums.forget, shards.note_unwritten.cache_clear, manifest.forget):
+            forget()
+            at_end.callback(forget)
+        at_end.enter_context(pool.none_left())
+        yield
+
+
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
-    atexit.register(_leave_processes)
-    for theirs in OTHERS_FUTURE_WARNINGS:
-        warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
     try:
-        sys.exit(main() or 0)
+        with warnings.catch_warnings():
+            for theirs in OTHERS_FUTURE_WARNINGS:
+                warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
+            sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -124,6 +144,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+@atexit.register
 def _leave_processes() -> None:
     """End gloo's threads. Left to the interpreter's end, they now and then abort the process, its exit code lost.
 

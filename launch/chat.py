@@ -23,7 +23,7 @@ from anymal.command_line import field_docs, parse_args
 from anymal.errors import BadSample, UserError
 from anymal.generate import embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample
-from launch.build import build, device, run_program
+from launch.build import build, device, process_as_found, run_program
 from launch.draw import Painter, split
 
 
@@ -80,6 +80,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
     return parts, settings
 
 
+@process_as_found()
 def main() -> None:
     """Read the command line and print the answer."""
     parts, settings = split_arguments(sys.argv[1:])

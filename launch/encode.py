@@ -34,7 +34,7 @@ from anymal.sample import Noted, with_note
 from anymal.stages import Recipe, encoder_names, left_behind, load_stages
 from anymal.stream import tars
 from anymal.workers import each, reason_of
-from launch.build import device, run_program, suffixes
+from launch.build import device, process_as_found, run_program, suffixes
 from launch.encode_report import Figures, report
 
 
@@ -303,6 +303,7 @@ def encode_stage(stage: Recipe, earlier: Sequence[Recipe], place: torch.device) 
         print("\n".join(report(encode.found(paths), encode.encoders, encode.precision)))
 
 
+@process_as_found()
 def main() -> None:
     """Read the command line, and encode stage by stage."""
     stages = parse_args(Recipe, __doc__, more_help=describe_options(), read=load_stages)

@@ -88,8 +88,10 @@ def report(found: Mapping[str, twins.Twin], encoders: Mapping[str, Encoder], pre
             total.setdefault(kind, Figures()).add(Figures(**figures))
     threads, lines = torch.get_num_threads(), []
     torch.set_num_threads(1)  # as in the loader's workers
-    reading = seconds_to_read(encoders, list(found.values()))
-    torch.set_num_threads(threads)
+    try:
+        reading = seconds_to_read(encoders, list(found.values()))
+    finally:
+        torch.set_num_threads(threads)
     for kind, figures in total.items():
         altered = f" ({figures.altered:,} cropped or filled up)" if figures.altered else ""
         lines.append(

@@ -21,7 +21,7 @@ from anymal.engine import BUCKET
 from anymal.errors import UserError
 from anymal.stages import Recipe, load_untrained
 from anymal.weightless import config_of, read_config
-from launch.build import run_program
+from launch.build import process_as_found, run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
 GB, TERA = 1e9, 1e12
@@ -190,6 +190,7 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
     return [*lines, "  The tokens are what data.encoder_cost takes.", ""]
 
 
+@process_as_found()
 def main() -> None:
     """Read the command line, rehearse and print, stage by stage."""
     stages = parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_untrained)

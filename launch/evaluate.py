@@ -29,7 +29,7 @@ from anymal.evaluate import ask, evaluate
 from anymal.sample import Sample
 from anymal.scores import RULES, agreement, figures, predictions, read_records, write_record
 from anymal.stream import samples_once
-from launch.build import build, device, run_program, suffixes, unchanged
+from launch.build import build, device, process_as_found, run_program, suffixes, unchanged
 from launch.report import read_lines
 from launch.tables import print_table
 
@@ -84,6 +84,7 @@ def listed(bits: Any) -> list[int]:
     return bits if isinstance(bits, list) else [bits]
 
 
+@process_as_found()
 def main() -> None:
     """Read the command line, evaluate, write and print."""
     config = parse_args(EvaluateConfig, __doc__)

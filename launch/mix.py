@@ -29,7 +29,7 @@ from anymal import checkpoint, checksums, settings
 from anymal.command_line import parse_args
 from anymal.errors import UserError
 from anymal.weightless import read_config
-from launch.build import run_program
+from launch.build import process_as_found, run_program
 
 NAMES = ("_name_or_path", "transformers_version")
 """What may differ between the configs of two LLMs."""
@@ -291,6 +291,7 @@ def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Any]]:
         yield sorted(places, key=places.get), write
 
 
+@process_as_found()
 def main() -> None:
     """Read the command line, and mix checkpoints or LLMs."""
     mix = parse_args(Mix, __doc__)

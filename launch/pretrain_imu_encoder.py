@@ -32,7 +32,7 @@ from anymal.command_line import parse_args
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.sample import with_note
 from data_prep.steps import is_done, whole_folder
-from launch.build import device, run_program
+from launch.build import device, process_as_found, run_program
 
 
 @dataclass(kw_only=True)
@@ -248,6 +248,7 @@ def run(settings: IMUTraining) -> float | None:
     return held_out
 
 
+@process_as_found()
 def main(argv: list[str] | None = None) -> None:
     """The program."""
     settings = parse_args(IMUTraining, __doc__, argv)

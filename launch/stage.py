@@ -21,7 +21,7 @@ from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.cost import Cost
-from anymal.engine import end_engine, full_moments, make_engine, portable_parameters, restore_moments, start_processes
+from anymal.engine import engine_of, full_moments, portable_parameters, processes, restore_moments
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
 from anymal.files import write_whole
@@ -38,12 +38,13 @@ from anymal.stages import Recipe, config_of, load_stages
 from anymal.stream import Stream, samples_once, tars
 from anymal.tracking import Tracker
 from anymal.train import train
-from launch.build import Built, build, suffixes
+from launch.build import Built, build, process_as_found, suffixes
 
 
-def main(usage: str, defaults: list[str]) -> int:
+@process_as_found()
+def main(usage: str, defaults: list[str], argv: Sequence[str] | None = None) -> int:
     """Read the command line and run its stage or stages; 0 when all steps are done, 1 when a signal stopped it."""
-    stages = parse_args(Recipe, usage, more_help=describe_options(), defaults=defaults, read=load_stages)
+    stages = parse_args(Recipe, usage, argv, more_help=describe_options(), defaults=defaults, read=load_stages)
     return run_stages([config_of(stage) for stage in stages])
 
 
@@ -83,10 +84,9 @@ def run_stage(config: Config) -> int:
         UserError: Another run trains in ``run.dir``, or it was begun with other settings; and many more.
     """
     tars(config.data)  # a missing shard is noticed before an LLM is loaded
-    rank, world, device = start_processes()
-    with ExitStack() as locked:
-        resume, notes = _on_rank_0(rank, lambda: _open(config, world, locked))
-        return _train(config, rank, world, device, resume, notes)
+    with processes() as (rank, world, device), ExitStack() as at_end:
+        resume, notes = _on_rank_0(rank, lambda: _open(config, world, at_end))
+        return _train(config, rank, world, device, resume, notes, at_end)
 
 
 def _on_rank_0(rank: int, decide: Callable[[], Any]) -> Any:
@@ -102,9 +102,9 @@ def _on_rank_0(rank: int, decide: Callable[[], Any]) -> Any:
     return decided[0][0]
 
 
-def _open(config: Config, world: int, locked: ExitStack) -> tuple[Path | None, list[str]]:
-    """Lock the run's folder until `locked` is left; the verified checkpoint to go on from, and what to say of it."""
-    locked.enter_context(lock.hold(Path(config.run.dir)))
+def _open(config: Config, world: int, at_end: ExitStack) -> tuple[Path | None, list[str]]:
+    """Lock the run's folder until `at_end` is left; the verified checkpoint to go on from, and what to say of it."""
+    at_end.enter_context(lock.hold(Path(config.run.dir)))
     retention.clean(checkpoint.checkpoints(config))
     resume = checkpoint.find_resume(config)
     if resume is None:
@@ -114,7 +114,13 @@ def _open(config: Config, world: int, locked: ExitStack) -> tuple[Path | None, l
 
 
 def _train(
-    config: Config, rank: int, world: int, device: torch.device, resume: Path | None, notes: Sequence[str]
+    config: Config,
+    rank: int,
+    world: int,
+    device: torch.device,
+    resume: Path | None,
+    notes: Sequence[str],
+    at_end: ExitStack,
 ) -> int:
     state = checkpoint.load_training_state(resume) if resume else TrainingState()
     start = checkpoint.start_at(resume) if resume else _on_rank_0(rank, lambda: find_start(config))
@@ -132,7 +138,7 @@ def _train(
     if rank == 0:
         _describe(built, config, folder)
     cost = Cost(built.model, config.model.llm.checkpointing)
-    engine = make_engine(built.model, config)
+    engine = at_end.enter_context(engine_of(built.model, config))
     if resume is not None:
         restore_moments(engine, state.moments, state.step)
 
@@ -193,7 +199,6 @@ def _train(
             logs = "".join(f"; bad samples: {path}" for path in sorted(folder.glob("quarantine*.jsonl")))
             tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}{logs}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
-    end_engine(engine)
     return 0 if finished else 1
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import webdataset as wds
 
 import tiny_encoders
-from anymal.stages import Recipe, config_of, load_stages
-from launch.stage import run_stages
+from launch.stage import main
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["red", "green", "blue", "white"]
@@ -108,8 +107,7 @@ def zero_stages(path: Path, *stages: int) -> Path:
 
 def pretrain_here(recipe: Path | None, *arguments: str) -> None:
     """What launch/pretrain.py does, by one rank in this process: without the seconds that a start takes."""
-    stages = load_stages(Recipe, recipe, list(arguments), ["train=[projectors]"])
-    assert run_stages([config_of(stage) for stage in stages]) == 0
+    assert main("", ["train=[projectors]"], [*([] if recipe is None else [str(recipe)]), *arguments]) == 0
 
 
 def go_back(run: Path, step: int) -> None:

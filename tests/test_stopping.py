@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from anymal import checkpoint, stopping
-from anymal.config import Config
-from anymal.settings import load
-from launch.stage import run_stage
+from launch.stage import main
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 
 
@@ -27,17 +27,16 @@ def start(tiny_llm, tmp_path_factory):
     return lambda run: settings(tiny_llm, encoders, run, shards, ["imu"], **more)
 
 
-@pytest.fixture
-def handlers():
-    """Leaves the test process's signal handlers and outputs as they were."""
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    before, outputs = {number: signal.getsignal(number) for number in signals}, [os.dup(1), os.dup(2)]
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    for number, output in enumerate(outputs, start=1):
-        os.dup2(output, number)
-        os.close(output)
+@contextmanager
+def piped() -> Iterator[int]:
+    """The descriptor of a pipe that standard output is inside."""
+    (_, pipe), before = os.pipe(), os.dup(1)
+    os.dup2(pipe, 1)
+    try:
+        yield pipe
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
@@ -51,19 +50,23 @@ def assert_saved(run: Path) -> None:
     assert checkpoint.load_training_state(checkpoint.existing(run)).step == max(losses(run))
 
 
-@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
+    before = [signal.getsignal(known) for known in stopping._SIGNALS]
+
     def send() -> None:
         wait_for((tmp_path / "metrics.jsonl").exists)
         os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert run_stage(load(Config, None, start(tmp_path), ["train=[projectors]"])) == 1
+    with piped() as pipe:
+        assert main("", ["train=[projectors]"], start(tmp_path)) == 1
+        assert os.path.samestat(os.fstat(1), os.fstat(pipe))
     sender.join()
     assert_saved(tmp_path)
     assert not stopping.asked(), "what the process does next was not meant"
+    assert [signal.getsignal(known) for known in stopping._SIGNALS] == before
 
 
 def leave(number: int) -> None:
@@ -91,6 +94,23 @@ def interrupt_twice(number: int) -> None:
         time.sleep(10)
     except KeyboardInterrupt:
         os._exit(7)
+
+
+UNDER_A_LAUNCHER = """
+import os
+from anymal import stopping
+stopping.note_signals()
+if pid := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+stopping.note_signals()
+os._exit(stopping.asked())
+"""
+
+
+def test_a_fork_of_a_rank_is_no_orphan():
+    launcher = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {UNDER_A_LAUNCHER!r}]))"
+    ended = subprocess.run([sys.executable, "-c", launcher, "torchrun"], env=environment() | {"RANK": "0"}, cwd=ROOT)
+    assert ended.returncode == 0, "its parent is no launcher, but a rank"
 
 
 @pytest.mark.parametrize(
