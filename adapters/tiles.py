@@ -27,14 +27,10 @@ ENOUGH_AREA = 0.6
 
 def any_resolution(size: Size, side: int, grids: Sequence[Grid] = LLAVA_NEXT) -> Grid:
     """The grid that keeps most of the picture's own pixels when it is scaled to fit in, then the smallest such."""
+    from transformers.image_processing_utils import select_best_resolution
 
-    def kept_and_wasted(grid: Grid) -> tuple[int, int]:
-        width, height = grid[0] * side, grid[1] * side
-        scale = min(width / size[0], height / size[1])
-        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return kept, kept - width * height
-
-    return max(grids, key=kept_and_wasted)
+    height, width = select_best_resolution(size[::-1], [(rows * side, columns * side) for columns, rows in grids])
+    return width // side, height // side
 
 
 def area_preserving(size: Size, side: int, most: int) -> Grid:
