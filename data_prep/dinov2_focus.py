@@ -36,18 +36,6 @@ TEXT = (
     "training for saliency moved them. Its head for saliency and DINOv2's mask token are not here."
 )
 _POSITIONS = {"Concat": "class token", "Reshape": "patches"}
-_SCHEMA = {
-    "Tensor": [
-        ("dims", 1, "repeated int64"),
-        ("data_type", 2, "int32"),
-        ("name", 8, "string"),
-        ("raw_data", 9, "bytes"),
-    ],
-    "Node": [("input", 1, "repeated string"), ("name", 3, "string"), ("op_type", 4, "string")],
-    "Graph": [("node", 1, "repeated Node"), ("initializer", 5, "repeated Tensor")],
-    "Model": [("graph", 7, "Graph")],
-}
-"""The fields of ONNX's messages that are needed here, with their numbers in onnx.proto; others are passed over."""
 
 
 @dataclass(kw_only=True)
@@ -61,35 +49,18 @@ class Settings:
 
 
 def read_graph(data: bytes) -> Any:
-    """The graph of an ONNX file, with the fields of `_SCHEMA`.
+    """The graph of an ONNX file.
 
     Raises:
         UserError: The bytes are no ONNX file.
     """
-    from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
-    from google.protobuf.descriptor_pool import DescriptorPool
+    import onnx
     from google.protobuf.message import DecodeError
-    from google.protobuf.message_factory import GetMessageClass
 
-    file = FileDescriptorProto(name="onnx.proto", package="onnx", syntax="proto3")
-    for message, fields in _SCHEMA.items():
-        made = file.message_type.add(name=message)
-        for name, number, words in fields:
-            kind = words.removeprefix("repeated ")
-            label = "LABEL_OPTIONAL" if kind == words else "LABEL_REPEATED"
-            field = made.field.add(name=name, number=number, label=FieldDescriptorProto.Label.Value(label))
-            if kind in _SCHEMA:
-                field.type_name = f".onnx.{kind}"
-            else:
-                field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
-    pool = DescriptorPool()
-    pool.Add(file)
-    model = GetMessageClass(pool.FindMessageTypeByName("onnx.Model"))()
     try:
-        model.ParseFromString(data)
+        return onnx.load_model_from_string(data).graph
     except DecodeError as error:
         raise UserError(f"the ONNX file is damaged: {error}") from error
-    return model.graph
 
 
 def place(name: str, reader: Any) -> tuple[str, bool]:
