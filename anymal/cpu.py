@@ -8,13 +8,18 @@ alone, which raise torchaudio's own error:
 - `make_torchaudio_importable`: whoever imports ``anymal`` gets a stand-in for the extension, in this process only.
 - ``python anymal/cpu.py`` removes the extension's file from the environment, once, which torchaudio allows for: so
   other programs there work too. ``make install`` does that in its own ``.venv``.
+
+`swapped` stands in for a function of another library for a while.
 """
 
 import importlib.metadata
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def versions_differ() -> bool:
@@ -64,6 +69,20 @@ def make_threads_yield() -> None:
     spinning and 0.9 s sleeping (docs/log.md). OpenMP reads this once, when torch is first imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the attribute `name` of a module, class or object is `value`; afterwards it is what it was before."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:  # its class has it
+            delattr(owner, name)
 
 
 if __name__ == "__main__":

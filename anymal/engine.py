@@ -10,10 +10,9 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -194,9 +193,12 @@ def step(engine: Any) -> bool:
         return engine.was_step_applied()
     gradients = [parameter.grad for parameter in trainable(engine.module).values() if parameter.grad is not None]
     finite = bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))  # they are summed over ranks already
-    # DeepSpeed counts micro-batches in its step, so it must be taken, but without the optimizer's.
-    with nullcontext() if finite else patch.object(engine.optimizer, "step", lambda *_, **__: None):
-        engine.step()
+    # DeepSpeed counts micro-batches in its step, so it must be taken. Its clipping fails where there is no gradient, so
+    # they go after that: AdamW then finds none, and leaves weights and moments alone.
+    drop = None if finite else engine.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+    engine.step()
+    if drop is not None:
+        drop.remove()
     return finite
 
 

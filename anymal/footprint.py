@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from anymal.cpu import swapped
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
@@ -118,18 +119,16 @@ def as_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[N
         if gpu:
             from bitsandbytes.autograd import _functions
 
-            stack.enter_context(mock.patch.object(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
-            stack.enter_context(mock.patch("anymal.model.compute_dtype", lambda device: torch.bfloat16))
+            stack.enter_context(swapped(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
             for name in IN_FLOAT32:
-                stack.enter_context(mock.patch.object(F, name, _in_float32(getattr(F, name))))
+                stack.enter_context(swapped(F, name, _in_float32(getattr(F, name))))
         # Not a TorchFunctionMode: torch suspends it in backward passes, and with it in what they recompute.
-        attention = functools.partial(_attention, gpu)
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(mock.patch.object(nn.Module, "to", _to))
+        stack.enter_context(swapped(F, "scaled_dot_product_attention", functools.partial(_attention, gpu)))
+        stack.enter_context(swapped(nn.Module, "to", _to))
         if not packed:  # transformers looks at the positions' values
-            stack.enter_context(mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda _: None))
-        # Whether the chunked loss fits the architecture is found out with real weights.
-        stack.enter_context(mock.patch("anymal.loss._agrees", lambda *_: True))
+            from transformers import masking_utils
+
+            stack.enter_context(swapped(masking_utils, "find_packed_sequence_indices", lambda _: None))
         stack.enter_context(fake)
         yield
 

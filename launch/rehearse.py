@@ -98,6 +98,8 @@ class Rehearsal:
             if "lora" in self.config.train:
                 llm = add_lora(llm, self.config.model.lora)
             model = AnyMAL(llm, self.adapters, self.config.train)
+            for name in self.adapters.keys() - model.trained_encoders.keys():
+                model.encoders[name].to(dtype)  # as on a GPU, where the tensors are not
             model._low_precision = self.gpu and self.config.model.llm.bits != 32
             select_trainable(model, self.config.train)
         return model

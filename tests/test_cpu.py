@@ -83,3 +83,24 @@ def test_make_install_leaves_an_environment_in_which_other_peoples_programs_work
     assert run(sys.executable, str(ROOT / ours[0])).stdout == "", "a second time there is nothing to do"
     done = run(*theirs)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_swapped_comes_back():
+    class Base:
+        def speak(self) -> str:
+            return "base"
+
+    class Child(Base):
+        pass
+
+    one, other = Child(), Child()
+    other.speak = lambda: "its own"
+    for owner, before in ((one, "base"), (other, "its own")):
+        held = dict(vars(owner))
+        with pytest.raises(KeyError), cpu.swapped(owner, "speak", lambda: "new"):
+            assert owner.speak() == "new"
+            raise KeyError
+        assert owner.speak() == before and vars(owner) == held
+    with cpu.swapped(Base, "speak", lambda _: "new"):
+        assert one.speak() == "new"
+    assert one.speak() == "base"

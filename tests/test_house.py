@@ -82,6 +82,12 @@ def test_every_file_of_the_core_has_its_floor():
     assert {p.stem for p in (ROOT / "anymal").glob("*.py")} - {"__init__"} == {n for names in FLOORS for n in names}
 
 
+@pytest.mark.parametrize("package", ["anymal", "adapters", "data_prep", "launch"])
+def test_mocks_are_for_tests(package):
+    for path in (ROOT / package).rglob("*.py"):
+        assert not any(name.split(".")[0] == "unittest" for name in imports(path)), path.name
+
+
 def test_the_core_names_no_modality():
     from adapters import MODALITIES
 
