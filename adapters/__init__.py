@@ -8,7 +8,6 @@ by the functions that use them, so that listing a modality costs nothing to thos
 """
 
 import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
-import difflib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -22,7 +21,7 @@ from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
 from adapters.projectors import PROJECTORS, build_projector
 from anymal.command_line import describe
 from anymal.config import ModalityConfig
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 from anymal.modality import Adapter, Encoder, Modality, parts
 from anymal.settings import options
 from anymal.stages import encoder_names
@@ -109,6 +108,4 @@ def describe_options() -> list[str]:
 def _find(name: str) -> Modality:
     if name in MODALITIES:
         return MODALITIES[name]
-    near = difflib.get_close_matches(name, MODALITIES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(MODALITIES)}"
-    raise UserError(f"model.modalities.{name}: there is no such modality; {hint}")
+    raise UserError(f"model.modalities.{name}: there is no such modality; {nearest(name, MODALITIES)}")

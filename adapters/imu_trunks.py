@@ -14,7 +14,6 @@ Sources: ImageBind (arXiv 2305.05665, section 3 for the window), OneLLM (arXiv 2
 and the names, activations and epsilons of their public code. All three saw Ego4D's m/s² and rad/s as they are.
 """
 
-import difflib
 from collections.abc import Mapping
 
 import torch
@@ -25,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from adapters.pretrained import new_tensors
 from adapters.state_dicts import StateDict, listed, read_state_dict
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 
 CHANNELS = 6
 HEAD = 64
@@ -243,8 +242,7 @@ def load_trunk(path: str, kind: str = "") -> nn.Module:
         UserError: There is no such file, it is no state_dict, or not one of this network. Names file and tensor.
     """
     if kind and kind not in TRUNKS:
-        near = difflib.get_close_matches(kind, TRUNKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it can be {listed(TRUNKS)}, or empty"
+        hint = nearest(kind, TRUNKS, "it can be empty, or one of")
         raise UserError(f"model.modalities.imu.options.trunk is {kind!r}; {hint}")
     tensors = read_state_dict(path)
     found = {name: key for name, end in TOLD_BY.items() for key in tensors if key.endswith(end)}

@@ -11,7 +11,6 @@ one canonical picture (see `adapters.pictures`). Examples, and what each publish
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of a map
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from adapters.image import ImageOptions
 from adapters.pictures import FITS, SquareDecoder
 from adapters.pretrained import save_network
 from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 from anymal.settings import options
 
 RESIZES = ("bilinear", "nearest")
@@ -164,8 +163,8 @@ def _node(tree: Any, where: str) -> Leaf | Channels | Append:
         raise UserError(f"{where} is {tree!r}; it is a name, or a mapping with name, channels or append")
     kinds = [kind for kind in _KINDS if kind in tree]
     if len(kinds) != 1:
-        near = [close for key in tree for close in difflib.get_close_matches(str(key), _KINDS, n=1)]
-        hint = f"; did you mean {near[0]}?" if near and not kinds else ""
+        hints = [hint for key in tree if (hint := nearest(str(key), _KINDS, otherwise=""))]
+        hint = f"; {hints[0]}" if hints and not kinds else ""
         raise UserError(f"{where} has the keys {', '.join(map(str, tree))}; one of them is {' or '.join(_KINDS)}{hint}")
     kind = kinds[0]
     config = options(_KINDS[kind], dict(tree), where)

@@ -3,14 +3,13 @@
 `anymal.settings` reads them from recipes and the command line.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 
 
 def _require(condition: bool, message: str) -> None:
@@ -335,6 +334,6 @@ class Config:
     def require_modalities(self, setting: str, names: Iterable[str]) -> None:
         """Refuse a setting that speaks of a modality that the model does not have, and name the nearest."""
         for name in names:
-            near = difflib.get_close_matches(name, self.model.modalities, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(self.model.modalities) or 'none'}"
-            _require(name in self.model.modalities, f"{setting}: the model has no modality {name!r}; {hint}")
+            if name not in self.model.modalities:
+                hint = nearest(name, self.model.modalities, "it has")
+                raise UserError(f"{setting}: the model has no modality {name!r}; {hint}")

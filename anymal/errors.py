@@ -4,7 +4,9 @@ A worker that meets a bad sample raises `BadSample`; the stream turns it into a 
 on with the next one, until the `Quarantine`'s budget is spent.
 """
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -26,6 +28,20 @@ class BudgetExceeded(UserError):
 def shortened(text: str, longest: int = 300) -> str:
     """A stranger's text as it may stand in a log or a message: at most so many characters."""
     return text if len(text) <= longest else f"{text[: longest - 2]} …"
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "known are:") -> str:
+    """A hint at what an unknown name was meant to be: ``did you mean X?``.
+
+    Args:
+        name: What was given.
+        known: What could have been.
+        otherwise: Where none of these is like it, the hint is this, followed by all of them; empty gives no hint then.
+    """
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {near[0]}?"
+    return f"{otherwise} {', '.join(known) or 'none'}" if otherwise else ""
 
 
 class Quarantine:

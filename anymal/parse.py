@@ -6,11 +6,10 @@ Called by the stream's workers between reading and decoding. Knows JSON and UTF-
 import json
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from anymal.errors import BadSample
+from anymal.errors import BadSample, nearest
 from anymal.sample import TEXT, Message, Part, Sample
 
 ROLES = ("system", "user", "assistant")
@@ -87,9 +86,9 @@ def _listed(names: Iterable[str]) -> str:
     return text if len(text) <= 5 * _LONG else f"{text[: 5 * _LONG]}…"
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    """The name most like `name`, or an empty string; comparing takes their lengths' product, so both are bounded."""
-    return next(iter(get_close_matches(name[:_LONG], [known[:_LONG] for known in names[:100]], 1)), "")
+def _nearest(name: str, names: list[str], otherwise: str = "") -> str:
+    """As `anymal.errors.nearest`; comparing takes the product of the names' lengths, so they are bounded."""
+    return nearest(name[:_LONG], [known[:_LONG] for known in names[:100]], otherwise)
 
 
 def _pair(members: dict[str, bytes], media: dict[str, list[str]]) -> list[Message]:
@@ -126,8 +125,8 @@ def _conversation(turns: Any, members: dict[str, bytes], media: dict[str, list[s
         mine = [part for part in parts if part.kind == modality]
         named = {part.member for part in mine if part.member}
         for name in sorted(named - set(held)):
-            hint = f"; did you mean {near}?" if (near := _nearest(name, held)) else ""
-            raise BadSample(f"has no {modality} member {name[:_LONG]!r}{hint}")
+            hint = _nearest(name, held)
+            raise BadSample(f"has no {modality} member {name[:_LONG]!r}{hint and f'; {hint}'}")
         unnamed = [part for part in mine if not part.member]
         if len(named) + len(unnamed) != len(held):
             raise BadSample(
@@ -156,8 +155,7 @@ def _message(turn: Any, kinds: list[str]) -> Message:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
-            near = _nearest(kind if isinstance(kind, str) else "", kinds)
-            hint = f"did you mean {near}?" if near else f"this run's types are {', '.join(kinds)}"
+            hint = _nearest(kind if isinstance(kind, str) else "", kinds, "this run's types are")
             raise BadSample(f"has the part {_short(part)} of unknown type; {hint}")
         field = "text" if kind == TEXT else "member"
         if part.keys() - {"type", field} or not isinstance(part.get(field, "" if kind != TEXT else None), str):

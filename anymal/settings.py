@@ -9,7 +9,6 @@ the nearest one.
 """
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SHORT = 8  # characters: what is shorter is no secret, and may well stand somewhere else by chance
@@ -223,9 +222,7 @@ def options(cls: type, values: dict[str, Any], where: str) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known) or 'none'}"
-            raise UserError(f"{where}: unknown option {name!r}; {hint}")
+            raise UserError(f"{where}: unknown option {name!r}; {nearest(name, known)}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:

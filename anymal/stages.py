@@ -10,7 +10,6 @@ A stage is the recipe with its own part merged over it; overrides of the command
 docs/stages.md has examples.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from anymal.config import Config, encoder_learns
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 from anymal.settings import derived, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -61,9 +60,7 @@ def load_stages(
     parts = _parts(recipe)
     wanted = next((o.removeprefix("stage=") for o in overrides if o.startswith("stage=")), "")
     if wanted and wanted not in parts:
-        near = difflib.get_close_matches(wanted, parts, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(parts) or 'none'}"
-        raise UserError(f"stage={wanted}: {recipe} has no such stage; {hint}")
+        raise UserError(f"stage={wanted}: {recipe} has no such stage; {nearest(wanted, parts, 'it has')}")
     if not parts:
         return [load(schema, recipe, overrides, defaults)]
     chosen = [wanted] if wanted else list(parts)

@@ -1,7 +1,6 @@
 """The LLM without its weights: every module at its precision, from config.json alone."""
 
 import copy
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from anymal import attention
 from anymal.activations import set_checkpointing
 from anymal.config import LLMConfig
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 from anymal.llm import require_llm, set_frozen_mode
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
@@ -69,8 +68,8 @@ def config_of(architecture: Mapping[str, Any], setting: str) -> Any:
     known = AutoConfig.for_model(kind).to_dict()
     for name in architecture:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"{setting}: {kind} has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = nearest(name, known, otherwise="")
+            raise UserError(f"{setting}: {kind} has no {name}{hint and f'; {hint}'}")
     try:
         return AutoConfig.for_model(**architecture)
     except Exception as error:  # transformers' checks have errors of their own

@@ -15,7 +15,6 @@ it. Whoever builds the model reads `scale` off the LLM's embedding table.
 Precision. Parameters are fp32; features of any floating type are taken in the parameters' type, and autocast works.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ from adapters.projectors.qformer import QFormerOptions, qformer
 from adapters.projectors.resampler import resampler
 from adapters.projectors.shuffle import PixelShuffleOptions, pixel_shuffle
 from anymal.config import ProjectorConfig
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
 from anymal.settings import options
 
 PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
@@ -83,8 +82,6 @@ def build_projector(
         UserError: An unknown kind (the nearest is named), or settings that do not fit the features.
     """
     if config.kind not in PROJECTORS:
-        near = difflib.get_close_matches(config.kind, PROJECTORS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(PROJECTORS)}"
-        raise UserError(f"projector.kind is {config.kind!r}; {hint}")
+        raise UserError(f"projector.kind is {config.kind!r}; {nearest(config.kind, PROJECTORS)}")
     options(OPTIONS.get(config.kind, NoOptions), config.options, f"projector.options of {config.kind}")
     return PROJECTORS[config.kind](config, Fit(parts=parts, llm_width=llm_width, scale=scale, llm_layers=llm_layers))
