@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.errors import UserError
+from anymal.llm import base_model
 
 
 class Look(NamedTuple):
@@ -136,7 +137,7 @@ class Bridges:
 
 
 def _decoder_layers(llm: nn.Module, name: str) -> nn.ModuleList:
-    base = getattr(llm, "get_base_model", lambda: llm)()
+    base = base_model(llm)
     layers = getattr(base.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(

@@ -37,6 +37,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def base_model(llm: nn.Module) -> Any:
+    """The causal LM of transformers: `llm` itself, or what its LoRA is wrapped around."""
+    return getattr(llm, "get_base_model", lambda: llm)()
+
+
 def require_llm(name: str) -> None:
     """Raises `UserError` at once where an LLM is neither a folder nor to be had from the hub, with what to do."""
     if reason := unavailable(name):

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from anymal.cpu import swapped
+from anymal.llm import base_model
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits of a chunk; its softmax and gradient take as much again, each
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # in transformers' configs
@@ -67,7 +68,7 @@ def find_head(llm: nn.Module) -> Head | None:
     Architectures differ in what they do to the logits, and name it differently. What the config seems to say is
     therefore compared once with the model's own logits, with the decoder's output put in place of a run through it.
     """
-    llm = getattr(llm, "get_base_model", lambda: llm)()
+    llm = base_model(llm)
     linear, decoder = llm.get_output_embeddings(), llm.get_decoder()
     reason = "its logits are not those of its output layer"
     if type(linear) is not nn.Linear:

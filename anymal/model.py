@@ -22,7 +22,7 @@ from anymal import attention
 from anymal.bridge import Bridges, Sight, looks
 from anymal.config import encoder_learns
 from anymal.errors import UserError
-from anymal.llm import compute_dtype, set_frozen_mode
+from anymal.llm import base_model, compute_dtype, set_frozen_mode
 from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.modality import Adapter, Encoder
 from anymal.sample import Batch, PartlyEncoded
@@ -170,7 +170,7 @@ class AnyMAL(nn.Module):
     def hidden(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, D] what the head makes these logits of, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
-        decoder = getattr(self.llm, "get_base_model", lambda: self.llm)().get_decoder()
+        decoder = base_model(self.llm).get_decoder()
         return self._read(decoder, row, batch, features).last_hidden_state[0, batch.rows], absent
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

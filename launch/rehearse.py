@@ -22,7 +22,7 @@ from anymal.config import Config
 from anymal.cost import Cost
 from anymal.errors import UserError
 from anymal.footprint import Footprint, as_on
-from anymal.llm import add_lora
+from anymal.llm import add_lora, base_model
 from anymal.modality import Adapter
 from anymal.model import AnyMAL, select_trainable, trainable
 from anymal.packing import pack
@@ -118,7 +118,7 @@ class Rehearsal:
             return round(self._deep({depth: measure(model) for depth, model in self._models.items()}))
 
         model = self._models[self._depths[-1]]
-        base = getattr(model.llm, "get_base_model", lambda: model.llm)()
+        base = base_model(model.llm)
         outside = stored_bytes(torch.nn.ModuleList([base.get_input_embeddings(), base.get_output_embeddings()]))
         lora = over(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if "lora_" in n))
         trained = over(lambda m: sum(p.numel() for p in trainable(m).values()))
@@ -243,7 +243,7 @@ class Rehearsal:
 def _step(model: AnyMAL, batch: Batch, rehearsal: Rehearsal) -> dict[str, Counter[str]]:
     """Encode, forward, backward; gradients of what learns are taken away as ZeRO does, into a buffer counted apart."""
     footprint = Footprint()
-    base = getattr(model.llm, "get_base_model", lambda: model.llm)()
+    base = base_model(model.llm)
     watched = {"LLM layers": [base.get_decoder()], "head and loss": [base.get_output_embeddings()]}
     watched |= {"projectors": list(model.projectors.values()), "encoders": list(model.encoders.values())}
     hooks = []

@@ -26,7 +26,6 @@ FLOORS = [
     ["config", "settings", "metrics", "pool", "scores"],
     [
         "attention",
-        "bridge",
         "command_line",
         "modality",
         "activations",
@@ -38,7 +37,7 @@ FLOORS = [
         "checksums",
         "retention",
     ],
-    ["prompt", "packing", "llm", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
+    ["prompt", "packing", "llm", "bridge", "loss", "parse", "order", "shards", "manifest", "remote", "twins", "cost"],
     ["workers"],
     ["stream", "model", "weightless"],
     ["engine", "checkpoint", "networks", "tracking", "generate", "ahead", "meter"],
