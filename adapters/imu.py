@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from anymal.sample import Noted
 
 FILES = (".pth", ".pt", ".safetensors")
 """Endings of encoders that are files."""
-ACCELERATION = {"m/s2": 1.0, "g": 9.80665}
+Acceleration, Rotation = Literal["m/s2", "g"], Literal["rad/s", "deg/s"]
+ACCELERATION: dict[Acceleration, float] = {"m/s2": 1.0, "g": 9.80665}
 """Units of the accelerometer, in m/s²."""
-ROTATION = {"rad/s": 1.0, "deg/s": math.pi / 180}
+ROTATION: dict[Rotation, float] = {"rad/s": 1.0, "deg/s": math.pi / 180}
 """Units of the gyroscope, in rad/s."""
 WANTED = "wanted is a float array [samples, 6]: accelerometer in m/s², gyroscope in rad/s"
 MAX_ACCELERATION = 1000.0
@@ -49,10 +51,10 @@ class IMUOptions:
     rate: float = 0.0
     """Samples per second (Hz) of the recordings. Must be given: a .npy file does not hold it. Recordings are resampled
     to the encoder's rate."""
-    acceleration: str = "m/s2"
-    """Unit of the recordings' accelerometer: m/s2 or g. Gravity is part of it: at rest it reads 9.81 m/s2, or 1 g."""
-    rotation: str = "rad/s"
-    """Unit of the recordings' gyroscope: rad/s or deg/s."""
+    acceleration: Acceleration = "m/s2"
+    """Unit of the recordings' accelerometer. Gravity is part of it: at rest it reads 9.81 m/s2, or 1 g."""
+    rotation: Rotation = "rad/s"
+    """Unit of the recordings' gyroscope."""
     max_seconds: float = 600.0
     """A longer recording is a bad sample."""
     trunk: str = ""
@@ -64,11 +66,6 @@ class IMUOptions:
     def __post_init__(self):
         if min(self.rate, self.trunk_rate) < 0:
             raise UserError(f"rate is {self.rate:g} and trunk_rate {self.trunk_rate:g}; they are samples per second")
-        if self.acceleration not in ACCELERATION or self.rotation not in ROTATION:
-            raise UserError(
-                f"acceleration is {self.acceleration!r} and rotation {self.rotation!r}; acceleration is "
-                f"{' or '.join(ACCELERATION)}, rotation {' or '.join(ROTATION)}"
-            )
 
     @property
     def scale(self) -> tuple[float, float]:

@@ -14,7 +14,7 @@ one canonical picture (see `adapters.pictures`). Examples, and what each publish
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,6 @@ from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
 from anymal.errors import UserError, nearest
 from anymal.settings import options
 
-RESIZES = ("bilinear", "nearest")
-
 
 @dataclass(kw_only=True)
 class ChannelsConfig:
@@ -38,16 +36,14 @@ class ChannelsConfig:
     """The nodes, in the order of their channels."""
     grid: int = 0
     """Rows and columns of the joined map; 0 takes the first node's."""
-    resize: str = "bilinear"
+    resize: Literal["bilinear", "nearest"] = "bilinear"
     """bilinear (Eagle), or nearest (SPHINX, which repeats features)."""
     keep_global: bool = False
     """Put a feature of the whole picture before the map's: each node's class token or average, joined as well."""
 
     def __post_init__(self):
-        if self.resize not in RESIZES or self.grid < 0:
-            raise UserError(
-                f"resize is {self.resize!r} and grid {self.grid}; resize is {' or '.join(RESIZES)}, grid at least 1"
-            )
+        if self.grid < 0:
+            raise UserError(f"grid is {self.grid}; it is at least 1, or 0 for the first node's")
 
 
 @dataclass(kw_only=True)

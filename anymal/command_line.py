@@ -7,10 +7,11 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from anymal.errors import alternatives
 from anymal.settings import load
 
 
@@ -39,13 +40,21 @@ def describe(cls: type, prefix: str = "") -> list[str]:
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
         shown = "required" if default == MISSING else f"default {default!r}"
-        kind = getattr(hint, "__name__", str(hint)) if not getattr(hint, "__args__", ()) else str(hint)
         if inner is None:
-            lines.append(f"  {prefix}{f.name}  ({kind}, {shown})")
+            lines.append(f"  {prefix}{f.name}  ({_kind(hint)}, {shown})")
             lines += textwrap.wrap(docs.get(f.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
         else:
             lines += ["", docs.get(f.name, ""), *describe(inner, f"{prefix}{f.name}.NAME.")]
     return lines
+
+
+def _kind(hint: Any) -> str:
+    """A setting's type, or what it can be, as ``--help`` has it."""
+    if get_origin(hint) is Literal:
+        return alternatives(get_args(hint))
+    if get_origin(hint) is list:
+        return f"list[{_kind(get_args(hint)[0])}]"
+    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def parse_args(

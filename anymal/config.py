@@ -5,11 +5,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
 from anymal.errors import UserError, nearest
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -64,18 +66,13 @@ class LLMConfig:
     attention: str = "packed"
     """packed (each sample of a row by itself; where the LLM's architecture does not let it, sdpa), or one of
     transformers' implementations: eager, sdpa, flash_attention_2, flex_attention."""
-    checkpointing: str = "none"
+    checkpointing: Checkpointing = "none"
     """What the backward pass recomputes: none, selective (elementwise results) or full (each decoder layer)."""
     license: str = ""
     """The LLM's licence, for the model card; empty reads it from the model's own card if there is one."""
 
     def __post_init__(self):
         _require(self.bits in (4, 8, 16, 32), f"model.llm.bits is {self.bits}; it can be 4, 8, 16 or 32")
-        _require(
-            self.checkpointing in ("none", "selective", "full"),
-            f"model.llm.checkpointing is {self.checkpointing}; it can be none, selective or full "
-            "(write full for what was true, none for what was false)",
-        )
 
 
 @dataclass(kw_only=True)
@@ -165,8 +162,8 @@ class DataConfig:
     encoder_cost: dict[str, float] = field(default_factory=dict)
     """By modality: how many tokens one medium counts in row_tokens for its encoder's work, beside its own tokens, so
     that rows cost all ranks the same time (launch/estimate.py says how many)."""
-    group_by: str = "none"
-    """What the samples of a micro-batch have in common: none, modality or dataset. Ratios are kept over the run."""
+    group_by: Literal["none", "modality", "dataset"] = "none"
+    """What the samples of a micro-batch have in common. Ratios are kept over the run."""
     shuffle: int = 10_000
     """Samples that are shuffled among one another (shards are shuffled as well); 0 keeps the shards' order."""
     workers: int = 2
@@ -180,15 +177,11 @@ class DataConfig:
     """Stop after more bad samples than this without a good one between; 0 tolerates none."""
     max_bad_share: float = 0.1
     """Stop when more than this share of the samples is bad; 0 tolerates none."""
-    features: str = "auto"
+    features: Literal["auto", "never", "float32", "bf16", "int8"] = "auto"
     """Whether features that launch/encode.py wrote are read in place of media: auto (where there are any, the most
     exact), float32, bf16 or int8 (only such), never. launch/encode.py writes this precision; with auto, bf16."""
 
     def __post_init__(self):
-        _require(
-            self.features in ("auto", "never", "float32", "bf16", "int8"),
-            f"data.features is {self.features!r}; it can be auto, never, float32, bf16 or int8",
-        )
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
         least = min(self.workers, self.shuffle, self.look_ahead, self.row_tokens)
         _require(least >= 0, "data.workers, shuffle, look_ahead and row_tokens cannot be negative")
@@ -196,8 +189,6 @@ class DataConfig:
             not self.row_tokens or self.row_tokens >= self.max_tokens,
             f"data.row_tokens is {self.row_tokens}, but a sample may have data.max_tokens = {self.max_tokens}",
         )
-        kinds = ("none", "modality", "dataset")
-        _require(self.group_by in kinds, f"data.group_by is {self.group_by!r}; it can be {', '.join(kinds)}")
         _require(min(self.encoder_cost.values(), default=0) >= 0, "data.encoder_cost cannot be negative")
         _require(self.cache_gb >= 0, f"data.cache_gb is {self.cache_gb}; it cannot be negative")
         _require(self.timeout > 0, f"data.timeout is {self.timeout}; it is a number of seconds")
@@ -208,16 +199,13 @@ class DataConfig:
 class PromptConfig:
     """How a sample becomes text for the LLM."""
 
-    template: str = "chat"
+    template: Literal["chat", "plain"] = "chat"
     """chat (the tokenizer's chat template) or plain (media and texts one after another, a line break after a user's
     words, then the answer)."""
     system: str = ""
     """System message put before conversations that have none (chat only); empty leaves the template's own."""
     instruction: str = ""
     """For media-caption pairs: what the user says after the medium, e.g. "Describe it."; may be empty."""
-
-    def __post_init__(self):
-        _require(self.template in ("chat", "plain"), f"prompt.template is {self.template!r}; it can be chat or plain")
 
 
 @dataclass(kw_only=True)
@@ -278,8 +266,8 @@ class RunConfig:
     """Steps between lines of metrics.jsonl and W&B."""
     peak_tflops: float = 0.0
     """What one GPU does at best (10^12 FLOP/s; an H100 989 in dense bfloat16), for ``utilisation``; 0 if not known."""
-    wandb: str = "disabled"
-    """online, offline or disabled."""
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """Whether figures go to W&B, now or by its own ``wandb sync`` later."""
     project: str = "anymal"
     """W&B project."""
     group: str = ""
@@ -292,9 +280,6 @@ class RunConfig:
     """Shards that they are taken from, as data.shards; by default the training data."""
 
     def __post_init__(self):
-        _require(
-            self.wandb in ("online", "offline", "disabled"), f"run.wandb is {self.wandb!r}; online, offline or disabled"
-        )
         least = min(self.save_every, self.keep, self.log_every)
         _require(least > 0, "run.save_every, run.keep and run.log_every must be at least 1")
         _require(self.peak_tflops >= 0, f"run.peak_tflops is {self.peak_tflops}; it cannot be negative")

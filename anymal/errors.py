@@ -44,6 +44,12 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "known are:") -> s
     return f"{otherwise} {', '.join(known) or 'none'}" if otherwise else ""
 
 
+def alternatives(values: Iterable[object]) -> str:
+    """``a, b or c``."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 class Quarantine:
     """Counts good and bad samples, logs the bad ones, and stops the run when there are too many.
 

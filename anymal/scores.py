@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, words, yes_no
 
 OWN, BLANK, SHUFFLED = "own", "blank", "shuffled"
 CONDITIONS = (OWN, BLANK, SHUFFLED)
 """With its own media, with blank ones, with another sample's."""
-RULES = ("sum", "bytes", "blank")
+Rule = Literal["sum", "bytes", "blank"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 """By what an option is chosen: the logarithm of its probability; that by byte of its text, as lm-evaluation-harness's
 acc_norm; or that less the same with a blank medium, as pointwise mutual information."""
 
@@ -92,7 +93,7 @@ def _name(record: Record) -> tuple[str, str]:
     return record.shard, record.key
 
 
-def choices(records: Sequence[Record], rule: str) -> dict[str, dict[tuple[str, str], str]]:
+def choices(records: Sequence[Record], rule: Rule) -> dict[str, dict[tuple[str, str], str]]:
     """Condition → (shard, key) of each closed question → the option that is chosen by a rule of `RULES`.
 
     By the rule "blank" there is no choice with blank media, where all options are equal.
@@ -119,7 +120,7 @@ def choices(records: Sequence[Record], rule: str) -> dict[str, dict[tuple[str, s
     return found
 
 
-def figures(records: Sequence[Record], rule: str) -> dict[str, Any]:
+def figures(records: Sequence[Record], rule: Rule) -> dict[str, Any]:
     """What the records of one set are worth.
 
     Args:
@@ -155,7 +156,7 @@ def figures(records: Sequence[Record], rule: str) -> dict[str, Any]:
 
 
 def _condition(
-    records: Sequence[Record], chosen: dict[str, dict[tuple[str, str], str]], rule: str
+    records: Sequence[Record], chosen: dict[str, dict[tuple[str, str], str]], rule: Rule
 ) -> dict[str, Any] | None:
     """The figures of one condition, given the choices by each rule."""
     if not records:
@@ -192,14 +193,14 @@ def _yes_no(several: dict[str, list[Record]], chosen: dict[str, dict[tuple[str, 
     return result
 
 
-def agreement(records: Sequence[Record], others: Sequence[Record], rule: str) -> float | None:
+def agreement(records: Sequence[Record], others: Sequence[Record], rule: Rule) -> float | None:
     """The share of closed questions that two evaluations of one set answer alike, right or not; None without any."""
     ours, theirs = choices(records, rule)[OWN], choices(others, rule)[OWN]
     common = [name for name in ours if name in theirs]
     return sum(ours[name] == theirs[name] for name in common) / len(common) if common else None
 
 
-def predictions(records: Sequence[Record], rule: str) -> Iterator[dict[str, Any]]:
+def predictions(records: Sequence[Record], rule: Rule) -> Iterator[dict[str, Any]]:
     """What a person wants to read of each sample: question, answer, the choice and what was said."""
     chosen = choices(records, rule)
     for record in _by_condition(records)[OWN]:

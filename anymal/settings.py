@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from anymal.errors import UserError, nearest
+from anymal.errors import UserError, alternatives, nearest
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SHORT = 8  # characters: what is shorter is no secret, and may well stand somewhere else by chance
@@ -79,7 +79,7 @@ def load(
                     OmegaConf.update(config, setting, None)  # a list takes a dict's place; OmegaConf merges neither
             config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"{name}: {_first_lines(error)}") from error
+            raise UserError(f"{name}: {_reason(error)}") from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
             raise UserError(f"{name} is not valid YAML: {error}") from error
     try:
@@ -89,7 +89,7 @@ def load(
                 raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
             return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
-        raise UserError(f"{recipe or 'settings'}: {_first_lines(error)}") from error
+        raise UserError(f"{recipe or 'settings'}: {_reason(error)}") from error
 
 
 def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,8 +165,7 @@ def _env(key: str, *default: Any) -> str | None:
     raise KeyError(f"Environment variable '{key}' not found")
 
 
-_register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # the name before OmegaConf 2.4
-_register("oc.env", _env, replace=True)
+OmegaConf.register_resolver("oc.env", _env, replace=True)
 
 
 def derived(name: str, value: str, source: str, ending: str) -> str:
@@ -201,10 +200,26 @@ def public_text(text: str) -> str:
     return re.split("[?#]", text, maxsplit=1)[0] if _ADDRESS.match(text) else text
 
 
-def _first_lines(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """What OmegaConf found wrong, and where: of a setting with few values all of them, and the nearest."""
+    if choices := _choices(error):
+        hint = nearest(str(error.value), map(str, choices), otherwise="")
+        said = f"{error.full_key} is {error.value!r}; it can be {alternatives(choices)}"
+        return f"{said}; {hint}" if hint else said
     lines = [line.strip() for line in str(error).splitlines()]
     place = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     return f"{lines[0]} (at {place})" if place else lines[0]
+
+
+def _choices(error: Exception) -> tuple:
+    """What the setting that is wrong can be, if its type is a Literal, or a list of them; else nothing."""
+    if not isinstance(error, ValidationError):
+        return ()
+    if dataclasses.is_dataclass(error.object_type):
+        hint = get_type_hints(error.object_type).get(error.key)
+    else:
+        hint = next(iter(get_args(error.ref_type)), None)
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def save(config: Any, path: Path) -> None:
@@ -226,4 +241,4 @@ def options(cls: type, values: dict[str, Any], where: str) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_first_lines(error)}") from error
+        raise UserError(f"{where}: {_reason(error)}") from error

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from omegaconf import MISSING
 from tqdm import tqdm
@@ -41,7 +41,8 @@ from data_prep.objects import Names, read_table
 from data_prep.shards import write_shards
 from data_prep.steps import is_done, run
 
-WAYS = ("random", "popular", "adversarial")
+Way = Literal["random", "popular", "adversarial"]
+WAYS: tuple[Way, ...] = get_args(Way)
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _LONGEST_NAME = 3  # words of a caption that is taken for the name of an object
 
@@ -54,8 +55,8 @@ class Settings:
     """Tars of pictures with their objects: a path, a folder, a brace pattern, or a list of these."""
     out: str = MISSING
     """The folder to write a folder for each way into."""
-    ways: list[str] = field(default_factory=lambda: list(WAYS))
-    """How what is not there is chosen: any of random, popular, adversarial."""
+    ways: list[Way] = field(default_factory=lambda: list(WAYS))
+    """How what is not there is chosen: any of them."""
     questions: int = 6
     """Questions about a picture, half of them with the answer no; fewer where it holds fewer objects."""
     synonyms: str = ""
@@ -72,9 +73,6 @@ class Settings:
     def __post_init__(self):
         if self.questions < 2 or self.questions % 2:
             raise UserError(f"questions is {self.questions}; it must be even, for as many yes as no")
-        for way in self.ways:
-            if way not in WAYS:
-                raise UserError(f"ways: there is no {way!r}; known are {', '.join(WAYS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,7 @@ class Chooser:
             for name in picture.objects:
                 self.together[name].update(other for other in picture.objects if other != name)
 
-    def questions(self, picture: Picture, way: str, most: int) -> list[tuple[str, str]]:
+    def questions(self, picture: Picture, way: Way, most: int) -> list[tuple[str, str]]:
         """(object, "yes" or "no") by turns, at most `most` and as many of each; none if the picture does not let us."""
         rng = random.Random(f"{self.seed}/{picture.number}/present")
         present = rng.sample(picture.objects, len(picture.objects))
@@ -220,7 +218,7 @@ class Chooser:
         return ranked
 
 
-def samples(pictures: list[Picture], chooser: Chooser, way: str, most: int) -> Iterator[dict[str, Any]]:
+def samples(pictures: list[Picture], chooser: Chooser, way: Way, most: int) -> Iterator[dict[str, Any]]:
     """The conversations, as `write_shards` takes them: the picture's bytes as they are, one question each."""
     for picture in tqdm(pictures, desc=way, unit="", leave=False):
         asked = chooser.questions(picture, way, most)

@@ -10,13 +10,13 @@ where `architecture` says what it is: it may be gated. The last line says whethe
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from adapters import describe_options
 from anymal.command_line import parse_args
-from anymal.config import Config
+from anymal.config import Checkpointing, Config
 from anymal.engine import BUCKET
 from anymal.errors import UserError
 from anymal.stages import Recipe, load_untrained
@@ -25,8 +25,6 @@ from launch.build import process_as_found, run_program
 from launch.rehearse import Held, Rehearsal, Workload
 
 GB, TERA = 1e9, 1e12
-MODES = ("none", "selective", "full")
-"""What ``model.llm.checkpointing`` can be."""
 ROUNDS = 6  # of rehearsals in search of the largest micro-batch
 MOST_TOKENS = 2**20  # no row is sought that is longer
 
@@ -253,7 +251,7 @@ def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: E
     chosen = config.model.llm.checkpointing
     lines = [f"Largest micro-batch on {config.gpu_gb:g} GB, of which {config.reserve_gb:g} GB are kept free"]
     lines += [f"  {'model.llm.checkpointing':<34} {'GB now':>9} {'samples':>9} {'tokens':>9}"]
-    for mode in MODES:
+    for mode in get_args(Checkpointing):
         tried = rehearsal.with_checkpointing(mode)
         now = predict(tried, work, samples, world=config.world).total
         most = largest_batch(tried, work, room, world=config.world)

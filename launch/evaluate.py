@@ -27,7 +27,7 @@ from anymal.config import Config, DataConfig
 from anymal.errors import BudgetExceeded, Quarantine, UserError
 from anymal.evaluate import ask, evaluate
 from anymal.sample import Sample
-from anymal.scores import RULES, agreement, figures, predictions, read_records, write_record
+from anymal.scores import Rule, agreement, figures, predictions, read_records, write_record
 from anymal.stream import samples_once
 from launch.build import build, device, process_as_found, run_program, suffixes, unchanged
 from launch.report import read_lines
@@ -54,7 +54,7 @@ class EvaluateConfig:
     takes the one that the checkpoint was trained with, or what model.llm.bits says."""
     limit: int = 0
     """So many samples of each set, drawn by `seed`; 0 takes all."""
-    choose: str = "sum"
+    choose: Rule = "sum"
     """By what an option is chosen, for the figures called accuracy (all three are reported): sum, the log-likelihood of
     the option; bytes, that by byte of its text; or blank, that less the same with a blank medium."""
     max_new_tokens: int = 16
@@ -71,8 +71,6 @@ class EvaluateConfig:
     """Remarks that the report shows."""
 
     def __post_init__(self):
-        if self.choose not in RULES:
-            raise UserError(f"choose is {self.choose!r}; it can be {', '.join(RULES)}")
         if min(self.limit, self.max_new_tokens, self.workers, self.media, self.seed) < 0 or self.batch_size < 1:
             raise UserError("limit, max_new_tokens, workers, media and seed cannot be negative, batch_size not below 1")
         if not listed(self.bits) or any(bits not in (0, *BITS) for bits in listed(self.bits)):

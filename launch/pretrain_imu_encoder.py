@@ -25,7 +25,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapters.imu import IMUDecoder, IMUOptions
+from adapters.imu import Acceleration, IMUDecoder, IMUOptions, Rotation
 from adapters.pretrained import quiet
 from anymal import manifest, shards
 from anymal.command_line import parse_args
@@ -47,10 +47,10 @@ class IMUTraining:
     """Held-out tars, best of other people than the training tars; the accuracy on them is printed."""
     rate: float = 50.0
     """Samples per second (Hz) of the recordings, and of the encoder."""
-    acceleration: str = "m/s2"
-    """Unit of the recordings' accelerometer: m/s2 or g, gravity included."""
-    rotation: str = "rad/s"
-    """Unit of the recordings' gyroscope: rad/s or deg/s."""
+    acceleration: Acceleration = "m/s2"
+    """Unit of the recordings' accelerometer, gravity included."""
+    rotation: Rotation = "rad/s"
+    """Unit of the recordings' gyroscope."""
     seconds: float = 5.0
     """Length of a window (IMU2CLIP: 5 s). Longer recordings are cropped to their middle."""
     width: int = 128

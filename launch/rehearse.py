@@ -18,7 +18,7 @@ from adapters import build_adapters
 from adapters.pretrained import shapes_only
 from anymal import networks
 from anymal.budget import degrade
-from anymal.config import Config
+from anymal.config import Checkpointing, Config
 from anymal.cost import Cost
 from anymal.errors import UserError
 from anymal.footprint import Footprint, as_on
@@ -195,7 +195,7 @@ class Rehearsal:
                 parts["cross-attention"] += cost.bridges[kind] * (length - before)
         return parts, llm.recomputed_flops(tokens, squares)
 
-    def with_checkpointing(self, mode: str) -> "Rehearsal":
+    def with_checkpointing(self, mode: Checkpointing) -> "Rehearsal":
         """The same with another ``model.llm.checkpointing``."""
         llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))

@@ -78,6 +78,6 @@ def test_a_model_without_such_layers_is_refused():
 
 
 @pytest.mark.parametrize("old", ["true", "false"])
-def test_what_was_true_or_false_is_told_its_new_name(old):
-    with pytest.raises(UserError, match=r"can be none, selective or full \(write full for what was true"):
+def test_what_was_true_or_false_is_told_the_new_names(old):
+    with pytest.raises(UserError, match=rf"checkpointing is {old.title()}; it can be none, selective or full"):
         load(Config, None, ["model.llm.name=x", f"model.llm.checkpointing={old}"])

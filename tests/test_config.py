@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from anymal.command_line import parse_args
+from anymal.command_line import describe, parse_args
 from anymal.config import Config, ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
 from anymal.settings import load, options, public, save
 from anymal.stages import Recipe, load_stages
+from data_prep import negatives
 
 NAMED = "model.llm.name=x"
 
@@ -35,7 +36,12 @@ def test_modalities_are_typed_though_their_names_are_free():
         ("optim.lrr=1", "'lrr'.*Did you mean: 'lr'"),
         ("optim.lr=fast", "'fast'.*Float"),
         ("model.llm.bits=5", "bits is 5; it can be 4, 8, 16 or 32"),
-        ("prompt.template=chatt", "can be chat or plain"),
+        ("prompt.template=chatt", r"prompt\.template is 'chatt'; it can be chat or plain; did you mean chat\?"),
+        ("prompt.template=${oc.env:HOME}", r"settings: prompt\.template is '.+'; it can be chat or plain"),
+        ("prompt.template=null", r"prompt\.template is None; it can be chat or plain"),
+        ("data.features=int4", r"data\.features is 'int4'; it can be auto, never, float32, bf16 or int8; .* int8\?"),
+        ("data.group_by=sets", r"data\.group_by is 'sets'; it can be none, modality or dataset$"),
+        ("run.wandb=of", r"run\.wandb is 'of'; it can be online, offline or disabled"),
         ("engine.zero=4", "zero is 4"),
         ("data.batch_size=0", "at least 1"),
         ("optim.steps", "neither a recipe nor an override"),
@@ -111,7 +117,24 @@ def test_help_prints_and_ends(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_args(Config, "What it does.", ["--help"])
     assert ended.value.code == 0
-    assert "model.llm.bits  (int, default 4)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "model.llm.bits  (int, default 4)" in shown and "  train  (list[str], default" in shown
+    assert "prompt.template  (chat or plain, default 'chat')" in shown
+    assert "model.llm.checkpointing  (none, selective or full, default 'none')" in shown and "Literal" not in shown
+
+
+def test_help_shows_what_the_items_of_a_list_can_be():
+    assert "  ways  (list[random, popular or adversarial], default" in "\n".join(describe(negatives.Settings))
+
+
+def test_a_choice_can_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEMPLATE", "plain")
+    monkeypatch.setenv("BITS", "8")
+    loaded = load(Config, None, [NAMED, "prompt.template=${oc.env:TEMPLATE}", "model.llm.bits=${oc.env:BITS}"])
+    assert (loaded.prompt.template, loaded.model.llm.bits) == ("plain", 8)
+    save(loaded, tmp_path / "recipe.yaml")
+    assert "template: ${oc.env:TEMPLATE}" in (tmp_path / "recipe.yaml").read_text()
+    assert load(Config, tmp_path / "recipe.yaml") == loaded
 
 
 def test_unknown_options_of_a_modality_name_the_nearest():

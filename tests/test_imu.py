@@ -9,6 +9,7 @@ import torch
 import tiny_encoders as tiny
 from adapters.imu import IMUOptions, load_imu_encoder, read_recording
 from anymal.errors import BadSample, UserError
+from anymal.settings import options
 from tiny_encoders import decoded, motion, npy
 
 
@@ -75,8 +76,8 @@ def test_units_are_converted(tmp_path):
     decode = load_imu_encoder(folder, IMUOptions(rate=50, acceleration="g", rotation="deg/s")).decode
     expected = load_imu_encoder(folder, IMUOptions(rate=50)).decode(npy(recording))
     assert torch.allclose(decode(npy(others)), expected, atol=1e-5)
-    with pytest.raises(UserError, match="acceleration is 'mg' and rotation 'rad/s'; acceleration is m/s2 or g"):
-        IMUOptions(acceleration="mg")
+    with pytest.raises(UserError, match=r"imu\.options: acceleration is 'mg'; it can be m/s2 or g; did you mean g\?"):
+        options(IMUOptions, {"acceleration": "mg"}, "imu.options")
 
 
 def test_acceleration_in_another_unit_than_stated_is_refused():

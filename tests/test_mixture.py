@@ -320,7 +320,7 @@ def test_video_takes_a_composition_of_maps(tmp_path):
         ({"append": [3]}, r"encoder.append\[0\] is 3; it is a name"),
         ({"name": "a", "fit": "crop"}, "encoder.fit is 'crop'; it is pad or squash"),
         ({"append": [{"name": "a", "fit": "pad"}]}, r"encoder.append\[0\]: unknown option 'fit'"),
-        ({"channels": ["a"], "resize": "cubic"}, "resize is 'cubic'"),
+        ({"channels": ["a"], "resize": "cubic"}, r"encoder: resize is 'cubic'; it can be bilinear or nearest"),
         ({"name": "a", "layer": 2}, "layer counts from the end"),
         ({"name": "a", "layer": -2, "stages": True}, "layer has no place beside it"),
         (

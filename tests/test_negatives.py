@@ -235,7 +235,7 @@ def test_bad_samples_are_named_and_counted(tmp_path):
     ("settings", "said"),
     [
         (["questions=3"], "must be even"),
-        (["ways=[poplar]"], "there is no 'poplar'"),
+        (["ways=[poplar]"], r"ways\[0\] is 'poplar'; it can be random, popular or adversarial; did you mean popular\?"),
         (["synonyms=nowhere.txt"], "there is no file nowhere.txt"),
         (["question=4"], "question"),
         ([], "in none is another one missing"),
