@@ -62,7 +62,13 @@ def _left_padded(prompts: Sequence[Embedded]) -> tuple[Tensor, Tensor, dict[str,
 
 @torch.no_grad()
 def generate(
-    model: AnyMAL, tokenizer: Any, prompts: Sequence[Embedded], *, max_new_tokens: int, **sampling
+    model: AnyMAL,
+    tokenizer: Any,
+    prompts: Sequence[Embedded],
+    *,
+    max_new_tokens: int,
+    streamer: Any = None,
+    **sampling,
 ) -> list[Said]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
 
@@ -71,6 +77,8 @@ def generate(
         tokenizer: The LLM's.
         prompts: From `embed_prompt`; they may differ in T.
         max_new_tokens: The longest answer.
+        streamer: A streamer of transformers, for one prompt alone: its ``put`` gets every token id as it comes. What it
+            raises ends the generation.
         sampling: Passed on to transformers' ``generate``.
 
     Returns:
@@ -83,6 +91,7 @@ def generate(
             inputs_embeds=rows,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
+            streamer=streamer,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **{"do_sample": False, **sampling},
         )

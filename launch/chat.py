@@ -1,35 +1,54 @@
-"""Answer a prompt with media, given in the order in which the LLM shall read them.
+"""Answer a prompt with media, given in the order in which the LLM shall read them; or, without a prompt, converse.
 
     python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg --audio b.wav "What do you see and hear?"
     python launch/chat.py checkpoint=runs/demo/finetune "Which is louder," --audio a.wav "or" --audio b.wav "?"
+    echo "What is this?" | python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg
+    python launch/chat.py checkpoint=runs/demo/finetune
     python launch/chat.py checkpoint=runs/mmit-lora draw=stabilityai/stable-diffusion-xl-base-1.0 "Draw me a cat."
 
-`--NAME FILE` is a medium of modality NAME; everything else that is not a setting is text. With `draw`, what the
-answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that). An LLM or encoder that was
-moved since the training is named anew: model.llm.name=FOLDER, model.modalities.image.encoder=FOLDER.
+`--NAME FILE` is a medium of modality NAME; what has the form name=value is a setting; everything else is text. Without
+a text, standard input is the text, where it is a pipe or a file: any text can be given there, also one that looks like
+a setting. Media alone are a prompt, too. Where there is neither text nor medium, it converses: /help says how.
+
+With `draw`, what the answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that). An
+LLM or encoder that was moved since the training is named anew: model.llm.name=FOLDER,
+model.modalities.image.encoder=FOLDER.
 """
 
+import contextlib
+import difflib
 import re
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import MISSING
 
 from adapters import MODALITIES
 from anymal import checkpoint
 from anymal.command_line import field_docs, parse_args
-from anymal.errors import BadSample, UserError
-from anymal.generate import embed_prompt, generate
-from anymal.sample import TEXT, Message, Part, Sample
+from anymal.errors import UserError
+from anymal.sample import TEXT, Part
 from launch.build import build, device, process_as_found, run_program
+from launch.conversation import ContextTooLong, Conversation
 from launch.draw import Painter, split
+
+COMMANDS = ("reset", "help", "quit")
+HELP = f"""\
+Whatever you type is said to the model, together with all that was said before. A line that begins with / is a command:
+  {", ".join(f"/{name} FILE" for name in MODALITIES)}: the file is seen or heard before the next message;
+      an empty line sends it without a word
+  /reset: begin anew, with nothing said or attached
+  /quit, or Ctrl-D: end
+Ctrl-C ends an answer. To say something that begins with /, put a blank before it."""
 
 
 @dataclass(kw_only=True)
 class ChatConfig:
-    """A question."""
+    """A question, or a conversation."""
 
     checkpoint: str = MISSING
     """A checkpoint folder, or the run folder that holds it (its latest)."""
@@ -44,7 +63,7 @@ class ChatConfig:
     """0 takes the likeliest token each time; higher values draw among the likely ones."""
     draw: str = ""
     """Hub name or local folder of a text-to-image pipeline of diffusers that draws what stands between <h> and </h> in
-    the answer; empty draws nothing."""
+    the answer, which is shown once it is whole; empty draws nothing."""
     draw_out: str = "drawings"
     """Folder for the drawings."""
     draw_steps: int = 0
@@ -59,54 +78,155 @@ def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
     """The command line → the message's parts in order, and the settings.
 
     Raises:
-        UserError: An unknown modality, or a file that cannot be read.
+        UserError: An unknown setting or modality, or a file that cannot be read.
     """
     parts, settings = [], []
     remaining = iter(arguments)
-    names = field_docs(ChatConfig)
     for argument in remaining:
-        if argument in ("-h", "--help") or ("=" in argument and re.split(r"[.=]", argument)[0] in names):
+        if argument in ("-h", "--help"):
             settings.append(argument)
         elif argument.startswith("--"):
-            name = argument[2:]
-            if name not in MODALITIES:
-                raise UserError(f"{argument}: there is no such modality; known are: {', '.join(MODALITIES)}")
-            path = Path(next(remaining, ""))
-            if not path.is_file():
-                raise UserError(f"{argument} needs a file; {str(path)!r} is none")
-            parts.append(Part(kind=name, content=path.read_bytes(), member=path.name))
+            parts.append(medium(argument, argument[2:], next(remaining, "")))
+        elif re.match(r"[A-Za-z_][\w.]*=", argument):
+            settings.append(_known(argument))
         else:
             parts.append(Part(kind=TEXT, content=argument))
     return parts, settings
 
 
+def _known(setting: str) -> str:
+    """The ``name=value``, if there is such a setting; what stands below one's name is checked when it is read."""
+    name, names = re.split(r"[.=]", setting)[0], list(field_docs(ChatConfig))
+    if name in names:
+        return setting
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(names)}."
+    raise UserError(f"{setting}: there is no setting {name}; {hint} A text that looks so is given by standard input")
+
+
+def medium(asked: str, name: str, file: str) -> Part:
+    """A file as a medium of modality `name`; `asked` is how that was written.
+
+    Raises:
+        UserError: There is no such modality or file, or the file cannot be read.
+    """
+    if name not in MODALITIES:
+        near = difflib.get_close_matches(name.partition("=")[0], MODALITIES, n=1)
+        hint = f" (did you mean --{near[0]} FILE?)" if near else ""
+        known = f"known are: {', '.join(MODALITIES)}{hint}"
+        raise UserError(f"{asked}: there is no such modality; {known}; a setting is written name=value, without --")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"{asked} needs a file; {file!r} is none")
+    try:
+        return Part(kind=name, content=path.read_bytes(), member=path.name)
+    except OSError as error:
+        raise UserError(f"{asked} {file}: {error.strerror}") from error
+
+
 @process_as_found()
 def main() -> None:
-    """Read the command line and print the answer."""
+    """Read the command line, and answer or converse."""
     parts, settings = split_arguments(sys.argv[1:])
     config = parse_args(ChatConfig, __doc__, settings)
-    if not parts:
+    converses = not parts and sys.stdin is not None and sys.stdin.isatty()
+    if not converses and all(part.kind != TEXT for part in parts):
+        parts += _standard_input()
+    if not parts and not converses:
         raise UserError("nothing was asked; give a text, and media as --image FILE, --audio FILE, ...")
     painter = _painter(config)
     folder = checkpoint.existing(config.checkpoint)
     overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
     built = build(checkpoint.recipe(folder, overrides, config.model), device(), start=folder)
-    asked = Sample(key="prompt", shard="command line", messages=[Message(role="user", parts=parts)])
+    conversation = Conversation(built=built, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    del built
+    if converses:
+        return converse(conversation, painter, Path(config.draw_out))
+    answer = conversation.ask(parts)
+    _note(*conversation.notes)
+    said = show(answer, quiet=painter is not None)
+    cut = conversation.cut
+    del conversation, answer  # room for what draws
+    if painter is not None:
+        say(said, painter, Path(config.draw_out))
+    if cut:
+        _note(f"(cut off: {cut})")
+
+
+def _standard_input() -> list[Part]:
+    """What a pipe or a file says; nothing if there is none, or it is a terminal."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
     try:
-        decoded = built.prepare.decode(asked)
-        question = built.prepare.prompt.question(decoded)
-    except BadSample as error:
-        raise UserError(f"the prompt {error}") from error
-    for medium in decoded.media():
-        if medium.note:
-            print(f"{medium.member}: {medium.note}", file=sys.stderr)
-    prompt = embed_prompt(built.model, question)
-    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {}
-    (said,) = generate(built.model, built.tokenizer, [prompt], max_new_tokens=config.max_new_tokens, **sampling)
-    del built, prompt  # room for what draws
-    say(said.text, painter, Path(config.draw_out))
-    if said.cut:
-        print(f"(cut off: max_new_tokens is {config.max_new_tokens})", file=sys.stderr)
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is no text: {error}") from error
+    return [Part(kind=TEXT, content=text)] if text else []
+
+
+def converse(conversation: Conversation, painter: Painter | None, drawings: Path) -> None:
+    """Read lines from standard input and answer them, until /quit or the input's end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() edits lines with it, and remembers them)
+    print("Say something, or /help.")
+    while True:
+        try:
+            line = input("> ")
+            if line.rstrip() == "/quit":
+                return
+            if line.startswith("/"):
+                _command(conversation, *line[1:].rstrip().partition(" ")[::2])
+            elif line.strip() or conversation.attached:
+                _turn(conversation, line.strip(), painter, drawings)
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+        except ContextTooLong as error:
+            _note(f"{error}: {'/reset begins a new one' if conversation.messages else 'ask for less at once'}")
+        except (UserError, torch.OutOfMemoryError) as error:
+            _note(str(error).splitlines()[0])
+
+
+def _command(conversation: Conversation, name: str, file: str) -> None:
+    if name == "help":
+        print(HELP)
+    elif name == "reset":
+        conversation.reset()
+    elif name in MODALITIES:
+        note = conversation.attach(medium(f"/{name}", name, file.strip().strip("'\"")))
+        _note(f"{conversation.attached[-1].member}: {note or 'attached'}")
+    else:
+        near = difflib.get_close_matches(name, [*MODALITIES, *COMMANDS], n=1)
+        raise UserError(f"there is no /{name}; {f'did you mean /{near[0]}?' if near else '/help lists what there is'}")
+
+
+def _turn(conversation: Conversation, text: str, painter: Painter | None, drawings: Path) -> None:
+    """Ask and show the answer."""
+    answer = conversation.ask([Part(kind=TEXT, content=text)] if text else [])
+    said = show(answer, quiet=painter is not None)
+    if conversation.cut:
+        _note(f"(cut off: {conversation.cut})")
+    if painter is not None:
+        say(said, painter, drawings)
+
+
+def show(answer: Generator[str, None, None], *, quiet: bool = False) -> str:
+    """Print an answer as it comes, unless `quiet`, and return it. Interrupted, it ends the answer."""
+    said = []
+    with contextlib.closing(answer):
+        for piece in answer:
+            said.append(piece)
+            if not quiet:
+                print(piece, end="", flush=True)
+    if not quiet:
+        print()
+    return "".join(said)
+
+
+def _note(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _painter(config: ChatConfig) -> Painter | None:

@@ -57,12 +57,13 @@ def test_chat_answers_interleaved_prompts(trained, tmp_path):
         (["--smell", "x"], "there is no such modality; known are: image, video, audio, imu"),
         (["--image", "nowhere.png"], "'nowhere.png' is none"),
         ([], "nothing was asked"),
-        (["hello", "bitz=4", "checkpoint=nowhere"], "nowhere holds no checkpoint"),
+        (["hello", "checkpoint=nowhere"], "nowhere holds no checkpoint"),
+        (["hello", "bitz=4", "checkpoint=nowhere"], "there is no setting bitz; did you mean bits?"),
     ],
 )
 def test_chat_says_what_is_wrong(trained, arguments, said):
     given = arguments if any("checkpoint" in a for a in arguments) else [f"checkpoint={trained}", *arguments]
-    done = python("launch/chat.py", *given, check=False)
+    done = python("launch/chat.py", *given, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
 

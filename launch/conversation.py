@@ -1,0 +1,166 @@
+"""A conversation with a model: what was said so far, the media of the next question, and its answer as it comes.
+
+    attach(medium) ─▶ attached ─┐
+    ask(parts) ─────────────────┴▶ messages ──Prepare──▶ Tokens ──embed_prompt──▶ generate ──▶ pieces of text
+
+Every question is read together with all that came before it, by the same code that reads a sample of several turns, so
+an answer is what an evaluation of that sample would get. Nothing is printed here: a terminal (`launch/chat.py`) or
+whatever else answers people shows the pieces.
+"""
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from anymal.errors import BadSample, UserError
+from anymal.generate import Embedded, Said, embed_prompt, generate
+from anymal.prompt import LONGEST_TOKEN
+from anymal.sample import TEXT, Message, Part, Sample
+from launch.build import Built
+
+
+class ContextTooLong(UserError):
+    """The conversation has more tokens than the LLM reads."""
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """The state of one conversation. One question at a time: the model under it is not to be used by two threads."""
+
+    built: Built
+    """The model."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher values draw among the likely ones."""
+    messages: list[Message] = field(default_factory=list)
+    """What was said so far, media as encoded bytes; without the recipe's system message, which is always put first."""
+    attached: list[Part] = field(default_factory=list)
+    """Media that the next question begins with."""
+    notes: list[str] = field(default_factory=list)
+    """What decoding left out of the last question's media, or added: ``"b.wav: cropped to the middle 10 s"``."""
+    cut: str = ""
+    """Why the last answer has no end; empty if it has one."""
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that the LLM reads, its answer included; None if it has no such bound."""
+        known = getattr(self.built.model.llm.config.get_text_config(), "max_position_embeddings", None)
+        return known if known and known > 0 else None
+
+    def attach(self, medium: Part) -> str:
+        """Put a medium before the next question.
+
+        Returns:
+            The decoder's note on it; empty if it is seen whole.
+
+        Raises:
+            UserError: It does not decode, or the model lacks its modality. It is not attached.
+        """
+        try:
+            (decoded,) = self._decoded([Message(role="user", parts=[medium])]).media()
+        except BadSample as error:
+            raise UserError(f"{medium.member}: {error}") from error
+        self.attached.append(medium)
+        return decoded.note
+
+    def ask(self, parts: Sequence[Part]) -> Generator[str, None, None]:
+        """Ask a question; only `attached`, if `parts` is empty.
+
+        Until its answer is there the conversation stays as it was: a question that fails can be put in other words. If
+        the answer is not read to its end (the iterator is closed, or interrupted), what was said of it is kept.
+
+        Returns:
+            The answer in pieces, as they come; together they are what `anymal.generate.generate` makes of it.
+
+        Raises:
+            ContextTooLong: There is no room for an answer. Raised here, not by the iterator.
+            UserError: The question cannot be put to this model. Raised here, too.
+        """
+        question = Message(role="user", parts=[*self.attached, *parts])
+        self._require(self._characters(question), LONGEST_TOKEN * self.built.prepare.prompt.max_tokens, "characters")
+        try:
+            decoded = self._decoded([*self.messages, question])
+            tokens = self.built.prepare.prompt.question(decoded)
+        except BadSample as error:
+            raise UserError(f"the prompt {error}") from error
+        self.notes = [f"{part.member}: {part.note}" for part in decoded.messages[-1].parts if part.note]
+        longest = self.max_new_tokens
+        if self.limit is not None:
+            self._require(len(tokens.ids), self.limit - 1, "tokens")
+            longest = min(longest, self.limit - len(tokens.ids))
+        return self._answer(question, embed_prompt(self.built.model, tokens), longest)
+
+    def reset(self) -> None:
+        """Forget all that was said, and what is attached."""
+        self.messages, self.attached = [], []
+
+    def _characters(self, question: Message) -> int:
+        return sum(len(p.content) for m in [*self.messages, question] for p in m.parts if p.kind == TEXT)
+
+    def _require(self, found: int, most: int, unit: str) -> None:
+        if found > most:
+            raise ContextTooLong(f"with this question the conversation has {found} {unit}; at most {most} can be read")
+
+    def _decoded(self, messages: list[Message]) -> Sample:
+        return self.built.prepare.decode(Sample(key="prompt", shard="conversation", messages=messages))
+
+    def _answer(self, question: Message, prompt: Embedded, longest: int) -> Generator[str, None, None]:
+        """The pieces of the answer. It is generated in a thread of its own, which ends with this iterator."""
+        built, tokens, ids, shown = self.built, _Tokens(), [], ""
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {}
+        with ThreadPoolExecutor(1) as thread:
+            work: Future[list[Said]] = thread.submit(
+                generate, built.model, built.tokenizer, [prompt], max_new_tokens=longest, streamer=tokens, **sampling
+            )
+            work.add_done_callback(lambda _: tokens.come.put(None))
+            try:
+                while (new := tokens.come.get()) is not None:
+                    ids += new
+                    text = built.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                    if text.startswith(shown) and not text.endswith("\ufffd"):  # that is half of a character
+                        piece, shown = text[len(shown) :], text
+                        if piece:
+                            yield piece
+                (said,) = work.result()
+                if said.text[len(shown) :]:
+                    yield said.text[len(shown) :]
+            except (GeneratorExit, KeyboardInterrupt):
+                if shown:
+                    self._keep(question, shown, "interrupted")
+                raise
+            finally:
+                tokens.wanted = False
+        why = f"max_new_tokens is {longest}" if longest == self.max_new_tokens else f"the LLM reads {self.limit} tokens"
+        self._keep(question, said.text, why if said.cut else "")
+
+    def _keep(self, question: Message, answer: str, cut: str) -> None:
+        said = Message(role="assistant", parts=[Part(kind=TEXT, content=answer)])
+        self.messages, self.attached, self.cut = [*self.messages, question, said], [], cut
+
+
+class _Unwanted(Exception):
+    """Nobody reads the answer any more."""
+
+
+class _Tokens:
+    """A streamer, as ``generate`` of transformers takes one: hands ids on, and ends the generation if asked to.
+
+    That library's own ones give text whose blanks may differ from the answer's after a line break.
+    """
+
+    def __init__(self):
+        self.come: SimpleQueue[list[int] | None] = SimpleQueue()
+        self.wanted = True
+
+    def put(self, ids: Tensor) -> None:
+        """Some more token ids; first those of the prompt, which are none where embeddings are given."""
+        if not self.wanted:
+            raise _Unwanted
+        self.come.put(ids.flatten().tolist())
+
+    def end(self) -> None:
+        """All has come; the thread's result says so, too."""
