@@ -11,6 +11,7 @@ it is done this way.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from anymal.manifest import Shard
 from anymal.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
 from anymal.packing import Item, Packer
 from anymal.sample import Batch, Sample, Tokens
-from anymal.workers import Bad, Reader, Ticket, load
+from anymal.workers import Bad, RawSample, Reader, Ticket, load, prepared
 
-__all__ = ["Stream", "merge_bookmarks", "samples_once", "tars"]
+__all__ = ["Stream", "merge_bookmarks", "samples_once", "tars", "walk"]
 
 
 class Stream:
@@ -81,7 +82,7 @@ class Stream:
         every = {tar.path: tar for found in shards_of for tar in found if len(tar)}
         self.twins = twins.find_all(list(every.values()), encoders or {}, data.features)
         self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
-        self.reader = Reader(shards_of, suffixes, prepare, self.twins)
+        self.reader = Reader(shards_of, partial(prepared, suffixes, prepare), self.twins)
         self.names = list(named)
         self._instructions = [dataset.instructions for dataset in named.values()]
         self._total = sum(dataset.total for dataset in counts)
@@ -158,22 +159,50 @@ def samples_once(
     seed: int | None = None,
     limit: int = 0,
 ) -> Iterator[Any]:
-    """One pass, for evaluation; ratios, ``data.shuffle`` and batch size play no part.
+    """One pass over samples, for evaluation: a `walk`.
 
     Args:
         data, suffixes, prepare, quarantine, rank, world: As for `Stream`.
+        seed, limit: As for `walk`.
+
+    Yields:
+        What `prepare` makes of each good sample.
+
+    Raises:
+        As `Stream`.
+    """
+    use = partial(prepared, suffixes, prepare)
+    return walk(data, use=use, quarantine=quarantine, rank=rank, world=world, seed=seed, limit=limit)
+
+
+def walk(
+    data: DataConfig,
+    *,
+    use: Callable[[RawSample], Any],
+    quarantine: Quarantine,
+    rank: int = 0,
+    world: int = 1,
+    seed: int | None = None,
+    limit: int = 0,
+) -> Iterator[Any]:
+    """One pass over what lies in tars; ratios, ``data.shuffle`` and batch size play no part.
+
+    Args:
+        data, quarantine, rank, world: As for `Stream`.
+        use: Takes one sample as it lies in its tar. As `prepare` of `Stream` otherwise.
         seed: Of the order; None keeps the stored one, dataset after dataset.
         limit: The first so many samples in that order alone; 0 takes all.
 
     Yields:
-        What `prepare` makes of each good sample; rank r of R gets every R-th. Bad ones go to the quarantine.
+        What `use` makes of each good sample; rank r of R gets every R-th. Bad ones, those of which the index says so
+        among them, go to the quarantine, as in training.
 
     Raises:
         As `Stream`.
     """
     shards_of = _survey(data, quarantine, rank / world)
     if not any(len(tar) for found in shards_of for tar in found):
-        raise UserError("data: the shards hold no sample")
+        raise UserError("the shards hold no sample")
     # Counted, not listed: a run that shows four of its samples may be one over hundreds of millions.
     tars_of = [(d, s) for d, found in enumerate(shards_of) for s in range(len(found))]
     ends = np.cumsum([len(shards_of[d][s]) for d, s in tars_of])
@@ -189,7 +218,7 @@ def samples_once(
         return Ticket(position=position, instruction=_instruction(instructions[d], 0, position), **place)
 
     tickets = map(ticket, range(rank, min(limit or total, total), world))
-    for _, result in load(Reader(shards_of, suffixes, prepare), tickets, data):
+    for _, result in load(Reader(shards_of, use), tickets, data):
         if isinstance(result, Bad):
             quarantine.reject(result.shard, result.key, result.reason)
         else:

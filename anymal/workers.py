@@ -1,13 +1,14 @@
-"""The stream's workers: tickets → what `prepare` makes of each sample, in the order of the tickets.
+"""The stream's workers: tickets → what is made of each sample, in the order of the tickets.
 
     manifest.py: shard ──▶ its offsets      (the main process knows its number of samples only)
-    shards.py: place ──▶ members
+    shards.py: place ──▶ members            (`read_sample`: whoever reads a sample of a tar does it here)
     parse.py: members ──▶ Sample ──prepare──▶ Tokens
 
 They keep nothing, so how many there are changes nothing, and none of their state is in a bookmark.
 """
 
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ class Bad:
     """The sample's key, or its offset where not even that could be read."""
     reason: str
     """What was found and what is wanted."""
+    lasting: bool = True
+    """False where reading failed for want of storage or memory: another time it may be good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,39 +57,91 @@ class Ticket:
     """Why it is not to be used, if its loss told so; it is not read then."""
 
 
+@dataclass(kw_only=True)
+class RawSample:
+    """One sample as it lies in its tar."""
+
+    shard: str
+    """The tar, as people call it: the path or the address."""
+    place: tuple[str, int, int]
+    """The file that was read, offset and size in bytes; of a sample with cached features, in the file with these."""
+    key: str
+    """Its key."""
+    members: dict[str, bytes]
+    """By suffix; media whose features are cached are `anymal.features.Stored`."""
+    instruction: str = ""
+    """As in its `Ticket`."""
+    seconds: float = 0.0
+    """What reading it took."""
+
+
+def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, shard: str = "") -> Any:
+    """What `use` makes of one sample of a tar.
+
+    Args:
+        tar: The tar.
+        i: The sample's number in it.
+        use: Whatever it raises makes the sample a bad one.
+        shard: What people call the tar; empty takes its path.
+
+    Returns:
+        What `use` returned; a `Bad` if the index says that the sample is bad, if it does not read or if `use` does not
+        take it; or a `UserError` that `use` raised, for the main process to raise.
+    """
+    place, key, began = tar.place(i), None, time.perf_counter()
+    try:
+        if i in tar.bad:
+            raise BadSample(tar.bad[i])
+        key, members = shards.read(tar.path, *place)
+        seconds = time.perf_counter() - began
+        raw = {"shard": shard or tar.path, "place": (tar.path, *place), "key": key, "members": members}
+        return use(RawSample(**raw, seconds=seconds))
+    except UserError as error:
+        return error
+    except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
+        reason, lasting = reason_of(error), key is not None or not isinstance(error, OSError | MemoryError)
+    key = shards.name_of(tar.path, *place) if key is None else key
+    return Bad(shard=shard or tar.path, key=key, reason=reason, lasting=lasting)
+
+
+def prepared(suffixes: dict[str, str], prepare: Callable[[Sample], Any], raw: RawSample) -> Any:
+    """What `prepare` makes of a sample, once it is parsed (see `anymal.parse.parse`) and has its instruction.
+
+    Raises:
+        BadSample: It does not parse. And whatever `prepare` raises.
+    """
+    sample = parse(raw.shard, raw.key, raw.members, suffixes)
+    return prepare(replace(sample, messages=told(sample.messages, raw.instruction)))
+
+
 class Reader:
-    """What the workers hold: a ticket → what it gives. It has no state."""
+    """What the workers hold: a ticket → what `use` makes of its sample. It has no state."""
 
     def __init__(
-        self,
-        listed: list[list[Shard]],
-        suffixes: dict[str, str],
-        prepare: Callable[[Sample], Any],
-        twins_of: dict[str, Shard] | None = None,
+        self, listed: list[list[Shard]], use: Callable[[RawSample], Any], twins_of: dict[str, Shard] | None = None
     ):
-        self.shards, self.suffixes, self.prepare, self.twins = listed, suffixes, prepare, twins_of or {}
+        self.shards, self.use, self.twins = listed, use, twins_of or {}
 
     def one(self, ticket: Ticket) -> Any:
-        """What `prepare` made of the sample, a `Bad`, or a `UserError` (returned, for the main process to raise)."""
+        """As `read_sample`."""
         if ticket.refused:
             return self.dead(ticket, ticket.refused)
-        shard, key, place = self.shards[ticket.dataset][ticket.shard], None, (0, 0)
+        shard = self.shards[ticket.dataset][ticket.shard]
         source = self.twins.get(shard.path, shard)
+
+        def use(raw: RawSample) -> Any:
+            raw.instruction = ticket.instruction
+            if source is not shard:
+                raw.members = features.restore(raw.members)
+            return self.use(raw)
+
         try:
             tar = manifest.load(source)
-            place = tar.place(ticket.sample)
-            if ticket.sample in tar.bad:
-                raise BadSample(tar.bad[ticket.sample])
-            key, members = shards.read(tar.path, *place)
-            if source is not shard:
-                members = features.restore(members)
-            sample = parse(shard.name, key, members, self.suffixes)
-            return self.prepare(replace(sample, messages=told(sample.messages, ticket.instruction)))
         except UserError as error:
             return error
-        except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
-            reason = reason_of(error)
-        return Bad(shard=shard.name, key=shards.name_of(source.path, *place) if key is None else key, reason=reason)
+        except Exception as error:  # as in read_sample: its storage may fail
+            return Bad(shard=shard.name, key=f"number {ticket.sample}", reason=reason_of(error), lasting=False)
+        return read_sample(tar, ticket.sample, use, shard=shard.name)
 
     def dead(self, ticket: Ticket, reason: str) -> Bad:
         """What stands for a sample over which a worker died, or which is refused."""

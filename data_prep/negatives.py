@@ -26,7 +26,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,8 +36,11 @@ from tqdm import tqdm
 
 from anymal import shards
 from anymal.command_line import parse_args
+from anymal.config import DataConfig
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.metrics import words
+from anymal.stream import walk
+from anymal.workers import RawSample
 from data_prep.objects import Names, read_table
 from data_prep.shards import write_shards
 from data_prep.steps import is_done, run
@@ -79,8 +83,8 @@ class Settings:
 class Picture:
     """One sample of the source; its picture stays there."""
 
-    number: int
-    """Its place in the data: begins the keys of its questions, and tells its random numbers from others'."""
+    number: int = 0
+    """Its place among the good samples: begins the keys of its questions, and tells its random numbers from others'."""
     key: str
     """Its key."""
     place: tuple[str, int, int]
@@ -93,13 +97,13 @@ class Picture:
     """What else is said of it; may be empty."""
 
 
-def describe(number: int, place: tuple[str, int, int], names: Names) -> Picture:
-    """What is known of the sample at a place.
+def describe(names: Names, raw: RawSample) -> Picture:
+    """What is known of a sample.
 
     Raises:
         BadSample: It has not exactly one picture, or nothing that tells what is in it.
     """
-    key, members = shards.read(*place)
+    members = raw.members
     pictures = [member for member in members if member.rsplit(".", 1)[-1] in _PICTURES]
     if len(pictures) != 1:
         raise BadSample(f"it has {len(pictures)} pictures ({', '.join(_PICTURES)}); wanted is one")
@@ -110,7 +114,7 @@ def describe(number: int, place: tuple[str, int, int], names: Names) -> Picture:
         raise BadSample(f"its text is damaged: {error}") from error
     objects = _objects(described if isinstance(described, dict) else {}, caption, names)
     objects = list(dict.fromkeys(name for name in map(names.name, map(_bare, objects)) if name))
-    return Picture(number=number, key=key, place=place, member=pictures[0], objects=objects, caption=caption)
+    return Picture(key=raw.key, place=raw.place, member=pictures[0], objects=objects, caption=caption)
 
 
 def _objects(described: dict[str, Any], caption: str, names: Names) -> list[str]:
@@ -153,29 +157,16 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def survey(tars: list[str], names: Names, quarantine: Quarantine) -> list[Picture]:
-    """What is known of every good sample of the tars, in their order.
+def survey(source: Any, names: Names, quarantine: Quarantine) -> list[Picture]:
+    """What is known of every good sample of some tars, in their order.
 
     Raises:
-        UserError: A tar cannot be read.
+        UserError: A tar is missing or cannot be read, or there is no sample.
         BudgetExceeded: Too many samples are bad.
     """
-    found = []
-    for path in tqdm(tars, desc="tars", unit="", leave=False):
-        tar = shards.index(path)
-        if tar.problem:
-            raise UserError(f"{path} {tar.problem}")
-        for i in range(len(tar)):
-            place = (path, *tar.place(i))
-            try:
-                if i in tar.bad:
-                    raise BadSample(tar.bad[i])
-                found.append(describe(len(found), place, names))
-            except BadSample as error:
-                quarantine.reject(path, shards.name_of(*place), str(error))
-                continue
-            quarantine.accept()
-    return found
+    found = walk(DataConfig(shards=source, workers=0), use=partial(describe, names), quarantine=quarantine)
+    numbered = enumerate(tqdm(found, desc="pictures", unit="", leave=False))
+    return [replace(picture, number=number) for number, picture in numbered]
 
 
 class Chooser:
@@ -247,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     quarantine = Quarantine(log, max_in_a_row=settings.max_bad_in_a_row, max_share=settings.max_bad_share)
-    pictures = survey(shards.expand(settings.shards), names, quarantine)
+    pictures = survey(settings.shards, names, quarantine)
     chooser = Chooser(pictures, names, settings.seed)
     if not any(chooser.questions(picture, "random", 2) for picture in pictures):
         raise UserError(f"{len(pictures)} pictures with {len(chooser.count)} objects: in none is another one missing")

@@ -33,7 +33,7 @@ from anymal.parse import modality_of, parse
 from anymal.sample import Noted, with_note
 from anymal.stages import Recipe, encoder_names, left_behind, load_stages
 from anymal.stream import tars
-from anymal.workers import each, reason_of
+from anymal.workers import Bad, RawSample, each, read_sample, reason_of
 from launch.build import device, process_as_found, run_program, suffixes
 from launch.encode_report import Figures, report
 
@@ -67,17 +67,16 @@ class Reader:
 
     def __call__(self, i: int) -> Read | UserError:
         """A `UserError` is returned, as the stream's workers do."""
-        place, began = self.tar.place(i), time.perf_counter()
-        try:
-            if i in self.tar.bad:
-                raise BadSample(self.tar.bad[i])
-            key, members = shards.read(self.tar.path, *place)
-        except BadSample as error:
-            return _unreadable(shards.name_of(self.tar.path, *place), str(error))
-        except OSError as error:  # not the sample's fault, so not to be remembered of it
-            return UserError(f"{self.tar.path} cannot be read: {error.strerror or error}")
-        read, reading = Read(key=key), time.perf_counter() - began
-        for name, data in members.items():
+        found = read_sample(self.tar, i, self._decoded)
+        if not isinstance(found, Bad):
+            return found
+        if not found.lasting:  # not the sample's fault, so not to be remembered of it
+            return UserError(f"{self.tar.path} cannot be read: {found.reason}")
+        return _unreadable(found.key, found.reason)
+
+    def _decoded(self, raw: RawSample) -> Read:
+        read = Read(key=raw.key)
+        for name, data in raw.members.items():
             kind = modality_of(name, self.suffixes)
             if f".{name}".endswith(f".{features.ENDING}"):
                 continue  # the twin's own names; no sample is good or bad by such a member
@@ -94,13 +93,10 @@ class Reader:
             read.kinds[f"{name}.{features.ENDING}"] = kind
             read.seconds[kind] = read.seconds.get(kind, 0) + time.perf_counter() - began
         for kind in read.seconds:
-            read.seconds[kind] += reading / len(read.seconds)
-        if read.members:
-            return read
-        try:
-            parse(self.tar.path, key, members, self.suffixes)  # there is neither text nor medium left: it will refuse
-        except BadSample as error:
-            return _unreadable(key, str(error))
+            read.seconds[kind] += raw.seconds / len(read.seconds)
+        if not read.members:
+            parse(raw.shard, raw.key, raw.members, self.suffixes)  # there is neither text nor medium left: it refuses
+        return read
 
     def dead(self, i: int, reason: str) -> Read:
         """What the twin says of a sample over which a worker died."""

@@ -12,6 +12,7 @@ from anymal import features, shards, twins
 from anymal.errors import BadSample
 from anymal.modality import Encoder
 from anymal.parse import modality_of
+from anymal.workers import RawSample, read_sample
 from launch.build import suffixes
 
 REREAD = 1000
@@ -56,21 +57,22 @@ def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[twins.Twin]
     """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
     seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
     indexes = [shards.index(twin.path) for twin in found if twin.encoders]
+
+    def add(raw: RawSample) -> None:
+        began = time.perf_counter()
+        members = features.restore(raw.members)
+        reading = raw.seconds + time.perf_counter() - began
+        stored = {name: data for name, data in members.items() if isinstance(data, features.Stored)}
+        for name, data in stored.items():
+            kind, began = modality_of(name, suffixes()), time.perf_counter()
+            with suppress(BadSample):
+                features.load(data, encoders[kind].tokens, encoders[kind].width)
+            seconds[kind] += reading / len(stored) + time.perf_counter() - began
+            counts[kind] += 1
+
     for index in indexes:
         for i in range(0, len(index), max(1, len(index) * len(indexes) // REREAD)):
-            began = time.perf_counter()
-            try:
-                members = features.restore(shards.read(index.path, *index.place(i))[1])
-            except BadSample:
-                continue
-            reading = time.perf_counter() - began
-            stored = {name: data for name, data in members.items() if isinstance(data, features.Stored)}
-            for name, data in stored.items():
-                kind, began = modality_of(name, suffixes()), time.perf_counter()
-                with suppress(BadSample):
-                    features.load(data, encoders[kind].tokens, encoders[kind].width)
-                seconds[kind] += reading / len(stored) + time.perf_counter() - began
-                counts[kind] += 1
+            read_sample(index, i, add)  # bad ones do not count
     return {kind: seconds[kind] / count for kind, count in counts.items() if count}
 
 

@@ -5,8 +5,9 @@
 
 Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and ``json`` with a ``label``.
 The encoder (`adapters.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of its features;
-that layer is dropped. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these
-labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
+that layer is dropped. Bad samples are skipped and named in ``OUT.skipped.jsonl``; a share of more than a tenth ends it.
+`out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these labels, so a projector
+that is trained to name them mostly translates: its README says so, and so should you.
 
 Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included.
 """
@@ -14,8 +15,8 @@ Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from tqdm import tqdm
 
 from adapters.imu import Acceleration, IMUDecoder, IMUOptions, Rotation
 from adapters.pretrained import quiet
-from anymal import manifest, shards
 from anymal.command_line import parse_args
+from anymal.config import DataConfig
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.sample import with_note
+from anymal.stream import walk
+from anymal.workers import RawSample
 from data_prep.steps import is_done, whole_folder
 from launch.build import device, process_as_found, run_program
 
@@ -75,8 +78,10 @@ class IMUTraining:
             raise UserError("steps, batch_size, rate and seconds must be positive, and width a multiple of 16")
 
 
-def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, list[str]]:
-    """Every labelled window of some tars, decoded as the adapter does it. Bad samples are skipped and counted.
+def read_windows(source: Any, decode: IMUDecoder, what: str, log: Path) -> tuple[Tensor, list[str]]:
+    """Every labelled window of some tars, decoded as the adapter does it.
+
+    Bad samples are skipped and counted as in training, and named in `log`.
 
     Returns:
         [n, 6, S] float32 windows, and their labels.
@@ -84,35 +89,26 @@ def read_windows(source: Any, decode: IMUDecoder, what: str) -> tuple[Tensor, li
     Raises:
         UserError: No shard, no sample, or too many bad ones.
     """
-    quarantine = Quarantine(None, max_in_a_row=20, max_share=0.1)
+    quarantine = Quarantine(log, max_in_a_row=20, max_share=0.1)
+    found = walk(DataConfig(shards=source, workers=0), use=partial(_labelled, decode), quarantine=quarantine)
     windows, labels, notes = [], [], Counter()
-    places = [(path, *index.place(i)) for path, index in _indexes(source) for i in range(len(index))]
-    for path, offset, size in tqdm(places, desc=f"read {what}", unit=" windows", leave=False):
-        key = shards.name_of(path, offset, size)
-        try:
-            key, members = shards.read(path, offset, size)
-            label = _label(members)
-            window, note = with_note(decode(members["imu.npy"]))
-            windows.append(window)
-            labels.append(label)
-            notes[note] += 1
-            quarantine.accept()
-        except BadSample as error:
-            quarantine.reject(path, key, str(error))
+    for window, note, label in tqdm(found, desc=f"read {what}", unit=" windows", leave=False):
+        windows.append(window)
+        labels.append(label)
+        notes[note] += 1
     if not windows:
         raise UserError(f"{source} holds no windows: wanted are samples of imu.npy and json")
     if quarantine.bad:
-        print(f"skipped {quarantine.bad} bad samples of {quarantine.bad + quarantine.good} in {what}")
+        print(f"skipped {quarantine.bad} bad samples of {quarantine.bad + quarantine.good} in {what}, see {log}")
     for note in sorted(filter(None, notes)):
         print(f"{notes[note]} of {len(windows)} {what} {note}")
     return torch.stack(windows), labels
 
 
-def _indexes(source: Any) -> Iterable[tuple[str, shards.Index]]:
-    for name, shard in manifest.survey(shards.expand(source)).items():
-        if shard.problem:
-            raise UserError(f"{name} {shard.problem}")
-        yield shard.path, manifest.load(shard)
+def _labelled(decode: IMUDecoder, raw: RawSample) -> tuple[Tensor, str, str]:
+    """The window, what decoding noted, and the label."""
+    label = _label(raw.members)
+    return *with_note(decode(raw.members["imu.npy"])), label
 
 
 def _label(members: dict[str, bytes]) -> str:
@@ -217,7 +213,10 @@ def run(settings: IMUTraining) -> float | None:
         std=(1.0,) * 6,
         scale=IMUOptions(acceleration=settings.acceleration, rotation=settings.rotation).scale,
     )
-    windows, names = read_windows(settings.shards, raw, "training windows")
+    log = Path(settings.out).with_name(f"{Path(settings.out).name}.skipped.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    windows, names = read_windows(settings.shards, raw, "training windows", log)
     labels = sorted(set(names))
     if len(labels) < 2:
         raise UserError(f"all {len(names)} windows are labelled {labels[0]!r}; there is nothing to tell apart")
@@ -236,7 +235,7 @@ def run(settings: IMUTraining) -> float | None:
         None,
     )
     if settings.eval_shards is not None:
-        others, other_names = read_windows(settings.eval_shards, raw, "held-out windows")
+        others, other_names = read_windows(settings.eval_shards, raw, "held-out windows", log)
         unknown = sorted(set(other_names) - set(labels))
         if unknown:
             raise UserError(f"the held-out windows have labels that training has not: {', '.join(unknown)}")

@@ -8,6 +8,7 @@ Two models are prepared for; their encoders are tiny, their processors, the deco
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +29,7 @@ from anymal.config import DataConfig, ModalityConfig, ProjectorConfig, PromptCon
 from anymal.errors import Quarantine, UserError
 from anymal.prompt import Prepare
 from anymal.sample import Features, Tokens
-from anymal.workers import Bad, Reader, Ticket, load
+from anymal.workers import Bad, Reader, Ticket, load, prepared
 from conftest import make_llm
 from fuzz_bytes import Case
 
@@ -124,7 +125,8 @@ class Target:
             if shard.problem:
                 return f"a problem of {len(shard.problem)} characters" * (len(shard.problem) >= LONGEST_REASON)
             cached = manifest.Shard(path=str(path.with_name("features")), count=1)
-            reader = Reader([[shard]], SUFFIXES, profile.prepare, {shard.path: cached} if case.cached else {})
+            use = partial(prepared, SUFFIXES, profile.prepare)
+            reader = Reader([[shard]], use, {shard.path: cached} if case.cached else {})
             tickets = [Ticket(position=i, dataset=0, shard=0, sample=i) for i in range(min(len(shard), 3))]
             for _, result in load(reader, tickets, DataConfig(workers=0)):
                 if said := self._judge(result, case, profile, path):

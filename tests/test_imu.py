@@ -1,6 +1,8 @@
 """IMU: recordings in their units, bad ones are refused; an encoder is trained and loads."""
 
 import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 import tiny_encoders as tiny
 from adapters.imu import IMUOptions, load_imu_encoder, read_recording
-from anymal.errors import BadSample, UserError
+from anymal.errors import BadSample, BudgetExceeded, UserError
 from anymal.settings import options
 from tiny_encoders import decoded, motion, npy
 
@@ -110,8 +112,8 @@ def test_an_image_encoder_is_no_imu_encoder(tmp_path):
         load_imu_encoder(tiny.dinov2(tmp_path), IMUOptions(rate=50))
 
 
-def _imu_shard(path, count, seed):
-    """Two kinds of motion that can be told apart, one sample without a label, one that is a pickle."""
+def _imu_shard(path, count, seed, *, bad=True):
+    """Two kinds of motion that can be told apart; with `bad` one sample without a label, one that is a pickle."""
     import webdataset as wds
 
     rng = np.random.default_rng(seed)
@@ -122,9 +124,12 @@ def _imu_shard(path, count, seed):
             data = npy((wave + 0.1 * rng.standard_normal((50, 6))).astype("float32"))
             label = json.dumps({"label": ("slow", "fast")[i % 2]}).encode()
             writer.write({"__key__": f"{i:04d}", "imu.npy": data, "json": label})
+        if not bad:
+            return path
         writer.write({"__key__": "nameless", "imu.npy": npy(motion()), "json": b"{}"})
         pickled = npy(np.array([{}], dtype=object), allow_pickle=True)
         writer.write({"__key__": "pickled", "imu.npy": pickled, "json": b'{"label": "slow"}'})
+    return path
 
 
 def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
@@ -146,9 +151,12 @@ def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
     )
     assert run(settings) > 0.9
     assert "skipped 2 bad samples of 66" in capsys.readouterr().out
+    log = out.parent / "imu.skipped.jsonl"
+    named = [json.loads(line)["key"] for line in log.read_text().splitlines()]
+    assert named == ["nameless", "pickled"] * 2, "of the training windows, and of the held-out ones"
     assert "with their labels** (fast, slow)" in (out / "README.md").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert [path.name for path in out.parent.iterdir()] == ["imu"], "nothing temporary is left"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["imu", log.name], "nothing temporary is left"
     encoder = load_imu_encoder(str(out), IMUOptions(rate=50))
     window = decoded(encoder.decode, npy(motion()))
     assert encoder(window[None]).shape == (1, 7, 16)
@@ -156,6 +164,37 @@ def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
     main([f"shards={tmp_path / 'train.tar'}", f"out={out}"])
     assert "is there already" in capsys.readouterr().out
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_imu_training_heeds_what_the_index_says(tmp_path, capsys):
+    """A window of which the index says that it may lack members is as bad as one that does not decode."""
+    from launch.pretrain_imu_encoder import IMUTraining, run
+
+    _imu_shard(tmp_path / "a.tar", 40, 0)
+    whole = _imu_shard(tmp_path / "b.tar", 40, 1, bad=False).read_bytes()
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        last = tar.getmembers()[-1]
+    (tmp_path / "b.tar").write_bytes(whole[: last.offset_data + 512])  # all members are whole; the end mark is gone
+    (tmp_path / "c.tar").write_text("no tar\n" * 100)
+    settings = {"out": str(tmp_path / "out"), "seconds": 1.0, "width": 16, "blocks": 1, "steps": 2}
+    run(IMUTraining(shards=str(tmp_path), **settings))
+    log = tmp_path / "out.skipped.jsonl"
+    assert f"skipped 4 bad samples of 83 in training windows, see {log}" in capsys.readouterr().out
+    named = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(Path(one["shard"]).name, one["key"]) for one in named] == [
+        ("c.tar", ""),
+        ("a.tar", "nameless"),
+        ("a.tar", "pickled"),
+        ("b.tar", "0039"),
+    ]
+    assert "is not a tar" in named[0]["reason"] and "the tar is cut" in named[3]["reason"]
+    assert "on 79 windows" in (tmp_path / "out" / "README.md").read_text()
+    many = [tmp_path / f"none-{i:02d}.tar" for i in range(21)]
+    for path in many:
+        path.touch()
+    settings["out"] = str(tmp_path / "another")
+    with pytest.raises(BudgetExceeded, match="21 in a row"):
+        run(IMUTraining(shards=[str(tmp_path / "a.tar"), *map(str, many)], **settings))
 
 
 def test_imu_training_refuses_what_it_cannot_learn_from(tmp_path):

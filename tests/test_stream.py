@@ -2,6 +2,7 @@
 
 import json
 import random
+import tarfile
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -12,12 +13,26 @@ import numpy as np
 import pytest
 import torch
 
+from anymal import shards
 from anymal.config import DataConfig, DatasetConfig
-from anymal.errors import BadSample, Quarantine, UserError
+from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
 from anymal.pool import in_order
 from anymal.sample import Batch, Sample, Tokens
-from anymal.stream import merge_bookmarks, samples_once
-from streams import SUFFIXES, batches, folder, keys, numbered, prepare, prepare_badly_by_thirds, samples, stream, write
+from anymal.stream import merge_bookmarks, samples_once, walk
+from anymal.workers import RawSample
+from streams import (
+    SUFFIXES,
+    batches,
+    folder,
+    keys,
+    listed,
+    numbered,
+    prepare,
+    prepare_badly_by_thirds,
+    samples,
+    stream,
+    write,
+)
 
 
 def test_order_is_the_same_for_any_number_of_workers(tmp_path):
@@ -249,6 +264,41 @@ def test_samples_once(tmp_path, workers):
     assert all(int(key) == media[0].item() for _, key, media in merged)
     with pytest.raises(UserError, match="hold no sample"):
         next(samples_once(DataConfig(shards=str(first / "001.tar")), suffixes={}, prepare=decoded, **options))
+
+
+def test_a_walk_takes_samples_as_they_lie_and_bad_ones_as_training_does(tmp_path):
+    tar = write(tmp_path / "a.tar", numbered(0, 6))
+    with tarfile.open(tar) as opened:
+        last = opened.getmembers()[-1]
+    tar.write_bytes(tar.read_bytes()[: last.offset_data + 512])  # what is left of the last sample is whole, perhaps
+    (tmp_path / "b.tar").touch()
+    log = tmp_path / "log.jsonl"
+
+    def use(raw: RawSample) -> tuple:
+        if raw.key == "00002":
+            raise ZeroDivisionError("a user's own error")
+        assert shards.read(*raw.place) == (raw.key, raw.members)
+        return raw.key, raw.members["txt"], raw.shard
+
+    quarantine = Quarantine(log, max_in_a_row=1, max_share=1)
+    found = list(walk(DataConfig(shards=str(tmp_path), workers=0), use=use, quarantine=quarantine))
+    assert found == [(f"{i:05d}", str(i).encode(), str(tar)) for i in (0, 1, 3, 4)]
+    assert (quarantine.good, quarantine.bad) == (4, 3)
+    assert [(Path(one["shard"]).name, one["key"]) for one in listed(log)] == [
+        ("b.tar", ""),
+        ("a.tar", "00002"),
+        ("a.tar", "00005"),
+    ]
+    batches(stream(tmp_path, path=tmp_path / "training.jsonl", with_=prepare_all_but_2), 2)
+    assert {one["key"] for one in listed(tmp_path / "training.jsonl")} == {one["key"] for one in listed(log)}
+    with pytest.raises(BudgetExceeded, match="00002"):
+        strict = Quarantine(None, max_in_a_row=1, max_share=0.2, grace=3)
+        list(walk(DataConfig(shards=str(tar), workers=0), use=use, quarantine=strict))
+
+
+def prepare_all_but_2(sample: Sample):
+    assert sample.key != "00002"
+    return prepare(sample)
 
 
 def test_a_few_samples_of_many_cost_no_memory(tmp_path):
