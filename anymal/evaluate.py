@@ -202,7 +202,8 @@ def _record(trial: _Trial, said: Said | None, likelihoods: Sequence[float]) -> R
         said=None if said is None else said.text,
         cut=said is not None and said.cut,
         options=scored if asked.options else [],
-        altered=[f"{modality} {note}" for modality, note in asked.tokens.decoded if note],
+        altered=[f"{modality} {note}" for modality, note in asked.tokens.decoded if note]
+        + [f"{modality} ignored, which the model does not have," for modality in asked.tokens.ignored],
     )
 
 

@@ -37,6 +37,7 @@ class Meter:
         self._cost, self._peak = cost, peak_tflops * TERA
         self._whole: Counter[str] = Counter()
         self._whole_decoded: Counter[tuple[str, str]] = Counter()
+        self._whole_ignored: Counter[str] = Counter()
         self._reset()
 
     def _reset(self) -> None:
@@ -44,6 +45,7 @@ class Meter:
         self._tokens = self._padding = 0
         self._datasets: Counter[str] = Counter()
         self._decoded: Counter[tuple[str, str]] = Counter()
+        self._ignored: Counter[str] = Counter()
         self._flops: Tensor | float = 0.0
         self._recomputed: Tensor | float = 0.0
         self._waited = 0.0
@@ -64,6 +66,7 @@ class Meter:
         self._padding += padding
         self._datasets.update(batch.datasets)
         self._decoded.update(batch.decoded)
+        self._ignored.update(batch.ignored)
         if self._cost is not None:
             needed, recomputed = self._cost.count(batch)
             self._flops, self._recomputed = self._flops + needed, self._recomputed + recomputed
@@ -102,6 +105,7 @@ class Meter:
             "waited": self._waited,
             "datasets": self._datasets,
             "decoded": self._decoded,
+            "ignored": self._ignored,
             "memory": _peak_memory(),
         }
         ranks = _gather(ours)
@@ -121,6 +125,7 @@ class Meter:
             figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
         decoded = sum((rank["decoded"] for rank in ranks), Counter())
         self._whole_decoded.update(decoded)
+        self._whole_ignored.update(sum((rank["ignored"] for rank in ranks), Counter()))
         for name, counts in _by_modality(decoded).items():
             if altered := counts.total() - counts["whole"]:
                 figures[f"altered/{name}"] = altered / counts.total()
@@ -132,7 +137,8 @@ class Meter:
     def summary(self) -> dict[str, Any]:
         """The same figures over all that `figures` has reported since the start of this process, and the sums.
 
-        ``media`` has for each modality how many media were decoded ``whole``, and how many with which note.
+        ``media`` has for each modality how many media were decoded ``whole``, and how many with which note. ``ignored``
+        has, if there were any, how many members of samples were left out of each modality that the run does not have.
         """
         whole = self._whole
         if not whole:
@@ -142,6 +148,8 @@ class Meter:
             sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
         if self._whole_decoded:
             sums["media"] = {name: dict(counts) for name, counts in _by_modality(self._whole_decoded).items()}
+        if self._whole_ignored:
+            sums["ignored"] = dict(sorted(self._whole_ignored.items()))
         return self._rates(whole) | sums
 
     def _rates(self, sums: Counter) -> dict[str, float]:

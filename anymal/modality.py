@@ -55,6 +55,11 @@ def parts(encoder: Encoder) -> tuple[tuple[int, int], ...]:
     return getattr(encoder, "parts", ((encoder.tokens, encoder.width),))
 
 
+def placeholder(name: str) -> str:
+    """The token that stands for a medium of a modality in a prompt until it is spliced in."""
+    return f"<{name}>"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Modality:
     """One entry of the registry."""
@@ -71,7 +76,7 @@ class Modality:
     @property
     def placeholder(self) -> str:
         """The token that stands for a medium in a prompt until it is spliced in."""
-        return f"<{self.name}>"
+        return placeholder(self.name)
 
 
 @dataclass(frozen=True)

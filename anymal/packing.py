@@ -146,6 +146,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         keys=[sample.key for sample in samples],
         stands=stands,
         decoded=dict(Counter(medium for sample in samples for medium in sample.decoded)),
+        ignored=dict(Counter(modality for sample in samples for modality in sample.ignored)),
     )
 
 

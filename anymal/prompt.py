@@ -245,7 +245,8 @@ class Prompt:
                 f"{len(found)} placeholders ({', '.join(found)}) for {len(wanted)} media ({', '.join(wanted)}): "
                 "the chat template dropped or moved some"
             )
-        tokens, media = Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[]), iter(sample.media())
+        tokens = Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[], ignored=sample.ignored)
+        media = iter(sample.media())
         for token, label in zip(ids, labels, strict=True):
             modality = self._modality_of_id.get(token)
             if modality is None:

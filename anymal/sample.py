@@ -131,6 +131,8 @@ class Sample:
     """The conversation."""
     options: list[str] = field(default_factory=list)
     """The possible answers, if this is a closed question; the last message's text is the right one."""
+    ignored: list[str] = field(default_factory=list)
+    """The modality of each member that was left out, since the run does not have it."""
 
     def media(self) -> list[Part]:
         """Every medium, in reading order."""
@@ -174,6 +176,8 @@ class Tokens:
     """For each medium in reading order, how many of `runs` are views of it; empty: each run is a medium."""
     decoded: list[tuple[str, str]] = field(default_factory=list)
     """Modality and note (empty: it is whole) of each medium; not of those whose features were read in its place."""
+    ignored: list[str] = field(default_factory=list)
+    """The modality of each member of the sample that was left out, since the run does not have it."""
 
     def group(self) -> str:
         """The name under which its loss is reported: its modalities, or ``"text"``."""
@@ -216,6 +220,8 @@ class Batch:
     """How many of the samples come from each dataset."""
     decoded: dict[tuple[str, str], int] = field(default_factory=dict)
     """How many media of each modality were decoded, with which note."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """How many members were left out of each modality that the run does not have."""
     bookmark: dict = field(default_factory=dict)
     """Where the stream stands after this batch, as plain JSON."""
 

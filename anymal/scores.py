@@ -61,7 +61,7 @@ class Record:
     options: list[Option] = field(default_factory=list)
     """Every option of a closed question, the right one among them."""
     altered: list[str] = field(default_factory=list)
-    """What decoding left out of its media, or added: ``"audio cropped to the middle 10 s"``."""
+    """What was left out of its media, or added: ``"audio cropped to the middle 10 s"``."""
 
 
 def write_record(record: Record, **also: Any) -> str:

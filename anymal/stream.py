@@ -10,7 +10,7 @@ it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Stream:
         data: What is read, and how.
         suffixes: Suffix of a shard member → modality, such as ``{"jpg": "image", "imu.npy": "imu"}``; the longest
             that fits wins, and ``0.jpg`` fits ``jpg``.
+        modalities: The run's; media of other ones are ignored (see `anymal.parse.parse`). None: all of `suffixes`.
         prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
             Whatever it raises makes the sample a bad one; a `UserError` stops the run.
         collate: The tokenised samples of one row → a batch. Runs in the main process.
@@ -59,6 +60,7 @@ class Stream:
         data: DataConfig,
         *,
         suffixes: dict[str, str],
+        modalities: Collection[str] | None = None,
         prepare: Callable[[Sample], Tokens],
         collate: Callable[[list[Tokens]], Batch],
         quarantine: Quarantine,
@@ -82,7 +84,7 @@ class Stream:
         every = {tar.path: tar for found in shards_of for tar in found if len(tar)}
         self.twins = twins.find_all(list(every.values()), encoders or {}, data.features)
         self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
-        self.reader = Reader(shards_of, partial(prepared, suffixes, prepare), self.twins)
+        self.reader = Reader(shards_of, partial(prepared, suffixes, modalities, prepare), self.twins)
         self.names = list(named)
         self._instructions = [dataset.instructions for dataset in named.values()]
         self._total = sum(dataset.total for dataset in counts)
@@ -152,6 +154,7 @@ def samples_once(
     data: DataConfig,
     *,
     suffixes: dict[str, str],
+    modalities: Collection[str] | None = None,
     prepare: Callable[[Sample], Any],
     quarantine: Quarantine,
     rank: int = 0,
@@ -162,7 +165,7 @@ def samples_once(
     """One pass over samples, for evaluation: a `walk`.
 
     Args:
-        data, suffixes, prepare, quarantine, rank, world: As for `Stream`.
+        data, suffixes, modalities, prepare, quarantine, rank, world: As for `Stream`.
         seed, limit: As for `walk`.
 
     Yields:
@@ -171,7 +174,7 @@ def samples_once(
     Raises:
         As `Stream`.
     """
-    use = partial(prepared, suffixes, prepare)
+    use = partial(prepared, suffixes, modalities, prepare)
     return walk(data, use=use, quarantine=quarantine, rank=rank, world=world, seed=seed, limit=limit)
 
 

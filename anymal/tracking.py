@@ -121,6 +121,9 @@ class Tracker:
         self.note(f"throughput: {_postfix(figures, _SUMMARY)}")
         if altered := altered_media(figures.get("media", {})):
             self.note(f"media{self._since} that are not as in their files: {altered}")
+        if ignored := figures.get("ignored", {}):
+            counts = ", ".join(f"{name} {count:,}" for name, count in ignored.items())
+            self.note(f"media{self._since} that were ignored, since this run does not have their modality: {counts}")
 
     def close(self, *, failed: bool = False) -> None:
         """End the bar and the W&B run."""

@@ -10,7 +10,7 @@ They keep nothing, so how many there are changes nothing, and none of their stat
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,13 +104,15 @@ def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, s
     return Bad(shard=shard or tar.path, key=key, reason=reason, lasting=lasting)
 
 
-def prepared(suffixes: dict[str, str], prepare: Callable[[Sample], Any], raw: RawSample) -> Any:
+def prepared(
+    suffixes: dict[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Any], raw: RawSample
+) -> Any:
     """What `prepare` makes of a sample, once it is parsed (see `anymal.parse.parse`) and has its instruction.
 
     Raises:
         BadSample: It does not parse. And whatever `prepare` raises.
     """
-    sample = parse(raw.shard, raw.key, raw.members, suffixes)
+    sample = parse(raw.shard, raw.key, raw.members, suffixes, modalities)
     return prepare(replace(sample, messages=told(sample.messages, raw.instruction)))
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -90,11 +90,11 @@ def main() -> None:
         raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
     trained = checkpoint.recipe(folder).model.llm.bits
-    asked = checkpoint.recipe(folder, model=config.model).model.llm.bits
-    several = list(dict.fromkeys(bits or asked for bits in listed(config.bits)))
+    asked = checkpoint.recipe(folder, model=config.model).model
+    several = list(dict.fromkeys(bits or asked.llm.bits for bits in listed(config.bits)))
     out = Path(config.out or folder / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    media = {name: write_media(config, name, out / "media" / name) for name in config.sets}
+    media = {name: write_media(config, name, asked.modalities, out / "media" / name) for name in config.sets}
     temporary = out / f".records.jsonl.{os.getpid()}"
     try:
         with temporary.open("w") as lines:
@@ -113,17 +113,19 @@ def main() -> None:
     print(f"written: {out / 'evaluation.json'}")
 
 
-def held_out(config: EvaluateConfig, name: str, prepare: Any, limit: int) -> Iterator[Any]:
+def held_out(config: EvaluateConfig, name: str, modalities: Collection[str], prepare: Any, limit: int) -> Iterator[Any]:
     """The samples of a set in the order of the evaluation, each as `prepare` makes it.
+
+    Media of other modalities than the model's are ignored.
 
     Raises:
         UserError: One is bad: held-out data must be whole.
     """
     data = DataConfig(shards=config.sets[name], workers=config.workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    order = {"seed": config.seed, "limit": limit}
+    parts = {"suffixes": suffixes(), "modalities": list(modalities), "prepare": prepare}
     try:
-        yield from samples_once(data, suffixes=suffixes(), prepare=prepare, quarantine=quarantine, **order)
+        yield from samples_once(data, **parts, quarantine=quarantine, seed=config.seed, limit=limit)
     except BudgetExceeded as error:
         raise UserError(f"sets.{name}: held-out data must be whole. {error}") from error
 
@@ -134,7 +136,7 @@ def write_records(config: EvaluateConfig, recipe: Config, folder: Path, lines: T
     bits = recipe.model.llm.bits
     sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     for name in config.sets:
-        asked = held_out(config, name, partial(ask, built.prepare), config.limit)
+        asked = held_out(config, name, built.adapters, partial(ask, built.prepare), config.limit)
         records = evaluate(built.model, built.tokenizer, asked, **sizes)
         for record in tqdm(records, desc=f"{name}, {bits} bits", unit=" answers", dynamic_ncols=True):
             lines.write(write_record(record, set=name, bits=bits))
@@ -168,14 +170,16 @@ def summarise(
     }
 
 
-def write_media(config: EvaluateConfig, name: str, folder: Path) -> dict[tuple[str, str], list[str]]:
+def write_media(
+    config: EvaluateConfig, name: str, modalities: Collection[str], folder: Path
+) -> dict[tuple[str, str], list[str]]:
     """Write the media of a set's first samples as they are in the shard; (shard, key) → their names below `out`."""
     if not config.media:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     limit = min(config.limit or config.media, config.media)
     names: dict[tuple[str, str], list[str]] = {}
-    samples: Iterator[Sample] = held_out(config, name, unchanged, limit)
+    samples: Iterator[Sample] = held_out(config, name, modalities, unchanged, limit)
     for i, sample in enumerate(samples):
         mine = names.setdefault((sample.shard, sample.key), [])
         for n, part in enumerate(sample.media()):

@@ -147,6 +147,7 @@ def _train(
     stream = Stream(
         config.data,
         suffixes=suffixes(),
+        modalities=list(built.adapters),
         prepare=built.prepare,
         collate=pack,
         quarantine=Quarantine(log, **limits),
@@ -249,8 +250,8 @@ def _samples_to_show(built: Built, config: Config) -> list[Shown]:
         data = replace(data, shards=config.run.samples_from, datasets={})
     few = {"max_in_a_row": data.max_bad_in_a_row, "max_share": data.max_bad_share, "grace": sys.maxsize}
     quarantine = Quarantine(None, **few)  # a few samples say nothing of a share
-    ask = partial(_question, built.prepare)
-    return list(islice(samples_once(data, suffixes=suffixes(), prepare=ask, quarantine=quarantine), config.run.samples))
+    parts = {"suffixes": suffixes(), "modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
+    return list(islice(samples_once(data, **parts, quarantine=quarantine), config.run.samples))
 
 
 def _question(prepare: Prepare, sample: Sample) -> Shown:

@@ -125,7 +125,7 @@ class Target:
             if shard.problem:
                 return f"a problem of {len(shard.problem)} characters" * (len(shard.problem) >= LONGEST_REASON)
             cached = manifest.Shard(path=str(path.with_name("features")), count=1)
-            use = partial(prepared, SUFFIXES, profile.prepare)
+            use = partial(prepared, SUFFIXES, None, profile.prepare)
             reader = Reader([[shard]], use, {shard.path: cached} if case.cached else {})
             tickets = [Ticket(position=i, dataset=0, shard=0, sample=i) for i in range(min(len(shard), 3))]
             for _, result in load(reader, tickets, DataConfig(workers=0)):

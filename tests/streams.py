@@ -67,11 +67,24 @@ def collate(tokens: list[Tokens]) -> Batch:
     )
 
 
-def stream(shards, *, path=None, rows=10**9, share=1.0, seed=0, rank=0, world=1, bookmark=None, with_=prepare, **data):
+def stream(
+    shards,
+    *,
+    path=None,
+    rows=10**9,
+    share=1.0,
+    seed=0,
+    rank=0,
+    world=1,
+    bookmark=None,
+    with_=prepare,
+    modalities=None,
+    **data,
+):
     datasets = {"datasets": shards} if isinstance(shards, dict) else {"shards": str(shards)}
     config = DataConfig(**{"batch_size": 3, "shuffle": 8, "workers": 0, "timeout": 60} | data | datasets)
     quarantine = Quarantine(path, max_in_a_row=rows, max_share=share)
-    options = {"seed": seed, "rank": rank, "world": world, "bookmark": bookmark}
+    options = {"seed": seed, "rank": rank, "world": world, "bookmark": bookmark, "modalities": modalities}
     return Stream(config, suffixes=SUFFIXES, prepare=with_, collate=collate, quarantine=quarantine, **options)
 
 

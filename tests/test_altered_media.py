@@ -1,4 +1,4 @@
-"""What decoding leaves out of media, or adds to them, is counted and said."""
+"""What is left out of media, or added to them, is counted and said."""
 
 import io
 import json
@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
+import webdataset as wds
 
 import tiny_encoders
 from anymal import shards
@@ -15,10 +16,10 @@ from anymal.packing import pack
 from anymal.sample import Features, Tokens
 from anymal.settings import load
 from anymal.tracking import altered_media
-from launch import chat
+from launch import chat, evaluate
 from launch.encode import Encode, encode_all, frozen_encoders
 from launch.encode_report import report
-from small_runs import make_encoders, metrics, pretrain_here, settings, write_pairs
+from small_runs import losses, make_encoders, metrics, pretrain_here, settings, write_pairs
 
 KINDS = ["image", "audio"]
 CROPPED = "cropped to the middle 1 s"
@@ -44,6 +45,40 @@ def test_a_run_ends_with_what_it_did_not_see_whole(trained):
     seen = [line.get("altered/audio", 0.0) for line in metrics(run)]
     assert any(seen) and all(0 <= share <= 1 for share in seen)
     assert not any("altered/image" in line for line in metrics(run))
+
+
+def test_media_that_are_not_of_the_runs_modalities_are_ignored_and_counted(tiny_llm, tmp_path, capsys):
+    """Clips and sounds beside pictures are nothing to a run that sees pictures alone: it trains as without them."""
+    encoders, found = make_encoders(tmp_path / "encoders"), {}
+    for also in (False, True):
+        shards = tmp_path / str(also)
+        shards.mkdir()
+        with wds.TarWriter(str(shards / "000.tar")) as tar:
+            for i in range(8):
+                others = {"mp4": b"no clip", "0.wav": b"", "1.wav": b""} if also and i % 2 else {}
+                picture = {"png": tiny_encoders.picture(size=(40 + i, 48)), "txt": f"number {i}"}
+                tar.write({"__key__": f"{i}", **picture, **others})
+        run = tmp_path / f"run-{also}"
+        more = {"optim__steps": 4, "run__samples": 2, "run__save_every": 4}  # two epochs
+        pretrain_here(None, *settings(tiny_llm, encoders, run, str(shards), ["image"], **more))
+        said = capsys.readouterr().out
+        assert not (run / "quarantine.jsonl").exists()
+        found[also] = losses(run), json.loads((run / "throughput.json").read_text()).get("ignored")
+        told = "media that were ignored, since this run does not have their modality: audio 16, video 8\n"
+        assert said.count("ignored") == said.count(told) == also
+    assert found[True][0] == found[False][0]
+    assert (found[False][1], found[True][1]) == (None, {"audio": 16, "video": 8})
+
+
+def test_evaluation_ignores_them_too(tmp_path):
+    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(3):
+            tar.write({"__key__": f"{i}", "png": b"a picture", "mp4": b"a clip", "txt": "x"})
+    config = evaluate.EvaluateConfig(checkpoint="none", sets={"a": str(tmp_path)}, workers=0)
+    found = list(evaluate.held_out(config, "a", ["image"], evaluate.unchanged, 0))
+    assert [([part.kind for part in one.media()], one.ignored) for one in found] == [(["image"], ["video"])] * 3
+    kept = evaluate.write_media(config, "a", ["image"], tmp_path / "media" / "a")
+    assert sorted(name for names in kept.values() for name in names) == [f"media/a/000{i}-0.png" for i in range(3)]
 
 
 def test_chat_says_it_too(trained, tmp_path, monkeypatch, capsys):

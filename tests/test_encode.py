@@ -196,6 +196,7 @@ def stream_of(tiny_llm, encoders, data, wanted: str, *, log: Path | None = None,
     return Stream(
         DataConfig(shards=str(data), batch_size=4, workers=0, features=wanted),
         suffixes=suffixes(),
+        modalities=list(kinds),
         prepare=prepare(tokenizer, adapters, PromptConfig(), 2048),
         collate=pack,
         quarantine=Quarantine(log, max_in_a_row=10**9, max_share=1),

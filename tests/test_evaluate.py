@@ -41,6 +41,12 @@ def run(toy, samples: list[Sample], **sizes) -> list:
     return list(evaluate(model, prepare.prompt.tokenizer, asked, **{"max_new_tokens": 2, **sizes}))
 
 
+def test_records_say_which_media_the_model_ignored(toy):
+    samples = [replace(closed(i, "yes", f"k{i}"), ignored=["nose", "nose"] if i else []) for i in range(2)]
+    result = figures(run(toy, samples), "sum")
+    assert result["altered"] == {"nose ignored, which the model does not have,": 1}
+
+
 def test_a_model_that_sees_is_told_from_its_controls(toy):
     """The toy LLM prefers an answer by what it sees; each sample's right answer is what it prefers with its medium."""
     model, prepare = toy

@@ -27,6 +27,7 @@ def of(members: dict) -> list:
 
 ANSWER = {"role": "assistant", "content": "yes"}
 IMAGE = {"type": "image"}
+TEXT = {"type": "text", "text": "what is it?"}
 
 
 def test_pairs():
@@ -113,6 +114,61 @@ def test_conversations():
 def test_bad_samples(members, says):
     with pytest.raises(BadSample) as error:
         of(members)
+    assert says in str(error.value)
+
+
+def test_media_of_other_modalities_than_the_runs_are_ignored():
+    def seen(members: dict, *modalities) -> tuple:
+        sample = parse("a.tar", "k", members, SUFFIXES, *modalities)
+        return [part.member for part in sample.media()], sample.ignored
+
+    pair = {"0.jpg": b"0", "1.jpg": b"1", "imu.npy": b"i", "a.npy": b"a", "b.npy": b"b", "txt": b"two cats"}
+    assert seen(pair, ["image"]) == (["0.jpg", "1.jpg"], ["array", "array", "imu"])
+    assert seen(pair, ["array", "image"]) == (["0.jpg", "1.jpg", "a.npy", "b.npy"], ["imu"])
+    everything = (["0.jpg", "1.jpg", "a.npy", "b.npy", "imu.npy"], [])
+    assert seen(pair) == seen(pair, ["imu", "array", "image"]) == everything
+    asked = {"jpg": b"0", "imu.npy": b"i", "json": conversation(user(IMAGE, TEXT), ANSWER)}
+    assert seen(asked, ["image"]) == (["jpg"], ["imu"])
+    motion = {"jpg": b"0", "imu.npy": b"i", "txt": b"x"}
+    assert seen(motion, ["image", "array"]) == (["jpg"], ["imu"]), "a recording of motion is no array"
+    words = {"json": conversation(user(TEXT), ANSWER)}
+    assert seen(words, ["image"]) == seen(words, []) == ([], [])
+    tag = {"jpg": b"0", "txt": b"write <imu> into the page"}
+    assert seen(tag, ["image"]) == (["jpg"], []), "there is no such medium that it could mean"
+
+
+@pytest.mark.parametrize(
+    "members, says",
+    [
+        ({"txt": b"x", "imu.npy": b"i"}, "has no medium of this run's modalities (image); it holds txt, imu.npy"),
+        ({"json": conversation(user(TEXT), ANSWER), "imu.npy": b"i"}, "has no medium of this run's modalities (image)"),
+        (
+            {"json": conversation(user(IMAGE, {"type": "imu"}, TEXT), ANSWER), "jpg": b"0", "imu.npy": b"i"},
+            """has the part {"type": "imu"}, but imu is not one of this run's modalities (image)""",
+        ),
+        ({"json": conversation(user({"type": "imu"}, TEXT), ANSWER)}, "but imu is not one of this run's modalities"),
+        (
+            {"jpg": b"0", "imu.npy": b"i", "txt": b"<imu> is how it moves"},
+            "its text refers to its imu by <imu>, but imu is not one of this run's modalities (image)",
+        ),
+        (
+            {
+                "jpg": b"0",
+                "imu.npy": b"i",
+                "npy": b"",
+                "json": conversation(user(IMAGE, TEXT | {"text": "<imu>"}), ANSWER),
+            },
+            "its text refers to its imu by <imu>",
+        ),
+        (
+            {"jpg": b"", "json": conversation(user({"type": "sounds"}, TEXT), ANSWER)},
+            "this run's types are text, image",
+        ),
+    ],
+)
+def test_samples_that_need_another_modality_are_bad(members, says):
+    with pytest.raises(BadSample) as error:
+        parse("a.tar", "k", members, SUFFIXES, ["image"])
     assert says in str(error.value)
 
 

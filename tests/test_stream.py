@@ -266,6 +266,33 @@ def test_samples_once(tmp_path, workers):
         next(samples_once(DataConfig(shards=str(first / "001.tar")), suffixes={}, prepare=decoded, **options))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_run_ignores_changes_neither_its_order_nor_the_index(tmp_path, workers):
+    """Pictures beside some samples are nothing to a run of arrays: the same batches and bookmarks as without."""
+    found, indexes = {}, {}
+    for also in (False, True):
+        data = tmp_path / str(also)
+        data.mkdir()
+        for shard in range(2):
+            made = numbered(10 * shard, 10)
+            for sample in made[::3] if also else ():
+                sample["jpg"] = b"whatever"
+            write(data / f"{shard}.tar", made)
+        kinds = ["array"], ["image", "array"]
+        for modalities in kinds if also else kinds[:1]:
+            for index in data.glob("*.json"):
+                index.unlink()
+            log = tmp_path / f"{also}-{len(modalities)}.jsonl"
+            rows = batches(stream(data, path=log, modalities=modalities, workers=workers), 8)
+            found[also, len(modalities)] = [
+                (batch.keys, batch.bookmark, batch.media["array"].tolist()) for batch in rows
+            ]
+            indexes[also, len(modalities)] = {p.name: p.read_bytes() for p in data.glob("*.json")}
+            assert log.exists() == (len(modalities) == 2)
+    assert found[True, 1] == found[False, 1] != found[True, 2], "with pictures, which do not decode, they are bad"
+    assert indexes[True, 1] == indexes[True, 2] and "anymal.index.json" in indexes[True, 1]
+
+
 def test_a_walk_takes_samples_as_they_lie_and_bad_ones_as_training_does(tmp_path):
     tar = write(tmp_path / "a.tar", numbered(0, 6))
     with tarfile.open(tar) as opened:
