@@ -45,6 +45,7 @@ from anymal.model import AnyMAL
 from anymal.networks import LLM, Start
 
 LATEST = retention.LATEST
+OPTIMIZER = "optimizer.safetensors"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OLDEST = ("step", "bookmark", "wandb_id")
 _DESCRIBED = (*_OLDEST, "world", "refused")
@@ -55,7 +56,7 @@ _DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """What a run needs, besides weights, to go on exactly where it stopped."""
+    """What a run needs, besides weights and the optimizer's moments, to go on exactly where it stopped."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -65,8 +66,6 @@ class TrainingState:
     """The samples that the stream passes over since their loss was not finite, as `anymal.stream.Stream.refused`."""
     wandb_id: str | None = None
     """W&B's run id, so that a resumed run continues the same curve."""
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    """AdamW's moments, as `anymal.engine.full_moments` gives them."""
     world: int = 0
     """Processes that trained; 0 in older checkpoints, which do not say."""
 
@@ -87,6 +86,7 @@ def adapter_config(adapter: Adapter, config: Config) -> dict[str, Any]:
 def save(
     model: AnyMAL,
     parameters: dict[str, Tensor],
+    moments: dict[str, Tensor],
     state: TrainingState,
     config: Config,
     adapters: dict[str, Adapter],
@@ -98,6 +98,7 @@ def save(
     Args:
         model: For its structure; its weights are not read (under ZeRO they are sharded).
         parameters: Those of projectors, LoRA and what else learns by their names in `model`, whole.
+        moments: AdamW's, as `anymal.engine.full_moments` gives them.
         state: Where the run stands.
         config: The resolved settings.
         adapters: As the model was made from.
@@ -117,6 +118,8 @@ def save(
             temporary.mkdir(parents=True)
             networks.save(model, parameters, config, adapters, tokenizer, temporary, before)
             _write(temporary, model, parameters, state, config, adapters)
+            optimizer = moments | networks.masters(parameters, config)
+            save_file(optimizer, temporary / checksums.TRAINING / OPTIMIZER)
             tokenizer.save_pretrained(temporary / "tokenizer")
             checksums.write(temporary)
             retention.publish(temporary, folder)
@@ -135,7 +138,7 @@ def _write(
     config: Config,
     adapters: dict[str, Adapter],
 ) -> None:
-    """All of a checkpoint but the tokenizer and whole networks, which are there already."""
+    """All of a checkpoint but the tokenizer, the optimizer's file, and whole networks, which are there already."""
     settings.save(config, place / "recipe.yaml")
     for name, adapter in adapters.items():
         folder = place / "adapters" / name
@@ -150,7 +153,6 @@ def _write(
     _save_lora(model, parameters, place / "lora")
     training = place / checksums.TRAINING
     training.mkdir()
-    save_file(state.moments | networks.masters(parameters, config), training / "optimizer.safetensors")
     described = {name: getattr(state, name) for name in _DESCRIBED}
     (training / "state.json").write_text(json.dumps({"version": 1, **described}))
     (place / "README.md").write_text(model_card(config, adapters, state.step))
@@ -406,26 +408,52 @@ def modalities_in(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "adapters").iterdir())
 
 
-def load_training_state(folder: Path, *, moments: bool = True) -> TrainingState:
-    """Read the state of training back.
-
-    Args:
-        folder: The checkpoint.
-        moments: Whether the optimizer's are read as well: they are large.
+def load_training_state(folder: Path) -> TrainingState:
+    """Read the state of training back, but for the optimizer's.
 
     Raises:
-        UserError: The checkpoint was stripped of them, or they are damaged.
+        UserError: The checkpoint was stripped of it, or it is damaged.
     """
     place = folder / checksums.TRAINING
     try:
         described = json.loads((place / "state.json").read_text())
-        known = {name: described[name] for name in _DESCRIBED if name in described or name in _OLDEST}
-        return TrainingState(moments=load_file(place / "optimizer.safetensors") if moments else {}, **known)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        state = f"cannot be read ({error})" if place.exists() else "is missing: the checkpoint was stripped of it"
-        raise UserError(
-            f"{place} {state}; to start a new run from these weights set model.checkpoint={folder} and another run.dir"
-        ) from error
+        return TrainingState(**{name: described[name] for name in _DESCRIBED if name in described or name in _OLDEST})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_training(folder, error) from error
+
+
+def optimizer_names(folder: Path) -> set[str]:
+    """The names of the optimizer's tensors: moments, and the float32 weights of an LLM that was trained.
+
+    Raises:
+        UserError: The checkpoint was stripped of them, or they are damaged.
+    """
+    try:
+        with safe_open(folder / checksums.TRAINING / OPTIMIZER, "pt") as held:
+            return set(held.keys())
+    except (OSError, SafetensorError) as error:
+        raise _no_training(folder, error) from error
+
+
+def read_optimizer(folder: Path, name: str) -> Tensor:
+    """One of the optimizer's tensors, float32. It lies in the mapped file, whose pages go with it.
+
+    Raises:
+        UserError: It is missing, or damaged.
+    """
+    try:
+        with safe_open(folder / checksums.TRAINING / OPTIMIZER, "pt") as held:  # anew, so that no read page stays
+            return held.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise _no_training(folder, error) from error
+
+
+def _no_training(folder: Path, error: Exception) -> UserError:
+    place = folder / checksums.TRAINING
+    state = f"cannot be read ({error})" if place.exists() else "is missing: the checkpoint was stripped of it"
+    return UserError(
+        f"{place} {state}; to start a new run from these weights set model.checkpoint={folder} and another run.dir"
+    )
 
 
 def model_card(config: Config, adapters: dict[str, Adapter], step: int) -> str:

@@ -5,17 +5,19 @@ float32; on a GPU the arithmetic is bfloat16 through autocast, so DeepSpeed itse
 half-precision modes stay off.
 """
 
+import gc
 import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import _lru_cache_wrapper, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anymal.config import Config
 from anymal.errors import UserError
@@ -25,6 +27,8 @@ from anymal.model import AnyMAL, trainable
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
+MASTER = "master"
+"""``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -145,13 +149,25 @@ def engine_of(model: AnyMAL, config: Config) -> Iterator[Any]:
     """`make_engine`'s engine; afterwards what it holds is free, and torch has its own ``linear`` back.
 
     Under ZeRO-3 DeepSpeed puts one in its place that keeps the input of every layer, frozen ones too, and leaves it
-    there for whatever the process does next: the stages that follow would hold more memory and recompute more.
+    there for whatever the process does next: the stages that follow would hold more memory and recompute more. It also
+    keeps the modules that it ran, in a list and in a cache of its own, and with them model and optimizer.
     """
     with ExitStack() as at_end:
+        at_end.callback(_forget_modules)
         at_end.callback(setattr, torch.nn.functional, "linear", torch.nn.functional.linear)
         engine = make_engine(model, config)
         at_end.callback(engine.destroy)
         yield engine
+
+
+def _forget_modules() -> None:
+    """Empty DeepSpeed's list of modules, and its cache, which is hidden in a closure."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK.clear()
+    for cached in gc.get_objects():
+        if type(cached) is _lru_cache_wrapper and str(cached.__module__).startswith("deepspeed."):
+            cached.cache_clear()
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -249,10 +265,49 @@ def full_moments(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
-    """Put back what `full_moments` returned after `step` optimizer steps, for whatever world size and ZeRO stage."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+def _from_rank_0(read: Callable[[], Tensor], shape: torch.Size, device: torch.device) -> Tensor:
+    """A float32 tensor that rank 0 alone reads, on every rank's device; all must call it."""
+    whole = torch.empty(shape, device=device)  # NCCL takes no tensors of the host
+    if torch.distributed.get_rank() == 0:
+        whole.copy_(read())
+    torch.distributed.broadcast(whole, src=0)
+    return whole
 
+
+@torch.no_grad()
+def restore_masters(model: nn.Module, saved: Container[str], read: Callable[[str], Tensor]) -> None:
+    """Put back the float32 weights of which the model has a rounded form. Before ZeRO-3 shards it; on every rank.
+
+    Args:
+        model: Loaded from the checkpoint.
+        saved: The names in the optimizer's file.
+        read: Gives a tensor of that file by its name; called on rank 0.
+    """
+    for name, parameter in model.named_parameters():
+        if f"{name}.{MASTER}" in saved:
+            parameter.copy_(_from_rank_0(partial(read, f"{name}.{MASTER}"), parameter.shape, parameter.device))
+
+
+def restore_moments(engine: Any, read: Callable[[str], Tensor], step: int) -> None:
+    """Put back what `full_moments` returned after `step` optimizer steps, for whatever world size and ZeRO stage.
+
+    One tensor at a time: rank 0 reads it, every rank takes the slice that it owns, and the rest is forgotten. So no
+    rank needs more memory than the largest parameter takes, as the forward pass of ZeRO-3 does, too. On every rank.
+
+    Args:
+        engine: As it was made, without a step.
+        read: Gives a tensor that `full_moments` returned by its name; called on rank 0.
+        step: Optimizer steps done.
+    """
+    stage = _fresh_moments(engine, step)
+    for name, parameter in trainable(engine.module).items():
+        for key in MOMENTS:
+            shape = parameter.ds_shape if stage == 3 else parameter.shape  # it is empty itself while it is sharded
+            _set_moment(engine, parameter, key, _from_rank_0(partial(read, f"{name}.{key}"), shape, engine.device))
+
+
+def _fresh_moments(engine: Any, step: int) -> int:
+    """Make the optimizer's state, all zeros, which its first step would do; the ZeRO stage."""
     stage = engine.zero_optimization_stage()
     inner = engine.optimizer.optimizer if stage else engine.optimizer
     if stage == 3:  # its groups are empty but for the moment of a step
@@ -264,10 +319,20 @@ def restore_moments(engine: Any, moments: dict[str, Tensor], step: int) -> None:
     if stage in (1, 2):
         # Stages 1 and 2 find a parameter's piece of the flat state only once linked, which the first step would do.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in trainable(engine.module).items():
-        for key in MOMENTS:
-            value = moments[f"{name}.{key}"].to(engine.device)
-            if stage:
-                safe_set_full_optimizer_state(parameter, value, key)
-            else:
-                inner.state[parameter][key].copy_(value)
+    return stage
+
+
+def _set_moment(engine: Any, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+    """Take this rank's slice of a moment, given all of it."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        engine.optimizer.state[parameter][key].copy_(whole)
+    elif stage == 3:  # DeepSpeed's own way to set all of it fails where the size is no multiple of the ranks
+        size = parameter.ds_tensor.numel()
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        own = whole.flatten()[rank * size : (rank + 1) * size]
+        safe_set_local_optimizer_state(parameter, torch.nn.functional.pad(own, (0, size - own.numel())), key)
+    else:
+        safe_set_full_optimizer_state(parameter, whole, key)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymal import settings
 from anymal.config import Config, LLMConfig, ModalityConfig
+from anymal.engine import MASTER
 from anymal.errors import UserError
 from anymal.llm import bars_on_terminals_only
 from anymal.modality import Adapter, Encoder
@@ -29,8 +30,6 @@ from anymal.model import AnyMAL
 from anymal.stages import encoder_names
 
 ENCODERS, LLM = "encoders", "llm"
-MASTER = "master"
-"""``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +121,6 @@ def masters(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tenso
     """``NAME.master``: the float32 weights of an LLM whose saved form is bfloat16, so that a run resumes exactly."""
     rounded = llm_learns(config) and config.model.llm.bits == 16
     return {f"{n}.{MASTER}": p for n, p in parameters.items() if rounded and n.startswith("llm.")}
-
-
-@torch.no_grad()
-def restore_masters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put `masters` back. Before ZeRO-3 shards the model."""
-    for name, parameter in model.named_parameters():
-        if f"{name}.{MASTER}" in state:
-            parameter.copy_(state[f"{name}.{MASTER}"])
 
 
 def llm_of(config: Config, start: Path | None) -> LLMConfig:

@@ -21,7 +21,14 @@ from anymal.checkpoint import TrainingState
 from anymal.command_line import parse_args
 from anymal.config import Config
 from anymal.cost import Cost
-from anymal.engine import engine_of, full_moments, portable_parameters, processes, restore_moments
+from anymal.engine import (
+    engine_of,
+    full_moments,
+    portable_parameters,
+    processes,
+    restore_masters,
+    restore_moments,
+)
 from anymal.errors import Quarantine, UserError
 from anymal.features import identity
 from anymal.files import write_whole
@@ -29,7 +36,7 @@ from anymal.generate import embed_prompt, generate
 from anymal.joined import find_start
 from anymal.llm import isolates_packed_samples
 from anymal.model import format_table, select_trainable, table, trainable
-from anymal.networks import Start, restore_masters
+from anymal.networks import Start
 from anymal.packing import pack
 from anymal.prompt import Prepare
 from anymal.resume import FREE, compare, differences
@@ -109,7 +116,7 @@ def _open(config: Config, world: int, at_end: ExitStack) -> tuple[Path | None, l
     resume = checkpoint.find_resume(config)
     if resume is None:
         return None, []
-    before = checkpoint.load_training_state(resume, moments=False).world
+    before = checkpoint.load_training_state(resume).world
     return resume, compare(checkpoint.recipe(resume), config, resume, (before, world))
 
 
@@ -132,15 +139,15 @@ def _train(
         )
     select_trainable(built.model, config.train)
     if resume is not None:
-        _check_same_parameters(built, state, resume)
-        restore_masters(built.model, state.moments)
+        read = partial(checkpoint.read_optimizer, resume)
+        restore_masters(built.model, _on_rank_0(rank, lambda: _saved_by_optimizer(built, resume)), read)
     folder = Path(config.run.dir)
     if rank == 0:
         _describe(built, config, folder)
     cost = Cost(built.model, config.model.llm.checkpointing)
     engine = at_end.enter_context(engine_of(built.model, config))
     if resume is not None:
-        restore_moments(engine, state.moments, state.step)
+        restore_moments(engine, read, state.step)
 
     log = folder / ("quarantine.jsonl" if rank == 0 else f"quarantine-{rank}.jsonl")
     limits = {"max_in_a_row": config.data.max_bad_in_a_row, "max_share": config.data.max_bad_share}
@@ -187,9 +194,9 @@ def _train(
                     refused=stream.refused,
                     wandb_id=tracker.run_id,
                     world=world,
-                    moments=moments,
                 )
-                saved = checkpoint.save(built.model, parameters, now, config, built.adapters, built.tokenizer, start)
+                parts = (config, built.adapters, built.tokenizer, start)
+                saved = checkpoint.save(built.model, parameters, moments, now, *parts)
                 start = checkpoint.start_at(saved)
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
@@ -220,16 +227,18 @@ def _identities(built: Built, config: Config) -> dict[str, str]:
     return {name: identity(encoder) for name, encoder in encoders.items() if name not in learn}
 
 
-def _check_same_parameters(built: Built, state: TrainingState, folder: Path) -> None:
-    """What is trained must be what the checkpoint's optimizer state is about."""
+def _saved_by_optimizer(built: Built, folder: Path) -> set[str]:
+    """The names of the optimizer's tensors in a checkpoint, which must be about what is trained."""
+    saved = checkpoint.optimizer_names(folder)
     now = set(trainable(built.model))
-    before = {name.rsplit(".", 1)[0] for name in state.moments}
+    before = {name.rsplit(".", 1)[0] for name in saved}
     if now != before:
         name = sorted(now ^ before)[0]
         raise UserError(
             f"{folder} was made with other parameters trainable: {name} is {'new' if name in now else 'gone'}. "
             f"To start a new stage from it, set model.checkpoint={folder} and another run.dir"
         )
+    return saved
 
 
 def _describe(built: Built, config: Config, folder: Path) -> None:

@@ -48,7 +48,7 @@ def make_checkpoint(llm: Path, encoders: Path, run: Path, seed: int, *overrides:
         for parameter in trained.values():
             parameter.normal_(generator=generator)
     state = checkpoint.TrainingState(step=3)
-    return checkpoint.save(built.model, trained, state, config, built.adapters, built.tokenizer)
+    return checkpoint.save(built.model, trained, {}, state, config, built.adapters, built.tokenizer)
 
 
 @pytest.fixture(scope="module")
