@@ -75,7 +75,8 @@ def rank(folder: Path, given: list[str]) -> None:
         marks.setdefault("after", status("VmRSS"))
 
     watch(launch.stage, "build", nothing, begin)
-    watch(anymal.engine, "make_engine", lambda *_: end(), begin)
+    made_in = launch.stage if hasattr(launch.stage, "make_engine") else anymal.engine  # earlier versions, or this one
+    watch(made_in, "make_engine", lambda *_: end(), begin)
     watch(launch.stage, "train", owned, nothing)
     watch(anymal.train, "step", nothing, first_step)
     launch.stage.run_stage(load(Config, None, given))
