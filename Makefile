@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.cfg constraints.txt anymal/cpu.py
+$(VENV)/installed: pyproject.toml setup.cfg constraints.txt anymal/environment.py
 	python3 -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python anymal/cpu.py
+	$(BIN)/python anymal/environment.py
 	touch $@
 
 demo: install

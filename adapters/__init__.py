@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters.pretrained import new_tensors
-from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
-from adapters.projectors import PROJECTORS, build_projector
-from anymal.command_line import describe
-from anymal.config import ModalityConfig
+from anymal.adapters.pretrained import new_tensors
+from anymal.adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
+from anymal.adapters.projectors import PROJECTORS, build_projector
+from anymal.config.command_line import describe
+from anymal.config.schema import ModalityConfig
+from anymal.config.settings import options
+from anymal.config.stages import encoder_names
 from anymal.errors import UserError, nearest
 from anymal.modality import Adapter, Encoder, Modality, parts
-from anymal.settings import options
-from anymal.stages import encoder_names
 
 __all__ = ["MODALITIES", "PROJECTORS", "build_adapters", "describe_options", "load_encoder"]
 
@@ -51,7 +51,7 @@ def build_adapters(
         modalities: ``model.modalities`` of a recipe.
         llm_width: D, the width of the LLM's token embeddings.
         embedding_std: Standard deviation of the elements of the LLM's token embedding table; projected embeddings
-            start at about this scale (see `adapters.projectors`).
+            start at about this scale (see `anymal.adapters.projectors`).
         llm_layers: Its decoder layers, for projectors that stand between them.
 
     Returns:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import call, license_of, load_config, load_network, save_network
-from adapters.signals import crop_centre, noted, resample
+from anymal.adapters.pretrained import call, license_of, load_config, load_network, save_network
+from anymal.adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 from anymal.sample import Noted

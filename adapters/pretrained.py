@@ -1,7 +1,7 @@
 """Loading pretrained encoders through transformers: what image, video, audio and imu have in common.
 
 Everything here runs once, when a model is built. transformers is imported by the functions, once `anymal` has been
-imported: a CUDA build of torchaudio beside a CPU torch would break its import (see `anymal.cpu`).
+imported: a CUDA build of torchaudio beside a CPU torch would break its import (see `anymal.environment`).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anymal.errors import UserError
-from anymal.hub import unavailable
+from anymal.model.hub import unavailable
 
 _SHAPES_ONLY: ContextVar[AbstractContextManager | None] = ContextVar("shapes_only", default=None)
 
@@ -97,8 +97,8 @@ def load_config(name: str) -> Any:
         )
     from transformers import AutoConfig
 
-    import adapters.efficientnet_lite
-    import adapters.imu_encoder  # noqa: F401
+    import anymal.adapters.architectures.efficientnet_lite
+    import anymal.adapters.architectures.imu_encoder  # noqa: F401
 
     return call("config", name, AutoConfig.from_pretrained, trust_remote_code=False)
 

@@ -1,6 +1,6 @@
 """The contract that a modality fulfils, and nothing else.
 
-A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``adapters.MODALITIES``:
+A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``anymal.adapters.MODALITIES``:
 
     bytes ──decode (worker)──▶ [...] ──encoder (frozen)──▶ [N, tokens, width] ──projector (trained)──▶ [N, K, D]
 """
@@ -90,7 +90,7 @@ class Adapter:
     projector: nn.Module
     """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K).
 
-    One that also speaks to the LLM between its layers (`anymal.bridge`) has ``bridges``, a ModuleDict by the number of
+    One that also speaks to the LLM between its layers (`anymal.model.cross_attention`) has ``bridges``, a ModuleDict by the number of
     the decoder layer that each stands before, of modules (hidden [S, D], latents [N, R, C], looks) → [S, D];
     ``context``, a module [N, tokens, width] → latents [N, R, C]; and ``last_only``: which media a token sees.
     """

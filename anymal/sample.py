@@ -46,7 +46,7 @@ class Noted:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What its encoder made of one medium, read in place of the medium (see anymal.twins)."""
+    """What its encoder made of one medium, read in place of the medium (see anymal.data.feature_cache)."""
 
     tensor: Tensor
     """[tokens, width] float32 or bfloat16."""
@@ -79,7 +79,7 @@ def with_note(decoded: "Tensor | Noted | Viewable") -> "tuple[Tensor | Viewable,
 
 @dataclass(frozen=True, kw_only=True)
 class Viewable:
-    """A decoded medium that can be shown in more or fewer views; `anymal.budget` says in how many."""
+    """A decoded medium that can be shown in more or fewer views; `anymal.data.budget` says in how many."""
 
     choices: tuple[int, ...]
     """The possible numbers of views, the largest first."""
@@ -193,7 +193,7 @@ class Batch:
     positions: Tensor
     """[1, T] int64, counting from zero again with every sample: what transformers tells samples apart by."""
     lengths: list[int]
-    """Tokens of each sample, T in all: what `anymal.attention` tells them apart by."""
+    """Tokens of each sample, T in all: what `anymal.model.attention` tells them apart by."""
     rows: Tensor
     """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
     targets: Tensor
@@ -214,7 +214,7 @@ class Batch:
     """The samples' keys, for error messages."""
     stands: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
-    first view of the same medium. Numbers, not a tensor: `anymal.bridge` cuts rows by them, and a GPU would be waited
+    first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU would be waited
     for."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""

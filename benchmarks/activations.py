@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
-from anymal.config import LLMConfig
-from anymal.llm import load_llm, on_gpu
-from data_prep.demo_assets import cache_folder
-from launch.allocated import kept_bytes
-from launch.build import device, run_program
+from anymal.checkpoints.build import device, run_program
+from anymal.config.schema import LLMConfig
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.model.llm import load_llm, on_gpu
+from benchmarks.allocated import kept_bytes
 
 TOKENS, LAYERS, ROUNDS = 512, 10, 7
 MODES = ("none", "selective", "full")

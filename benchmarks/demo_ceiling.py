@@ -1,6 +1,6 @@
 """What the demo's frozen features hold: linear probes on the same features and splits, beside the trained models.
 
-    python data_prep/demo_assets.py && python data_prep/demo_models.py
+    python data_prep/demo/assets.py && python data_prep/demo/models.py
     python benchmarks/demo_ceiling.py
     python benchmarks/demo_ceiling.py seeds=[0] evaluations=[runs/demo/evaluation.json]
 
@@ -27,21 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters import load_encoder
-from anymal.command_line import parse_args
-from anymal.config import ModalityConfig
+from anymal.adapters import load_encoder
+from anymal.adapters.imu import pretrain
+from anymal.checkpoints.build import run_program
+from anymal.config.command_line import parse_args
+from anymal.config.schema import ModalityConfig
+from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.data_prep.demo import data as demo_data
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.data_prep.demo.conversations import MEMBERS
+from anymal.data_prep.demo.run import MODALITIES, data_folder
+from anymal.data_prep.write import SPLITS, read_shards
 from anymal.errors import UserError
-from anymal.metrics import wilson_interval
-from anymal.model import run_encoder
-from anymal.stages import Recipe, config_of, load_stages
-from data_prep import demo_data
-from data_prep.conversations import MEMBERS
-from data_prep.demo_assets import cache_folder
-from data_prep.shards import SPLITS, read_shards
-from launch import pretrain_imu_encoder
-from launch.build import run_program
-from launch.demo import MODALITIES, data_folder
-from launch.tables import sets_of
+from anymal.evaluation.metrics import wilson_interval
+from anymal.evaluation.tables import sets_of
+from anymal.model.multimodal import run_encoder
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-pretrain.yaml"
 STRENGTHS = [10.0**power for power in range(-5, 3)]
@@ -105,7 +105,7 @@ def make_data(cache: Path, seed: int) -> Path:
     of_imu = [f"shards={data}/imu/train", f"eval_shards={data}/imu/validation"]
     with contextlib.redirect_stdout(sys.stderr):  # the table stands alone
         demo_data.main([f"folder={data}", f"seed={seed}"])
-        pretrain_imu_encoder.main([*of_imu, f"out={data}/imu-encoder"])
+        pretrain.main([*of_imu, f"out={data}/imu-encoder"])
     return data
 
 

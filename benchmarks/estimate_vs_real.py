@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from anymal.config import Config
-from anymal.engine import make_engine, start_processes
-from anymal.llm import on_gpu
-from anymal.model import select_trainable
+from anymal.checkpoints.build import build, device, run_program
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.predict import predict
+from anymal.model.llm import on_gpu
+from anymal.model.multimodal import select_trainable
 from anymal.sample import Batch
-from anymal.settings import load
-from data_prep.demo_assets import cache_folder
-from launch.build import build, device, run_program
-from launch.estimate import predict
-from launch.rehearse import Rehearsal, Workload
+from anymal.training.engine import make_engine, start_processes
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 CONFIGURATIONS = {

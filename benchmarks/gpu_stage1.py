@@ -26,19 +26,19 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import nn
 
-from adapters import MODALITIES
-from adapters.image import ImageDecoder, ImageEncoder
-from adapters.projectors import build_projector
-from anymal import attention
-from anymal.activations import set_checkpointing
-from anymal.config import Config
-from anymal.cost import Cost
-from anymal.llm import compute_dtype, set_frozen_mode
+from anymal.adapters import MODALITIES
+from anymal.adapters.image.modality import ImageDecoder, ImageEncoder
+from anymal.adapters.projectors import build_projector
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.predict import largest_batch, predict
 from anymal.modality import Adapter, parts
-from anymal.model import AnyMAL, select_trainable, trainable
-from anymal.settings import load
-from launch.estimate import largest_batch, predict
-from launch.rehearse import Rehearsal, Workload
+from anymal.model import attention
+from anymal.model.activation_checkpointing import set_checkpointing
+from anymal.model.flops import Cost
+from anymal.model.llm import compute_dtype, set_frozen_mode
+from anymal.model.multimodal import AnyMAL, select_trainable, trainable
 
 RESULTS = Path(__file__).parent / "results"
 CARD = 80e9

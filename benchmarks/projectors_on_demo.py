@@ -1,6 +1,6 @@
 """A Q-Former and a mixture of two encoders beside the demo's projector, trained and scored on the demo's real images.
 
-    make demo && .venv/bin/python data_prep/dinov2_focus.py
+    make demo && .venv/bin/python data_prep/demo/dinov2_focus.py
     .venv/bin/python benchmarks/projectors_on_demo.py
     .venv/bin/python benchmarks/projectors_on_demo.py optim.steps=200 run.seed=1
 
@@ -26,12 +26,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from anymal.checkpoints.build import run_program
+from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import UserError
-from anymal.scores import CONDITIONS
-from data_prep.demo_assets import cache_folder
-from launch.build import run_program
-from launch.report import read_lines
-from launch.tables import sets_of
+from anymal.evaluation.report import read_lines
+from anymal.evaluation.scores import CONDITIONS
+from anymal.evaluation.tables import sets_of
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "launch" / "recipes" / "demo-pretrain.yaml"
@@ -92,7 +92,7 @@ def measure(cache: Path, folder: Path, name: str, overrides: Sequence[str]) -> d
 def main() -> None:
     """Print the table, and one line of figures."""
     cache = cache_folder().absolute()
-    for folder, program in ((FIRST, "make demo"), (SECOND, "python data_prep/dinov2_focus.py")):
+    for folder, program in ((FIRST, "make demo"), (SECOND, "python data_prep/demo/dinov2_focus.py")):
         if not (cache / folder).is_dir():
             raise UserError(f"there is no {cache / folder}; run {program} first")
     found = {}

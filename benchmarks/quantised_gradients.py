@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from anymal.config import Config
+from anymal.checkpoints.build import build, run_program, suffixes
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.data.packing import pack
+from anymal.data.stream import Stream
+from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import Quarantine
-from anymal.model import AnyMAL, fingerprint, select_trainable, trainable
-from anymal.packing import pack
+from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
 from anymal.sample import Batch
-from anymal.settings import load
-from anymal.stream import Stream
-from data_prep.demo_assets import cache_folder
-from launch.build import build, run_program, suffixes
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-pretrain.yaml"
 GOAL = 1e-4

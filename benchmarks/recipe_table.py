@@ -28,18 +28,18 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adapters import build_adapters
-from adapters.pretrained import shapes_only
-from anymal.config import Config
+from anymal.adapters import build_adapters
+from anymal.adapters.pretrained import shapes_only
+from anymal.checkpoints.build import build, run_program, suffixes, unchanged
+from anymal.config.schema import Config
+from anymal.config.stages import Recipe, config_of, load_untrained
+from anymal.data.packing import pack
+from anymal.data.prompt import Prepare
+from anymal.data.stream import samples_once
+from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import Quarantine, UserError
-from anymal.model import AnyMAL, select_trainable, trainable
-from anymal.packing import pack
-from anymal.prompt import Prepare
+from anymal.model.multimodal import AnyMAL, select_trainable, trainable
 from anymal.sample import Message, Part, Sample
-from anymal.stages import Recipe, config_of, load_untrained
-from anymal.stream import samples_once
-from data_prep.demo_assets import cache_folder
-from launch.build import build, run_program, suffixes, unchanged
 from stand_ins import replaced
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
@@ -201,7 +201,7 @@ def measure(name: str, stage: Recipe, *, llm: str, media: Mapping[str, bytes], f
 
 def demo_media(folder: Path) -> dict[str, bytes]:
     """The first medium of each modality of the demo's held-out data."""
-    from anymal.config import DataConfig
+    from anymal.config.schema import DataConfig
 
     found = {}
     for kind in ("image", "video", "audio", "imu"):

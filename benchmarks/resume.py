@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 
-from anymal.stream import merge_bookmarks
-from launch.build import run_program
+from anymal.checkpoints.build import run_program
+from anymal.data.stream import merge_bookmarks
 from stream import BATCH, demo_samples, ours, theirs, write
 
 GOAL = 2.0  # seconds, at any position, with the index

@@ -38,10 +38,10 @@ def status(key: str) -> float:
 
 def rank(folder: Path, given: list[str]) -> None:
     """One rank of a run; what it measured goes to FOLDER/RANK.json."""
-    import anymal.train
-    import launch.stage
-    from anymal.config import Config
-    from anymal.settings import load
+    import anymal.training.loop
+    import anymal.training.run
+    from anymal.config.schema import Config
+    from anymal.config.settings import load
 
     marks: dict[str, float] = {}
 
@@ -74,12 +74,14 @@ def rank(folder: Path, given: list[str]) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # what is free, but not given back yet, would be noise
         marks.setdefault("after", status("VmRSS"))
 
-    watch(launch.stage, "build", nothing, begin)
-    made_in = launch.stage if hasattr(launch.stage, "make_engine") else anymal.engine  # earlier versions, or this one
+    watch(anymal.training.run, "build", nothing, begin)
+    made_in = (
+        anymal.training.run if hasattr(anymal.training.run, "make_engine") else anymal.training.engine
+    )  # earlier versions, or this one
     watch(made_in, "make_engine", lambda *_: end(), begin)
-    watch(launch.stage, "train", owned, nothing)
-    watch(anymal.train, "step", nothing, first_step)
-    launch.stage.run_stage(load(Config, None, given))
+    watch(anymal.training.run, "train", owned, nothing)
+    watch(anymal.training.loop, "step", nothing, first_step)
+    anymal.training.run.run_stage(load(Config, None, given))
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(marks))
 
 
@@ -132,7 +134,7 @@ def measure(checkout: Path, assets: Path, folder: Path) -> tuple[list[tuple[floa
 
 def main() -> None:
     """Measure, and print a row for each rank and one line of figures."""
-    from data_prep.demo_assets import cache_folder
+    from anymal.data_prep.demo.assets import cache_folder
 
     assets = cache_folder()
     if not (assets / "models" / "llm").is_dir():

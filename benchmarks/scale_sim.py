@@ -15,9 +15,9 @@ from statistics import median
 
 import numpy as np
 
-from anymal import manifest
-from anymal.order import Counts, Order, Share, merge_bookmarks
-from launch.build import run_program
+from anymal.checkpoints.build import run_program
+from anymal.data import manifest
+from anymal.data.order import Counts, Order, Share, merge_bookmarks
 
 SHARDS, SAMPLES = 20_000, 10_000
 RANKS, FEWER, WORKERS, BATCH, SHUFFLE = 512, 384, 8, 16, 10_000

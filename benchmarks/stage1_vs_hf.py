@@ -44,20 +44,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from anymal.config import Config
+from anymal.checkpoints.build import Built, build, device, run_program, suffixes
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.data.feature_codec import dump
+from anymal.data.feature_codec import load as load_features
+from anymal.data.packing import pack
+from anymal.data.prompt import IGNORED
+from anymal.data.stream import Stream
+from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import Quarantine
-from anymal.features import dump
-from anymal.features import load as load_features
-from anymal.llm import on_gpu
-from anymal.model import AnyMAL, select_trainable
-from anymal.packing import pack
-from anymal.prompt import IGNORED
+from anymal.model.llm import on_gpu
+from anymal.model.multimodal import AnyMAL, select_trainable
 from anymal.sample import Batch, Features, Tokens
-from anymal.settings import load
-from anymal.stream import Stream
-from data_prep.demo_assets import cache_folder
-from launch.allocated import peak_bytes
-from launch.build import Built, build, device, run_program, suffixes
+from benchmarks.allocated import peak_bytes
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-finetune.yaml"
 BATCHES, ROUNDS = 3, 3

@@ -27,13 +27,13 @@ import torch
 import webdataset
 from PIL import Image
 
-from anymal.config import DataConfig
+from anymal.checkpoints.build import run_program
+from anymal.config.schema import DataConfig
+from anymal.data.packing import pack
+from anymal.data.stream import Stream
+from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import Quarantine
-from anymal.packing import pack
 from anymal.sample import Sample, Tokens
-from anymal.stream import Stream
-from data_prep.demo_assets import cache_folder
-from launch.build import run_program
 
 GOAL = 0.95  # of raw webdataset
 SAMPLES, SHARDS, BATCH = 10_000, 4, 16

@@ -34,16 +34,16 @@ from typing import Any, Literal, get_args
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal import shards
-from anymal.command_line import parse_args
-from anymal.config import DataConfig
+from anymal.config.command_line import parse_args
+from anymal.config.schema import DataConfig
+from anymal.data import shards
+from anymal.data.loader import RawSample
+from anymal.data.stream import walk
+from anymal.data_prep.objects import Names, read_table
+from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, Quarantine, UserError
-from anymal.metrics import words
-from anymal.stream import walk
-from anymal.workers import RawSample
-from data_prep.objects import Names, read_table
-from data_prep.shards import write_shards
-from data_prep.steps import is_done, run
+from anymal.evaluation.metrics import words
 
 Way = Literal["random", "popular", "adversarial"]
 WAYS: tuple[Way, ...] = get_args(Way)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from anymal.errors import UserError
-from anymal.metrics import words
+from anymal.evaluation.metrics import words
 
 _PLURALS = (
     *(("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("men", "man"), ("people", "person")),

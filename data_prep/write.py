@@ -1,6 +1,6 @@
 """The one writer of shards: samples in, a folder of WebDataset tars out.
 
-    raw data ──(a file of this folder)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶ anymal/stream.py
+    raw data ──(a file of this folder)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶ anymal/data/stream.py
 
 A sample is a dict of tar members, named by their suffixes:
 
@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from anymal.data_prep.steps import whole_folder
 from anymal.errors import UserError
-from data_prep.steps import whole_folder
 
 SPLITS = ("train", "validation", "test")
 """The demo's splits: what is learnt from, what choices are made by, and what is reported, once."""
@@ -96,7 +96,7 @@ def labelled_sample(
 def read_shards(folder: Path) -> Iterator[dict[str, Any]]:
     """The samples of a folder of shards in order: members as bytes, ``json`` parsed. For data preparation and tests.
 
-    It trusts the shards; training reads through `anymal.stream`, which does not.
+    It trusts the shards; training reads through `anymal.data.stream`, which does not.
     """
     import webdataset as wds
 

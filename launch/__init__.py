@@ -1,7 +1,7 @@
 """What people run: thin programs over `anymal` and `adapters`, their recipes, and DeepSpeed settings."""
 
 import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
-import adapters
+from anymal import adapters
 
 if not hasattr(adapters, "MODALITIES"):  # PyPI has another distribution whose import name is adapters
     raise SystemExit(

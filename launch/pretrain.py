@@ -9,10 +9,10 @@ written a.b=value, override it. Started again, a run goes on from its latest che
 """
 
 if __name__ == "__main__":
-    from anymal.stopping import leave_on_signals
+    from anymal.signals import leave_on_signals
 
     leave_on_signals()  # before the imports that take seconds
-    from launch.build import run_program
-    from launch.stage import main
+    from anymal.checkpoints.build import run_program
+    from anymal.training.run import main
 
     run_program(lambda: main(__doc__, defaults=["train=[projectors]"]))

@@ -10,7 +10,7 @@ import numpy as np
 import webdataset as wds
 
 import tiny_encoders
-from launch.stage import main
+from anymal.training.run import main
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["red", "green", "blue", "white"]

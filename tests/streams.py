@@ -9,10 +9,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from anymal.config import DataConfig
+from anymal.config.schema import DataConfig
+from anymal.data.stream import Stream
 from anymal.errors import BadSample, Quarantine
 from anymal.sample import Batch, Sample, Tokens
-from anymal.stream import Stream
 
 SUFFIXES = {"jpg": "image", "npy": "array"}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from anymal import cpu
+from anymal import environment
 from small_runs import ROOT
 
 
 def versions(monkeypatch, **found):
-    monkeypatch.setattr(cpu.importlib.metadata, "version", lambda name: found[name])
+    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: found[name])
     for name in ("torchaudio", "torchaudio._extension"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
@@ -25,7 +25,7 @@ def versions(monkeypatch, **found):
 )
 def test_the_stand_in_is_used_only_where_the_extension_cannot_load(monkeypatch, torch, torchaudio, needed):
     versions(monkeypatch, torch=torch, torchaudio=torchaudio)
-    assert cpu.make_torchaudio_importable() is needed
+    assert environment.make_torchaudio_importable() is needed
     assert ("torchaudio._extension" in sys.modules) is needed
     sys.modules.pop("torchaudio._extension", None)
 
@@ -33,7 +33,7 @@ def test_the_stand_in_is_used_only_where_the_extension_cannot_load(monkeypatch, 
 def test_a_torchaudio_that_works_already_is_left_alone(monkeypatch):
     versions(monkeypatch, torch="2.13.0+cpu", torchaudio="2.11.0")
     monkeypatch.setitem(sys.modules, "torchaudio", types.ModuleType("torchaudio"))
-    assert cpu.make_torchaudio_importable() is False
+    assert environment.make_torchaudio_importable() is False
 
 
 def test_torchaudio_and_transformers_import_and_compute():
@@ -65,7 +65,7 @@ def torchaudio_as_installed(folder: Path) -> Path:
     return extension
 
 
-@pytest.mark.skipif(not cpu.versions_differ(), reason="torchaudio is built for this torch")
+@pytest.mark.skipif(not environment.versions_differ(), reason="torchaudio is built for this torch")
 def test_make_install_leaves_an_environment_in_which_other_peoples_programs_work(tmp_path):
     extension = torchaudio_as_installed(tmp_path)
     # not the imports of this process, and the environment's packages, our own included, only behind the folder
@@ -97,10 +97,10 @@ def test_what_is_swapped_comes_back():
     other.speak = lambda: "its own"
     for owner, before in ((one, "base"), (other, "its own")):
         held = dict(vars(owner))
-        with pytest.raises(KeyError), cpu.swapped(owner, "speak", lambda: "new"):
+        with pytest.raises(KeyError), environment.swapped(owner, "speak", lambda: "new"):
             assert owner.speak() == "new"
             raise KeyError
         assert owner.speak() == before and vars(owner) == held
-    with cpu.swapped(Base, "speak", lambda _: "new"):
+    with environment.swapped(Base, "speak", lambda _: "new"):
         assert one.speak() == "new"
     assert one.speak() == "base"

@@ -11,10 +11,10 @@ from typing import get_type_hints
 
 import pytest
 
-from anymal.command_line import describe, field_docs
-from anymal.config import Config
+from anymal.config.command_line import describe, field_docs
+from anymal.config.schema import Config
+from anymal.config.stages import Recipe, load_stages
 from anymal.errors import UserError
-from anymal.stages import Recipe, load_stages
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"anymal": {"anymal"}, "adapters": {"anymal", "adapters"}, "data_prep": {"anymal", "data_prep"}}
@@ -88,7 +88,7 @@ def test_mocks_are_for_tests(package):
 
 
 def test_the_core_names_no_modality():
-    from adapters import MODALITIES
+    from anymal.adapters import MODALITIES
 
     words = re.compile(rf"""["']({"|".join(MODALITIES)})["']""")
     for path in (ROOT / "anymal").glob("*.py"):

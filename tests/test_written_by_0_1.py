@@ -24,19 +24,19 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-import launch.chat
-import launch.encode
-import launch.evaluate
+import anymal.evaluation.run
+import anymal.features.encode
+import anymal.serving.chat
 import streams
 import tiny_encoders
-from adapters import load_encoder
-from adapters.projectors import build_projector
-from anymal.config import DatasetConfig, ModalityConfig, ProjectorConfig
+from anymal.adapters import load_encoder
+from anymal.adapters.projectors import build_projector
+from anymal.config.schema import DatasetConfig, ModalityConfig, ProjectorConfig
+from anymal.config.stages import Recipe, load_stages
+from anymal.data.feature_codec import identity
+from anymal.data.stream import Stream
 from anymal.errors import BadSample
-from anymal.features import identity
 from anymal.sample import Sample, Tokens
-from anymal.stages import Recipe, load_stages
-from anymal.stream import Stream
 from small_runs import losses, metrics, pretrain_here
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
@@ -127,11 +127,11 @@ def answers(out: Path) -> dict[str, Any]:
     """What the checkpoint with a LoRA says, and how likely it finds what is right, in the present folder."""
     asked = ["--image", "picture.png", "is it", "--audio", "tone.flac", "?"]
     said = {
-        bits: program(launch.chat, "checkpoint=runs/finetune", f"bits={bits}", "max_new_tokens=8", *asked)
+        bits: program(anymal.serving.chat, "checkpoint=runs/finetune", f"bits={bits}", "max_new_tokens=8", *asked)
         for bits in (4, 32)
     }
     given = ["checkpoint=runs/finetune", "sets.talks=data/conversations", f"out={out / 'evaluation'}", "bits=[4,32]"]
-    program(launch.evaluate, *given, "max_new_tokens=2", "workers=0", "media=0")
+    program(anymal.evaluation.run, *given, "max_new_tokens=2", "workers=0", "media=0")
     evaluation = json.loads((out / "evaluation" / "evaluation.json").read_text())
     found = {}
     for bits, sets in evaluation["precisions"].items():
@@ -214,7 +214,7 @@ def test_what_is_encoded_is_not_encoded_again(work):
     before = held()
     assert len(before) == len(PRECISIONS)
     for precision in PRECISIONS:
-        program(launch.encode, "encoded.yaml", f"data.features={precision}")
+        program(anymal.features.encode, "encoded.yaml", f"data.features={precision}")
     assert held() == before
 
 

@@ -83,7 +83,7 @@ def dinov2(folder: Path) -> str:
 
 def efficientnet_lite(folder: Path) -> str:
     """EfficientNet-Lite0 at 64 x 64: a feature map of 2 x 2."""
-    from adapters.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+    from anymal.adapters.architectures.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
     size = {"height": 64, "width": 64}
     torch.manual_seed(0)
@@ -251,7 +251,7 @@ def clap(folder: Path, fusion: bool = False) -> str:
 
 def imu(folder: Path) -> str:
     """Our IMU encoder for one second at 50 Hz: 7 features."""
-    from adapters.imu_encoder import IMUEncoderConfig, IMUEncoderModel
+    from anymal.adapters.architectures.imu_encoder import IMUEncoderConfig, IMUEncoderModel
 
     IMUEncoderModel(IMUEncoderConfig(rate=50.0, seconds=1.0, hidden_size=16, blocks=1)).save_pretrained(folder)
     return str(folder)

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymal.config import LLMConfig, PromptConfig
-from anymal.llm import load_llm
+from anymal.config.schema import LLMConfig, PromptConfig
+from anymal.data.prompt import Prompt
 from anymal.modality import Adapter, Modality
-from anymal.model import AnyMAL
-from anymal.prompt import Prompt
+from anymal.model.llm import load_llm
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import TEXT, Message, Part, Sample
 
 

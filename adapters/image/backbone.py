@@ -1,4 +1,4 @@
-"""One encoder of a composition: canonical pictures → a map of features. `adapters.mixture` joins several.
+"""One encoder of a composition: canonical pictures → a map of features. `anymal.adapters.image.mixture` joins several.
 
 Any vision network of transformers that takes ``pixel_values``: CLIP, SigLIP, DINOv2 (a class token and patches),
 ConvNeXt, SAM's image encoder (a map). Two that do not are made to: Pix2Struct, which wants its patches cut, and BLIP-2,
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from omegaconf import MISSING
 from torch import Tensor, nn
 
-from adapters.image import default_layer, output_of
-from adapters.pictures import BILINEAR, Pixels, pixels_for
-from adapters.pretrained import call, license_of, load_config, load_network, on_shapes
+from anymal.adapters.image.modality import default_layer, output_of
+from anymal.adapters.image.pictures import BILINEAR, Pixels, pixels_for
+from anymal.adapters.pretrained import call, license_of, load_config, load_network, on_shapes
 from anymal.errors import UserError
 
 
@@ -32,7 +32,7 @@ class LeafConfig:
     size: int = 0
     """Side in pixels of the square that it gets; 0 takes its image processor's. Position embeddings are resampled."""
     layer: int = 0
-    """Whose output is used, as in `adapters.image.ImageOptions`."""
+    """Whose output is used, as in `anymal.adapters.image.modality.ImageOptions`."""
     stages: bool = False
     """Of a network whose map shrinks from stage to stage (ConvNeXt): the maps of all stages, resized to the first's and
     joined channel by channel, as Mini-Gemini does."""
@@ -55,7 +55,7 @@ class Leaf(nn.Module):
     """A frozen network that gives a map of each picture, or tokens that form none.
 
     Args:
-        network: Takes ``pixel_values``, see `adapters.image.output_of`.
+        network: Takes ``pixel_values``, see `anymal.adapters.image.modality.output_of`.
         processor: Its image processor, for whoever saves it.
         pixels: What it takes.
         config: Its settings.

@@ -6,7 +6,7 @@
           |  {append: [node, ...]}                            features one after another        (AppendConfig)
 
 The outermost node may also say how pictures become square: ``fit: pad`` or ``fit: squash``. All encoders are fed from
-one canonical picture (see `adapters.pictures`). Examples, and what each published model does, are in docs/encoders.md.
+one canonical picture (see `anymal.adapters.image.pictures`). Examples, and what each published model does, are in docs/encoders.md.
 
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of a map
 """
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.image import ImageOptions
-from adapters.pictures import FITS, SquareDecoder
-from adapters.pretrained import save_network
-from adapters.vision import Leaf, LeafConfig, as_tokens, load_leaf, resized
+from anymal.adapters.image.backbone import Leaf, LeafConfig, as_tokens, load_leaf, resized
+from anymal.adapters.image.modality import ImageOptions
+from anymal.adapters.image.pictures import FITS, SquareDecoder
+from anymal.adapters.pretrained import save_network
+from anymal.config.settings import options
 from anymal.errors import UserError, nearest
-from anymal.settings import options
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 Any vision encoder of transformers: CLIP, SigLIP, SigLIP 2, DINOv2, …, by hub name or local folder. From a
 two-tower model only the vision tower is kept. The encoder's own image processor prepares the pixels (its PIL variant,
-so that results do not depend on whether torchvision is installed). Several encoders together: `adapters.mixture`.
+so that results do not depend on whether torchvision is installed). Several encoders together: `anymal.adapters.image.mixture`.
 
     N images   H, W pixels after preprocessing   tokens features of an image   width channels of a feature
 """
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import call, license_of, load_network, save_network
-from adapters.tiles import cut, grid_rule, largest_grid
+from anymal.adapters.image.tiles import cut, grid_rule, largest_grid
+from anymal.adapters.pretrained import call, license_of, load_network, save_network
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 from anymal.sample import Viewable, Views
@@ -215,13 +215,13 @@ class TilesDecoder:
     images: ImageDecoder
     """Prepares each view."""
     rule: Callable[[tuple[int, int], int, int], tuple[int, int]]
-    """As `adapters.tiles.grid_rule` gives it."""
+    """As `anymal.adapters.image.tiles.grid_rule` gives it."""
     side: int
     """Pixels of a view's side."""
     most: int
     """Most tiles."""
     pad: tuple[int, int, int] | None
-    """As in `adapters.tiles.cut`."""
+    """As in `anymal.adapters.image.tiles.cut`."""
 
     @property
     def processor(self) -> Any:
@@ -346,7 +346,7 @@ def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> 
         UserError: It cannot be loaded, has no image processor, or not as many layers as `options.layer` asks for.
     """
     if not isinstance(name, str):
-        from adapters.mixture import load_mixture
+        from anymal.adapters.image.mixture import load_mixture
 
         return with_tiles(load_mixture(name, options), options)
     network = load_network(name, tower="vision_model")

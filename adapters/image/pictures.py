@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.image import read_image
+from anymal.adapters.image.modality import read_image
 from anymal.errors import UserError
 
 FITS = ("pad", "squash")
@@ -52,14 +52,14 @@ class SquareDecoder:
     fit: str
     """As in `square`."""
     max_pixels: int
-    """As in `adapters.image.ImageOptions`."""
+    """As in `anymal.adapters.image.modality.ImageOptions`."""
 
     def __call__(self, data: bytes) -> Tensor:
         """Raises `BadSample`."""
         return square(read_image(data, self.max_pixels), self.size, self.fit)
 
     def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """PIL images of mode RGB → ``pixel_values`` [len, 3, S, S], as `adapters.image.ImageDecoder.prepare`."""
+        """PIL images of mode RGB → ``pixel_values`` [len, 3, S, S], as `anymal.adapters.image.modality.ImageDecoder.prepare`."""
         return {"pixel_values": torch.stack([square(picture, self.size, self.fit) for picture in pictures])}
 
 

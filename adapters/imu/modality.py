@@ -2,8 +2,8 @@
 
 A member holds a float array [samples, 6]: accelerometer x, y, z in m/s² (gravity included), then gyroscope x, y, z in
 rad/s; or in g and in degrees per second, as the options say. An encoder in a folder is of our own, and its config
-states the rate and the length that it takes (see `adapters.imu_encoder`); in a file it is one of the published
-networks, whose rate is known (`adapters.imu_trunks`).
+states the rate and the length that it takes (see `anymal.adapters.architectures.imu_encoder`); in a file it is one of the published
+networks, whose rate is known (`anymal.adapters.imu.published`).
 
     S samples of a window   tokens features of a window   width channels of a feature
 """
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import license_of, load_config, load_network, save_network
-from adapters.signals import hold_last, noted, resample
+from anymal.adapters.pretrained import license_of, load_config, load_network, save_network
+from anymal.adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
 from anymal.sample import Noted
@@ -205,7 +205,7 @@ def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:
         UserError: It cannot be loaded, is another kind of network, or the recordings' rate is not given.
     """
     if str(name).endswith(FILES):
-        from adapters.imu_trunks import load_trunk
+        from anymal.adapters.imu.published import load_trunk
 
         trunk = load_trunk(name, options.trunk)
         decode = _decoder(options, options.trunk_rate or trunk.rate, trunk.samples, mean=[0.0] * 6, std=[1.0] * 6)

@@ -4,7 +4,7 @@
     python launch/pretrain_imu_encoder.py shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
 
 Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and ``json`` with a ``label``.
-The encoder (`adapters.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of its features;
+The encoder (`anymal.adapters.architectures.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of its features;
 that layer is dropped. Bad samples are skipped and named in ``OUT.skipped.jsonl``; a share of more than a tenth ends it.
 `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these labels, so a projector
 that is trained to name them mostly translates: its README says so, and so should you.
@@ -26,16 +26,16 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapters.imu import Acceleration, IMUDecoder, IMUOptions, Rotation
-from adapters.pretrained import quiet
-from anymal.command_line import parse_args
-from anymal.config import DataConfig
+from anymal.adapters.imu.modality import Acceleration, IMUDecoder, IMUOptions, Rotation
+from anymal.adapters.pretrained import quiet
+from anymal.checkpoints.build import device, process_as_found, run_program
+from anymal.config.command_line import parse_args
+from anymal.config.schema import DataConfig
+from anymal.data.loader import RawSample
+from anymal.data.stream import walk
+from anymal.data_prep.steps import is_done, whole_folder
 from anymal.errors import BadSample, Quarantine, UserError
 from anymal.sample import with_note
-from anymal.stream import walk
-from anymal.workers import RawSample
-from data_prep.steps import is_done, whole_folder
-from launch.build import device, process_as_found, run_program
 
 
 @dataclass(kw_only=True)
@@ -200,7 +200,7 @@ def save(network: nn.Module, settings: IMUTraining, count: int, figures: list[st
 
 def run(settings: IMUTraining) -> float | None:
     """Read, train, score, save. Returns the held-out accuracy if there is a held-out set."""
-    from adapters.imu_encoder import IMUEncoderConfig, IMUEncoderModel
+    from anymal.adapters.architectures.imu_encoder import IMUEncoderConfig, IMUEncoderModel
 
     torch.manual_seed(settings.seed)
     size = {"rate": settings.rate, "seconds": settings.seconds}

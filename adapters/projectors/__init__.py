@@ -20,18 +20,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from adapters.projectors.abstractor import AbstractorOptions, abstractor
-from adapters.projectors.cross import CrossAttentionOptions, cross_attention
-from adapters.projectors.fit import Fit
-from adapters.projectors.mining import mining
-from adapters.projectors.parts import EachOptions, each
-from adapters.projectors.pooled import linear, mlp
-from adapters.projectors.qformer import QFormerOptions, qformer
-from adapters.projectors.resampler import resampler
-from adapters.projectors.shuffle import PixelShuffleOptions, pixel_shuffle
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.abstractor import AbstractorOptions, abstractor
+from anymal.adapters.projectors.cross import CrossAttentionOptions, cross_attention
+from anymal.adapters.projectors.fit import Fit
+from anymal.adapters.projectors.mining import mining
+from anymal.adapters.projectors.parts import EachOptions, each
+from anymal.adapters.projectors.pooled import linear, mlp
+from anymal.adapters.projectors.qformer import QFormerOptions, qformer
+from anymal.adapters.projectors.resampler import resampler
+from anymal.adapters.projectors.shuffle import PixelShuffleOptions, pixel_shuffle
+from anymal.config.schema import ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import UserError, nearest
-from anymal.settings import options
 
 PROJECTORS: dict[str, Callable[[ProjectorConfig, Fit], nn.Module]] = {
     "linear": linear,

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit, asked_tokens, grid_side, scaled_mlp
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit, asked_tokens, grid_side, scaled_mlp
+from anymal.config.schema import ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import UserError
-from anymal.settings import options
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ start, so that training begins with the LLM as it is.
     N media   T features of one medium   W their width   D the LLM's width   R latents of one medium   I inner width
     S tokens that see any medium
 
-Who sees what, and the hooks that call the blocks: `anymal.bridge`.
+Who sees what, and the hooks that call the blocks: `anymal.model.cross_attention`.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit
-from adapters.projectors.resampler import Resampler
-from anymal.bridge import Look
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit
+from anymal.adapters.projectors.resampler import Resampler
+from anymal.config.schema import ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import UserError
-from anymal.settings import options
+from anymal.model.cross_attention import Look
 
 LATENTS = 64
 """Flamingo's."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from anymal.config import ProjectorConfig
+from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
 
 GELU_STD = 0.652

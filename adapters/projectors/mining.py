@@ -11,10 +11,10 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit
-from adapters.projectors.parts import check_tokens
-from adapters.projectors.pooled import PooledProjector
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit
+from anymal.adapters.projectors.parts import check_tokens
+from anymal.adapters.projectors.pooled import PooledProjector
+from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
 
 

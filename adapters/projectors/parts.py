@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit
-from adapters.projectors.pooled import PooledProjector
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit
+from anymal.adapters.projectors.pooled import PooledProjector
+from anymal.config.schema import ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import UserError
-from anymal.settings import options
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,8 @@ N media   T features of one medium   W their width   K tokens of one medium   D 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit, scaled_mlp
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit, scaled_mlp
+from anymal.config.schema import ProjectorConfig
 
 
 class PooledProjector(nn.Module):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.pretrained import call, load_config, quiet, without_weights
-from adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
-from anymal.config import ProjectorConfig
+from anymal.adapters.pretrained import call, load_config, quiet, without_weights
+from anymal.adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
+from anymal.config.schema import ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import UserError
-from anymal.settings import options
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
+from anymal.config.schema import ProjectorConfig
 
 
 class ResamplerBlock(nn.Module):

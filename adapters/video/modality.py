@@ -2,7 +2,7 @@
 
 The encoder is either an image encoder, applied to each frame (AnyMAL-Image takes 4), or a video network (VideoMAE).
 Without order a projector could not tell motion: features come frame by frame, and the resampler adds positions. How the
-frames are decoded is in `adapters.video_frames`.
+frames are decoded is in `anymal.adapters.video.frames`.
 
     N clips   F frames of a clip   tokens features of a clip   width channels of a feature
 """
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.image import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
-from adapters.pretrained import call, license_of, load_config, load_network, save_network
-from adapters.video_frames import read_frames
+from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
+from anymal.adapters.pretrained import call, license_of, load_config, load_network, save_network
+from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
 from anymal.modality import Modality, parts
 from anymal.sample import Viewable, Views

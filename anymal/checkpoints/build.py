@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 
-from adapters import MODALITIES, build_adapters
-from adapters.pretrained import license_of
-from anymal import checksums, manifest, networks, pool, precision, settings, shards, stopping
-from anymal.checkpoint import load_projectors, recipe, start_at, with_lora
-from anymal.config import Config
+from anymal import signals
+from anymal.adapters import MODALITIES, build_adapters
+from anymal.adapters.pretrained import license_of
+from anymal.checkpoints import checksums, networks, precision
+from anymal.checkpoints.checkpoint import load_projectors, recipe, start_at, with_lora
+from anymal.checkpoints.networks import Start
+from anymal.config import settings
+from anymal.config.schema import Config
+from anymal.data import manifest, pool, shards
+from anymal.data.prompt import Prepare, prepare
 from anymal.errors import UserError
-from anymal.llm import bars_on_terminals_only, load_llm, on_gpu
 from anymal.modality import Adapter
-from anymal.model import AnyMAL
-from anymal.networks import Start
-from anymal.prompt import Prepare, prepare
+from anymal.model.llm import bars_on_terminals_only, load_llm, on_gpu
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import Sample
 
 OTHERS_FUTURE_WARNINGS = (
@@ -52,7 +55,7 @@ def suffixes() -> dict[str, str]:
 
 
 def unchanged(sample: Sample) -> Sample:
-    """A `prepare` for `anymal.stream.samples_once` that leaves the media encoded."""
+    """A `prepare` for `anymal.data.stream.samples_once` that leaves the media encoded."""
     return sample
 
 
@@ -120,7 +123,7 @@ def process_as_found() -> Iterator[None]:
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with ExitStack() as at_end:
-        for restored in (stopping.handlers_restored(), settings.notes_of_its_own(), torch.random.fork_rng(devices)):
+        for restored in (signals.handlers_restored(), settings.notes_of_its_own(), torch.random.fork_rng(devices)):
             at_end.enter_context(restored)
         for forget in (checksums.forget, shards.note_unwritten.cache_clear, manifest.forget):
             forget()

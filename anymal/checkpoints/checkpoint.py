@@ -16,7 +16,7 @@
     RUN/checkpoints/latest                     a link to the newest
 
 An LLM and encoders that were never trained are not in it, but named in the recipe. Nothing in it is a pickle.
-`anymal.networks` is about those that are, `anymal.retention` about the folder, `anymal.checksums` about the manifest.
+`anymal.checkpoints.networks` is about those that are, `anymal.checkpoints.retention` about the folder, `anymal.checkpoints.checksums` about the manifest.
 """
 
 import json
@@ -34,15 +34,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anymal import checksums, networks, retention, settings
-from anymal.config import Config
+from anymal.checkpoints import checksums, networks, retention
+from anymal.checkpoints.networks import LLM, Start
+from anymal.config import settings
+from anymal.config.schema import Config
+from anymal.data.feature_codec import weights_digest
 from anymal.errors import UserError
-from anymal.features import weights_digest
 from anymal.files import writing
-from anymal.llm import add_lora, load_lora
 from anymal.modality import Adapter, Encoder
-from anymal.model import AnyMAL
-from anymal.networks import LLM, Start
+from anymal.model.llm import add_lora, load_lora
+from anymal.model.multimodal import AnyMAL
 
 LATEST = retention.LATEST
 OPTIMIZER = "optimizer.safetensors"
@@ -61,9 +62,9 @@ class TrainingState:
     step: int = 0
     """Optimizer steps done."""
     bookmark: dict | None = None
-    """The stream's place after the last sample trained on, as `anymal.stream.merge_bookmarks` gives it."""
+    """The stream's place after the last sample trained on, as `anymal.data.stream.merge_bookmarks` gives it."""
     refused: list[list] = field(default_factory=list)
-    """The samples that the stream passes over since their loss was not finite, as `anymal.stream.Stream.refused`."""
+    """The samples that the stream passes over since their loss was not finite, as `anymal.data.stream.Stream.refused`."""
     wandb_id: str | None = None
     """W&B's run id, so that a resumed run continues the same curve."""
     world: int = 0
@@ -98,7 +99,7 @@ def save(
     Args:
         model: For its structure; its weights are not read (under ZeRO they are sharded).
         parameters: Those of projectors, LoRA and what else learns by their names in `model`, whole.
-        moments: AdamW's, as `anymal.engine.full_moments` gives them.
+        moments: AdamW's, as `anymal.training.engine.full_moments` gives them.
         state: Where the run stands.
         config: The resolved settings.
         adapters: As the model was made from.

@@ -12,10 +12,10 @@ import filecmp
 from collections.abc import Sequence
 from pathlib import Path
 
-from anymal.checkpoint import description, existing, modalities_in, start_at
-from anymal.config import Config
+from anymal.checkpoints.checkpoint import description, existing, modalities_in, start_at
+from anymal.checkpoints.networks import LLM, Start
+from anymal.config.schema import Config
 from anymal.errors import UserError
-from anymal.networks import LLM, Start
 
 MIX = "launch/mix.py mixes two of the same modalities"
 

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapters.pretrained import license_of
-from anymal import checkpoint, checksums, settings
-from anymal.command_line import parse_args
+from anymal.adapters.pretrained import license_of
+from anymal.checkpoints import checkpoint, checksums
+from anymal.checkpoints.build import process_as_found, run_program
+from anymal.config import settings
+from anymal.config.command_line import parse_args
 from anymal.errors import UserError
-from anymal.weightless import read_config
-from launch.build import process_as_found, run_program
+from anymal.estimation.fake_llm import read_config
 
 NAMES = ("_name_or_path", "transformers_version")
 """What may differ between the configs of two LLMs."""
@@ -109,7 +110,7 @@ def note(mix: Mix) -> str:
 
 
 def mix_checkpoints(mix: Mix) -> None:
-    """Write `mix.out` as a checkpoint that `anymal.checkpoint.existing` finds."""
+    """Write `mix.out` as a checkpoint that `anymal.checkpoints.checkpoint.existing` finds."""
     a, b = checkpoint.existing(mix.a), checkpoint.existing(mix.b)
     config = checkpoint.recipe(a, model=mix.model)
     modalities = [checkpoint.modalities_in(folder) for folder in (a, b)]

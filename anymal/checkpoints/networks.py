@@ -1,4 +1,4 @@
-"""Whole networks in a checkpoint: the encoders and the LLM, where they were trained. Beside `anymal.checkpoint`.
+"""Whole networks in a checkpoint: the encoders and the LLM, where they were trained. Beside `anymal.checkpoints.checkpoint`.
 
     CHECKPOINT/encoders/MODALITY/   a folder that the modality's loader reads like any other encoder
     CHECKPOINT/llm/                 a causal LM in transformers' own layout, bfloat16 at 16 bits, else float32
@@ -20,21 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anymal import settings
-from anymal.config import Config, LLMConfig, ModalityConfig
-from anymal.engine import MASTER
+from anymal.config import settings
+from anymal.config.schema import Config, LLMConfig, ModalityConfig
+from anymal.config.stages import encoder_names
 from anymal.errors import UserError
-from anymal.llm import bars_on_terminals_only
 from anymal.modality import Adapter, Encoder
-from anymal.model import AnyMAL
-from anymal.stages import encoder_names
+from anymal.model.llm import bars_on_terminals_only
+from anymal.model.multimodal import AnyMAL
+from anymal.training.engine import MASTER
 
 ENCODERS, LLM = "encoders", "llm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The checkpoint that a run goes on from, or several that were trained apart (`anymal.joined`)."""
+    """The checkpoint that a run goes on from, or several that were trained apart (`anymal.checkpoints.joined`)."""
 
     modalities: Mapping[str, Path]
     """By modality, the checkpoint that its projector comes from, and its encoder if that was trained."""

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from anymal.config.settings import load
 from anymal.errors import alternatives
-from anymal.settings import load
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -70,7 +70,7 @@ def parse_args(
 
     ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
     launcher passes is accepted and not needed: the rank comes from the environment. Returns what `read` makes of it,
-    which takes the same as `anymal.settings.load`.
+    which takes the same as `anymal.config.settings.load`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:

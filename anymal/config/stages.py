@@ -18,9 +18,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from anymal.config import Config, encoder_learns
+from anymal.config.schema import Config, encoder_learns
+from anymal.config.settings import derived, load
 from anymal.errors import UserError, nearest
-from anymal.settings import derived, load
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 RESERVED = ("checkpoints", "wandb")  # what a run keeps in its own folder
@@ -47,12 +47,12 @@ def load_stages(
 
     Args:
         schema: `Recipe`, or what adds to it.
-        recipe: As for `anymal.settings.load`.
+        recipe: As for `anymal.config.settings.load`.
         overrides: They apply to every stage, but for ``model.checkpoint``: there the first that is to run starts.
-        defaults: As for `anymal.settings.load`.
+        defaults: As for `anymal.config.settings.load`.
 
     Raises:
-        UserError: As `anymal.settings.load` for each stage; or stages are not a list, one has no name, one that cannot
+        UserError: As `anymal.config.settings.load` for each stage; or stages are not a list, one has no name, one that cannot
             be a folder's or is taken, or sets what is not its own to set; or none has the name that is asked for.
     """
     if any(re.match(r"stages\b", override) for override in overrides):

@@ -4,7 +4,7 @@
 
 A twin has the samples of its tar in the same order under the same keys, bad ones included, so that positions and
 bookmarks mean the same with and without it. The name of its folder says whose features they are
-(`anymal.features.identity`) and how exact; its first member, which is no sample, of which tar they are. Where FOLDER
+(`anymal.data.feature_codec.identity`) and how exact; its first member, which is no sample, of which tar they are. Where FOLDER
 cannot be written to, twins lie in $ANYMAL_CACHE (~/.cache/anymal). docs/features.md says more.
 """
 
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anymal import shards
+from anymal.data import shards
+from anymal.data.feature_codec import PRECISIONS, VERSION
+from anymal.data.manifest import Shard, survey
 from anymal.errors import UserError
-from anymal.features import PRECISIONS, VERSION
-from anymal.manifest import Shard, survey
 
 HEADER = "__features__"  # webdataset passes over names like this one
 HEADER_SIZE = 8192  # bytes, filled up with blanks: what it says is known only once all samples are written
@@ -52,8 +52,8 @@ def find(tar: str, encoders: Mapping[str, str], precision: str, listed: dict[str
 
     Args:
         tar: The original.
-        encoders: Modality → `anymal.features.identity` of the run's encoder.
-        precision: One of `anymal.features.PRECISIONS`, or ``"auto"`` for any.
+        encoders: Modality → `anymal.data.feature_codec.identity` of the run's encoder.
+        precision: One of `anymal.data.feature_codec.PRECISIONS`, or ``"auto"`` for any.
         listed: What earlier calls found in folders; give the same dict for many tars.
     """
     wanted = PRECISIONS if precision == "auto" else (precision,)

@@ -1,4 +1,4 @@
-"""Features of frozen encoders as bytes: what a feature twin (anymal.twins) holds in place of a medium.
+"""Features of frozen encoders as bytes: what a feature twin (anymal.data.feature_cache) holds in place of a medium.
 
     encoder ──[tokens, width]──▶ dump ──safetensors──▶ load ──▶ Features ──packing──▶ Batch
 

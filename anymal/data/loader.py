@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anymal import features, manifest, pool, shards
-from anymal.config import DataConfig
+from anymal.config.schema import DataConfig
+from anymal.data import feature_codec, manifest, pool, shards
+from anymal.data.manifest import Shard
+from anymal.data.parse import parse
 from anymal.errors import BadSample, UserError, shortened
-from anymal.manifest import Shard
-from anymal.parse import parse
 from anymal.sample import Sample, told
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
@@ -68,7 +68,7 @@ class RawSample:
     key: str
     """Its key."""
     members: dict[str, bytes]
-    """By suffix; media whose features are cached are `anymal.features.Stored`."""
+    """By suffix; media whose features are cached are `anymal.data.feature_codec.Stored`."""
     instruction: str = ""
     """As in its `Ticket`."""
     seconds: float = 0.0
@@ -107,7 +107,7 @@ def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, s
 def prepared(
     suffixes: dict[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Any], raw: RawSample
 ) -> Any:
-    """What `prepare` makes of a sample, once it is parsed (see `anymal.parse.parse`) and has its instruction.
+    """What `prepare` makes of a sample, once it is parsed (see `anymal.data.parse.parse`) and has its instruction.
 
     Raises:
         BadSample: It does not parse. And whatever `prepare` raises.
@@ -134,7 +134,7 @@ class Reader:
         def use(raw: RawSample) -> Any:
             raw.instruction = ticket.instruction
             if source is not shard:
-                raw.members = features.restore(raw.members)
+                raw.members = feature_codec.restore(raw.members)
             return self.use(raw)
 
         try:

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from anymal import shards
+from anymal.data import shards
+from anymal.data.remote import Remote, is_url
 from anymal.errors import UserError
-from anymal.remote import Remote, is_url
 
 NAME = "anymal.index.json"  # in a folder of tars; may be published with them
 VERSION = 1

@@ -258,7 +258,7 @@ def _check(bookmark: dict, identity: dict) -> None:
     """Refuse a bookmark whose positions would mean other samples here, and say what differs."""
     if "next" not in bookmark or bookmark.get("version") != VERSION:
         raise UserError(
-            f"this is not a merged bookmark of version {VERSION} (see anymal.stream.merge_bookmarks): "
+            f"this is not a merged bookmark of version {VERSION} (see anymal.data.stream.merge_bookmarks): "
             f"it holds {', '.join(bookmark) or 'nothing'}"
         )
     was = bookmark["data"]

@@ -2,7 +2,7 @@
 
     Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
 
-Samples stand end to end in a row of T tokens, and `anymal.attention` runs over each by itself. Positions begin at zero
+Samples stand end to end in a row of T tokens, and `anymal.model.attention` runs over each by itself. Positions begin at zero
 with every sample; transformers' own attention implementations read the borders off the positions.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from anymal.config import DataConfig
-from anymal.prompt import IGNORED
+from anymal.config.schema import DataConfig
+from anymal.data.prompt import IGNORED
 from anymal.sample import Batch, Features, PartlyEncoded, Tokens
 
 
@@ -63,7 +63,7 @@ class Packer:
         self._put(bin, item)
         rows = []
         while bin.used == self.budget or len(bin.missed) > self.data.look_ahead:
-            rows.append(sorted(bin.row, key=lambda item: len(item.tokens.ids)))  # see anymal.attention
+            rows.append(sorted(bin.row, key=lambda item: len(item.tokens.ids)))  # see anymal.model.attention
             missed, bin.row, bin.used, bin.missed = bin.missed, [], 0, []
             for waiting in missed:
                 self._put(bin, waiting)

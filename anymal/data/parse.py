@@ -39,7 +39,7 @@ def parse(
     clip serves a run that sees pictures alone. Not so where the text refers to the clip, or nothing else is there.
 
     Args:
-        shard, key, members: As `anymal.shards.read` gives them.
+        shard, key, members: As `anymal.data.shards.read` gives them.
         suffixes: Suffix → modality, of all modalities that there are.
         modalities: Those of the run; None: all of them.
 

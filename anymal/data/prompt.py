@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from anymal import features
-from anymal.budget import degrade
-from anymal.config import PromptConfig
+from anymal.config.schema import PromptConfig
+from anymal.data import feature_codec
+from anymal.data.budget import degrade
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
 from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, Views, told, with_note
@@ -320,11 +320,11 @@ class Prepare:
 
     def _content(self, part: Part) -> tuple[Tensor | Viewable | Features, str]:
         """What a medium's bytes are decoded to, and the decoder's note on it."""
-        if isinstance(part.content, features.Stored):
-            return Features(tensor=features.load(part.content, *self.shapes[part.kind])), ""
+        if isinstance(part.content, feature_codec.Stored):
+            return Features(tensor=feature_codec.load(part.content, *self.shapes[part.kind])), ""
         content, note = with_note(self.decoders[part.kind](part.content))
         if not isinstance(content, Viewable):
-            features.check(content, f"the {part.kind} {part.member}, once decoded,")
+            feature_codec.check(content, f"the {part.kind} {part.member}, once decoded,")
         return content, note
 
     def _cut(self, sample: Sample) -> None:
@@ -338,7 +338,7 @@ class Prepare:
         choices = [[length[part.kind] * n for n in part.content.choices] for part in viewable]
         for part, tokens in zip(viewable, degrade(choices, room), strict=True):
             part.content = part.content.views(tokens // length[part.kind])
-            features.check(part.content.tensor, f"the {part.kind} {part.member}, once decoded,")
+            feature_codec.check(part.content.tensor, f"the {part.kind} {part.member}, once decoded,")
 
     def __call__(self, sample: Sample) -> Tokens:
         """Encoded media and texts → what the packing takes."""

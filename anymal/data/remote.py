@@ -22,8 +22,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from anymal.config.settings import public_text
 from anymal.errors import UserError
-from anymal.settings import public_text
 
 TRIES, BACKOFF, TIMEOUT = 5, 1.0, 60.0  # tries without progress; seconds before the second, doubling; for one answer
 _LARGEST_JSON = 1 << 25  # bytes; a larger one takes more memory than the counts in it are worth

@@ -27,10 +27,10 @@ from braceexpand import braceexpand
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from anymal import remote
+from anymal.config.settings import public_text
+from anymal.data import remote
 from anymal.errors import BadSample, UserError
 from anymal.files import file_mode
-from anymal.settings import public_text
 
 BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
 LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from anymal import manifest, shards, twins
-from anymal.config import DataConfig, DatasetConfig
+from anymal.config.schema import DataConfig, DatasetConfig
+from anymal.data import feature_cache, manifest, shards
+from anymal.data.loader import Bad, RawSample, Reader, Ticket, load, prepared
+from anymal.data.manifest import Shard
+from anymal.data.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
+from anymal.data.packing import Item, Packer
 from anymal.errors import Quarantine, UserError, shortened
-from anymal.manifest import Shard
-from anymal.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
-from anymal.packing import Item, Packer
 from anymal.sample import Batch, Sample, Tokens
-from anymal.workers import Bad, RawSample, Reader, Ticket, load, prepared
 
 __all__ = ["Stream", "merge_bookmarks", "samples_once", "tars", "walk"]
 
@@ -38,7 +38,7 @@ class Stream:
         data: What is read, and how.
         suffixes: Suffix of a shard member → modality, such as ``{"jpg": "image", "imu.npy": "imu"}``; the longest
             that fits wins, and ``0.jpg`` fits ``jpg``.
-        modalities: The run's; media of other ones are ignored (see `anymal.parse.parse`). None: all of `suffixes`.
+        modalities: The run's; media of other ones are ignored (see `anymal.data.parse.parse`). None: all of `suffixes`.
         prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
             Whatever it raises makes the sample a bad one; a `UserError` stops the run.
         collate: The tokenised samples of one row → a batch. Runs in the main process.
@@ -47,8 +47,8 @@ class Stream:
         rank, world: Which of how many processes this is; together they see every sample once an epoch.
         refused: What `refuse` noted in an earlier process: samples that are bad by what the model made of them.
         bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
-        encoders: Modality → `anymal.features.identity` of its encoder, for those whose features may be read in place
-            of media (see anymal.twins); `prepare` then gets media that are `anymal.features.Stored`.
+        encoders: Modality → `anymal.data.feature_codec.identity` of its encoder, for those whose features may be read in place
+            of media (see anymal.data.feature_cache); `prepare` then gets media that are `anymal.data.feature_codec.Stored`.
 
     Raises:
         UserError: A shard is missing, a dataset is empty, or the bookmark is one of other data.
@@ -82,7 +82,7 @@ class Stream:
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
         every = {tar.path: tar for found in shards_of for tar in found if len(tar)}
-        self.twins = twins.find_all(list(every.values()), encoders or {}, data.features)
+        self.twins = feature_cache.find_all(list(every.values()), encoders or {}, data.features)
         self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
         self.reader = Reader(shards_of, partial(prepared, suffixes, modalities, prepare), self.twins)
         self.names = list(named)

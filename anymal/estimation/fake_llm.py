@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anymal import attention
-from anymal.activations import set_checkpointing
-from anymal.config import LLMConfig
+from anymal.config.schema import LLMConfig
 from anymal.errors import UserError, nearest
-from anymal.llm import require_llm, set_frozen_mode
+from anymal.model import attention
+from anymal.model.activation_checkpointing import set_checkpointing
+from anymal.model.llm import require_llm, set_frozen_mode
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
 
@@ -87,7 +87,7 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `anymal.llm.load_llm` leaves.
+    """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `anymal.model.llm.load_llm` leaves.
 
     Args:
         settings: Precision, attention and checkpointing.

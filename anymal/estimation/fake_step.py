@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adapters import build_adapters
-from adapters.pretrained import shapes_only
-from anymal import networks
-from anymal.budget import degrade
-from anymal.config import Checkpointing, Config
-from anymal.cost import Cost
+from anymal.adapters import build_adapters
+from anymal.adapters.pretrained import shapes_only
+from anymal.checkpoints import networks
+from anymal.config.schema import Checkpointing, Config
+from anymal.data.budget import degrade
+from anymal.data.packing import pack
+from anymal.data.prompt import IGNORED
 from anymal.errors import UserError
-from anymal.footprint import Footprint, as_on
-from anymal.llm import add_lora, base_model
+from anymal.estimation.fake_llm import make_llm, read_config, stored_bytes, with_layers
+from anymal.estimation.memory import Footprint, as_on
 from anymal.modality import Adapter
-from anymal.model import AnyMAL, select_trainable, trainable
-from anymal.packing import pack
-from anymal.prompt import IGNORED
+from anymal.model.flops import Cost
+from anymal.model.llm import add_lora, base_model
+from anymal.model.multimodal import AnyMAL, select_trainable, trainable
 from anymal.sample import Batch, Tokens
-from anymal.weightless import make_llm, read_config, stored_bytes, with_layers
 
 DEPTHS = (2, 4)
 PHASES = ("encode", "language model", "projectors backward")

@@ -1,7 +1,7 @@
 """Every byte that a training step keeps alive, counted on tensors without data.
 
 The modules that train run on fake tensors (shape, dtype and storage, no content): whatever autograd keeps,
-checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See `launch/rehearse.py`.
+checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See `anymal/estimation/fake_step.py`.
 
 A torch without CUDA cannot follow gradients through tensors that claim to be on a GPU. The fake tensors are therefore
 on the CPU, and `as_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from anymal.cpu import swapped
+from anymal.environment import swapped
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")

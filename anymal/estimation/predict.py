@@ -14,15 +14,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from adapters import describe_options
-from anymal.command_line import parse_args
-from anymal.config import Checkpointing, Config
-from anymal.engine import BUCKET
+from anymal.adapters import describe_options
+from anymal.checkpoints.build import process_as_found, run_program
+from anymal.config.command_line import parse_args
+from anymal.config.schema import Checkpointing, Config
+from anymal.config.stages import Recipe, load_untrained
 from anymal.errors import UserError
-from anymal.stages import Recipe, load_untrained
-from anymal.weightless import config_of, read_config
-from launch.build import process_as_found, run_program
-from launch.rehearse import Held, Rehearsal, Workload
+from anymal.estimation.fake_llm import config_of, read_config
+from anymal.estimation.fake_step import Held, Rehearsal, Workload
+from anymal.training.engine import BUCKET
 
 GB, TERA = 1e9, 1e12
 ROUNDS = 6  # of rehearsals in search of the largest micro-batch

@@ -5,9 +5,9 @@
                                                  └── another's ──────┘
 
 A model that answers from the wording of the question alone does the same in all three; only what lies above both
-controls was seen or heard. Every figure is computed from the records (`anymal.scores`).
+controls was seen or heard. Every figure is computed from the records (`anymal.evaluation.scores`).
 
-Samples come in a shuffled order (`anymal.stream.samples_once`); each is lent the media of the one before it that has
+Samples come in a shuffled order (`anymal.data.stream.samples_once`); each is lent the media of the one before it that has
 as many of each modality, and the first those of the last. So a window of samples is all that is held, however large
 the set is; of each medium, once it is encoded, its features.
 """
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymal.data.prompt import Prepare
 from anymal.errors import BadSample
-from anymal.generate import Said, embed_prompt, generate, log_likelihoods
-from anymal.model import AnyMAL
-from anymal.prompt import Prepare
+from anymal.evaluation.scores import BLANK, OWN, SHUFFLED, Option, Record
+from anymal.model.generate import Said, embed_prompt, generate, log_likelihoods
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import TEXT, Features, Sample, Tokens
-from anymal.scores import BLANK, OWN, SHUFFLED, Option, Record
 
 Media = dict[str, list[Features]]
 """The features of one sample's media (or views of them) by modality, in reading order."""

@@ -3,7 +3,7 @@
     python launch/report.py runs/demo        # writes runs/demo/report.html
 
 It reads what the other programs left in the run's folder: ``evaluation.json``, and for each stage (a subfolder such
-as ``pretrain``) ``metrics.jsonl`` and, where they are there, ``model.json`` (the rows of `anymal.model.table`) and
+as ``pretrain``) ``metrics.jsonl`` and, where they are there, ``model.json`` (the rows of `anymal.model.multimodal.table`) and
 ``recipe.yaml``. No modality is named here: how a medium is shown follows from its file's ending.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from anymal.errors import UserError
-from anymal.scores import CONDITIONS, OWN
-from launch.tables import Table, chose_right, percent, print_table, remarks, said_right, sets_of, tables
+from anymal.evaluation.scores import CONDITIONS, OWN
+from anymal.evaluation.tables import Table, chose_right, percent, print_table, remarks, said_right, sets_of, tables
 
 CARDS = 8
 """Predictions shown for each modality: the first ones that have a medium, not chosen ones."""
@@ -135,7 +135,7 @@ def _bars(sets: Mapping[str, Any]) -> str:
 
 
 def _stage(stage: Path) -> str:
-    from launch.report_media import loss_plot  # matplotlib: `print_table` must work without it
+    from anymal.evaluation.report_media import loss_plot  # matplotlib: `print_table` must work without it
 
     lines = read_lines(stage / "metrics.jsonl")
     if not lines:
@@ -203,7 +203,7 @@ def _is_right(prediction: Mapping[str, Any]) -> bool:
 
 
 def _card(run: Path, prediction: Mapping[str, Any]) -> str:
-    from launch.report_media import medium_html
+    from anymal.evaluation.report_media import medium_html
 
     shown = []
     for name in prediction.get("media", []):

@@ -21,17 +21,17 @@ import torch
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal import checkpoint, precision
-from anymal.command_line import parse_args
-from anymal.config import Config, DataConfig
+from anymal.checkpoints import checkpoint, precision
+from anymal.checkpoints.build import build, device, process_as_found, run_program, suffixes, unchanged
+from anymal.config.command_line import parse_args
+from anymal.config.schema import Config, DataConfig
+from anymal.data.stream import samples_once
 from anymal.errors import BudgetExceeded, Quarantine, UserError
-from anymal.evaluate import ask, evaluate
+from anymal.evaluation.evaluate import ask, evaluate
+from anymal.evaluation.report import read_lines
+from anymal.evaluation.scores import Rule, agreement, figures, predictions, read_records, write_record
+from anymal.evaluation.tables import print_table
 from anymal.sample import Sample
-from anymal.scores import Rule, agreement, figures, predictions, read_records, write_record
-from anymal.stream import samples_once
-from launch.build import build, device, process_as_found, run_program, suffixes, unchanged
-from launch.report import read_lines
-from launch.tables import print_table
 
 BITS = (4, 8, 16, 32)
 

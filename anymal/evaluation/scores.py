@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from anymal.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, words, yes_no
+from anymal.evaluation.metrics import accuracy, bleu, cider_d, rouge_l, wilson_interval, words, yes_no
 
 OWN, BLANK, SHUFFLED = "own", "blank", "shuffled"
 CONDITIONS = (OWN, BLANK, SHUFFLED)
@@ -134,7 +134,7 @@ def figures(records: Sequence[Record], rule: Rule) -> dict[str, Any]:
         ``accuracy_by`` (each rule), ``loss`` (nats per token of the right answers, the mean over samples), and of the
         free answers ``exact`` (right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and the shares ``empty`` and
         ``cut``. What is not defined is None. If all samples are yes/no questions, ``yes_no`` has
-        `anymal.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the choices with ``blank`` and
+        `anymal.evaluation.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the choices with ``blank`` and
         ``shuffled`` media.
     """
     several = _by_condition(records)

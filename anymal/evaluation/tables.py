@@ -1,4 +1,4 @@
-"""An evaluation as tables: their titles, columns and cells, for the terminal here and for `launch.report`'s page.
+"""An evaluation as tables: their titles, columns and cells, for the terminal here and for `anymal.evaluation.report`'s page.
 
 `evaluation` is always what ``launch/evaluate.py`` wrote as evaluation.json. What is not there, or not defined, is a –.
 """
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anymal.metrics import words
-from anymal.scores import BLANK, OWN, RULES, SHUFFLED
+from anymal.evaluation.metrics import words
+from anymal.evaluation.scores import BLANK, OWN, RULES, SHUFFLED
 
 YES_NO = {
     "n": "n",
@@ -19,7 +19,7 @@ YES_NO = {
     "F1": "f1",
     "says yes": "yes_ratio",
 }
-"""Columns of POPE's figures → their names in `anymal.metrics.yes_no`."""
+"""Columns of POPE's figures → their names in `anymal.evaluation.metrics.yes_no`."""
 
 
 @dataclass(frozen=True, kw_only=True)

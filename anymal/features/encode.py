@@ -21,21 +21,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapters import describe_options, load_encoder
-from anymal import features, manifest, networks, shards, twins
-from anymal.command_line import parse_args
-from anymal.config import Config, DataConfig, encoder_learns
+from anymal.adapters import describe_options, load_encoder
+from anymal.checkpoints import networks
+from anymal.checkpoints.build import device, process_as_found, run_program, suffixes
+from anymal.checkpoints.joined import find_start
+from anymal.config.command_line import parse_args
+from anymal.config.schema import Config, DataConfig, encoder_learns
+from anymal.config.stages import Recipe, encoder_names, left_behind, load_stages
+from anymal.data import feature_cache, feature_codec, manifest, shards
+from anymal.data.loader import Bad, RawSample, each, read_sample, reason_of
+from anymal.data.parse import modality_of, parse
+from anymal.data.stream import tars
 from anymal.errors import BadSample, UserError
-from anymal.joined import find_start
+from anymal.features.report import Figures, report
 from anymal.modality import Encoder
-from anymal.model import place_encoder, run_encoder
-from anymal.parse import modality_of, parse
+from anymal.model.multimodal import place_encoder, run_encoder
 from anymal.sample import Noted, with_note
-from anymal.stages import Recipe, encoder_names, left_behind, load_stages
-from anymal.stream import tars
-from anymal.workers import Bad, RawSample, each, read_sample, reason_of
-from launch.build import device, process_as_found, run_program, suffixes
-from launch.encode_report import Figures, report
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,7 @@ class Reader:
         read = Read(key=raw.key)
         for name, data in raw.members.items():
             kind = modality_of(name, self.suffixes)
-            if f".{name}".endswith(f".{features.ENDING}"):
+            if f".{name}".endswith(f".{feature_codec.ENDING}"):
                 continue  # the twin's own names; no sample is good or bad by such a member
             if kind not in self.decoders:
                 read.members[name] = data
@@ -88,9 +89,9 @@ class Reader:
                 found, note = with_note(self.decoders[kind](data))
                 read.altered += [kind] if note else []
             except Exception as error:  # as in the stream
-                found = features.dump_bad(reason_of(error))
-            read.members[f"{name}.{features.ENDING}"] = found
-            read.kinds[f"{name}.{features.ENDING}"] = kind
+                found = feature_codec.dump_bad(reason_of(error))
+            read.members[f"{name}.{feature_codec.ENDING}"] = found
+            read.kinds[f"{name}.{feature_codec.ENDING}"] = kind
             read.seconds[kind] = read.seconds.get(kind, 0) + time.perf_counter() - began
         for kind in read.seconds:
             read.seconds[kind] += raw.seconds / len(read.seconds)
@@ -104,7 +105,7 @@ class Reader:
 
 
 def _unreadable(key: str, reason: str) -> Read:
-    return Read(key=key, members={features.ENDING: features.dump_bad(reason)})
+    return Read(key=key, members={feature_codec.ENDING: feature_codec.dump_bad(reason)})
 
 
 class Encode:
@@ -119,18 +120,18 @@ class Encode:
     def __init__(self, data: DataConfig, encoders: dict[str, Encoder], place: torch.device):
         self.data, self.encoders, self.place = data, encoders, place
         self.precision = "bf16" if data.features in ("auto", "never") else data.features
-        self.identities = {name: features.identity(encoder) for name, encoder in self.encoders.items()}
+        self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
             place_encoder(encoder, place)
 
-    def twin(self, tar: str, listed: dict[str, list[str]] | None = None) -> twins.Twin | None:
+    def twin(self, tar: str, listed: dict[str, list[str]] | None = None) -> feature_cache.Twin | None:
         """The twin that makes encoding the tar needless."""
-        for found in twins.find(tar, self.identities, self.precision, {} if listed is None else listed):
+        for found in feature_cache.find(tar, self.identities, self.precision, {} if listed is None else listed):
             if set(self.identities) <= {*found.encoders, *found.header["looked_for"]}:
                 return found
         return None
 
-    def found(self, paths: list[str]) -> dict[str, twins.Twin]:
+    def found(self, paths: list[str]) -> dict[str, feature_cache.Twin]:
         """The twin of each tar that has one."""
         return {path: twin for path in paths if (twin := self.twin(path)) is not None}
 
@@ -138,14 +139,14 @@ class Encode:
         """Write the twin of one tar; False if another process is at it, or was until now."""
         name = os.path.basename(index.path)
         place = _writable(index.path)
-        partial = place / f".{name}.{twins.folder_name(self.identities, self.precision)}.partial"
-        with twins.claim(str(partial), wait=wait) as file:
+        partial = place / f".{name}.{feature_cache.folder_name(self.identities, self.precision)}.partial"
+        with feature_cache.claim(str(partial), wait=wait) as file:
             if file is None:
                 return False
             if self.twin(index.path) is not None:  # written by another process since we looked
                 partial.unlink()
                 return False
-            stamp, figures, writer = twins.stamp(index.path), {}, twins.Writer(file)
+            stamp, figures, writer = feature_cache.stamp(index.path), {}, feature_cache.Writer(file)
             for read in self._samples(index, figures):
                 writer.add(read.key, read.members)
                 bar.update()
@@ -153,12 +154,12 @@ class Encode:
             if not held:  # a tar without a medium of ours: its twin only says so
                 file.truncate(0)
                 file.seek(0)
-                writer = twins.Writer(file)
-            if twins.stamp(index.path) != stamp:
+                writer = feature_cache.Writer(file)
+            if feature_cache.stamp(index.path) != stamp:
                 raise UserError(f"{index.path} was changed while it was being encoded; start again")
             media = {kind: asdict(one) for kind, one in figures.items()}
             writer.finish(index.path, held, self.precision, looked_for=sorted(self.identities), media=media)
-            final = place / twins.folder_name(held, self.precision) / name
+            final = place / feature_cache.folder_name(held, self.precision) / name
             final.parent.mkdir(exist_ok=True)
             partial.replace(final)
         return True
@@ -193,12 +194,12 @@ class Encode:
 def _written(exact: Tensor, precision: str, figures: Figures) -> bytes:
     """The bytes of one medium's features, and how far what is read from them will be from `exact`."""
     try:
-        features.check(exact, "the encoder's features")
+        feature_codec.check(exact, "the encoder's features")
     except BadSample as error:
         figures.bad += 1
-        return features.dump_bad(str(error))
-    data = features.dump(exact, precision)
-    error = features.load(data, *exact.shape).double() - exact
+        return feature_codec.dump_bad(str(error))
+    data = feature_codec.dump(exact, precision)
+    error = feature_codec.load(data, *exact.shape).double() - exact
     figures.media += 1
     figures.bytes += len(data)
     figures.largest_error = max(figures.largest_error, error.abs().max().item())
@@ -210,7 +211,7 @@ def _written(exact: Tensor, precision: str, figures: Figures) -> bytes:
 def _writable(tar: str) -> Path:
     """The first of `twins.places` that a file can be made in."""
     why = ""
-    for place in map(Path, twins.places(tar)):
+    for place in map(Path, feature_cache.places(tar)):
         try:
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):

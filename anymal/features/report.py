@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from anymal import features, shards, twins
+from anymal.checkpoints.build import suffixes
+from anymal.data import feature_cache, feature_codec, shards
+from anymal.data.loader import RawSample, read_sample
+from anymal.data.parse import modality_of
 from anymal.errors import BadSample
 from anymal.modality import Encoder
-from anymal.parse import modality_of
-from anymal.workers import RawSample, read_sample
-from launch.build import suffixes
 
 REREAD = 1000
 """Samples that are read again, to measure what that costs."""
@@ -53,20 +53,20 @@ class Figures:
         return (self.squared_error / self.squared) ** 0.5 if self.squared else 0.0
 
 
-def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[twins.Twin]) -> dict[str, float]:
+def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[feature_cache.Twin]) -> dict[str, float]:
     """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
     seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
     indexes = [shards.index(twin.path) for twin in found if twin.encoders]
 
     def add(raw: RawSample) -> None:
         began = time.perf_counter()
-        members = features.restore(raw.members)
+        members = feature_codec.restore(raw.members)
         reading = raw.seconds + time.perf_counter() - began
-        stored = {name: data for name, data in members.items() if isinstance(data, features.Stored)}
+        stored = {name: data for name, data in members.items() if isinstance(data, feature_codec.Stored)}
         for name, data in stored.items():
             kind, began = modality_of(name, suffixes()), time.perf_counter()
             with suppress(BadSample):
-                features.load(data, encoders[kind].tokens, encoders[kind].width)
+                feature_codec.load(data, encoders[kind].tokens, encoders[kind].width)
             seconds[kind] += reading / len(stored) + time.perf_counter() - began
             counts[kind] += 1
 
@@ -76,7 +76,7 @@ def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[twins.Twin]
     return {kind: seconds[kind] / count for kind, count in counts.items() if count}
 
 
-def report(found: Mapping[str, twins.Twin], encoders: Mapping[str, Encoder], precision: str) -> list[str]:
+def report(found: Mapping[str, feature_cache.Twin], encoders: Mapping[str, Encoder], precision: str) -> list[str]:
     """Lines that say what twins hold, how exact it is, and whether reading them is cheaper than encoding.
 
     Args:

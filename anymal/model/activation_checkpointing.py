@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from anymal.config import Checkpointing
+from anymal.config.schema import Checkpointing
 from anymal.errors import UserError
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 def set_checkpointing(llm: nn.Module, mode: Checkpointing) -> None:
     """Make the decoder layers of a causal LM keep what `mode` says: none, selective or full.
 
-    They do so while their training flag is set (`anymal.llm.set_frozen_mode`).
+    They do so while their training flag is set (`anymal.model.llm.set_frozen_mode`).
 
     Raises:
         UserError: The architecture does not offer it.

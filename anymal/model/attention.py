@@ -1,10 +1,10 @@
 """Attention over a packed row: each sample by itself, so that no work is done across borders.
 
-    lengths of a row's samples ──anymal.model──▶ every attention layer of transformers ──▶ packed_attention
+    lengths of a row's samples ──anymal.model.multimodal──▶ every attention layer of transformers ──▶ packed_attention
 
 A mask over a row of T tokens costs T² products, most of them masked: for rows of many short samples more than the rest
 of the layer. Here it is the sum of t² over the samples; there is no mask to keep, and nothing to see one another by.
-Samples of one length that stand side by side (`anymal.packing.Packer` sorts them) go through torch's kernel together.
+Samples of one length that stand side by side (`anymal.data.packing.Packer` sorts them) go through torch's kernel together.
 """
 
 from collections.abc import Sequence

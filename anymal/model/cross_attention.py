@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.errors import UserError
-from anymal.llm import base_model
+from anymal.model.llm import base_model
 
 
 class Look(NamedTuple):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from anymal.bridge import Look, looks
+from anymal.model.cross_attention import Look, looks
 from anymal.sample import Batch, PartlyEncoded
 
 _log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Cost:
     Make it before DeepSpeed shards the model.
 
     Args:
-        model: An `anymal.model.AnyMAL`.
+        model: An `anymal.model.multimodal.AnyMAL`.
         checkpointing: ``model.llm.checkpointing``.
     """
 

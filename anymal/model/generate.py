@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymal.bridge import Sight, left_padded
-from anymal.model import AnyMAL
-from anymal.packing import pack
+from anymal.data.packing import pack
+from anymal.model.cross_attention import Sight, left_padded
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import Tokens
 
 
@@ -39,7 +39,7 @@ def embed_prompt(model: AnyMAL, question: Tokens) -> Embedded:
 
     Args:
         model: The model.
-        question: From `anymal.prompt.Prompt.question`; its media may be `anymal.sample.Features`.
+        question: From `anymal.data.prompt.Prompt.question`; its media may be `anymal.sample.Features`.
     """
     batch = pack([question]).to(model.device)
     features = model.encode(batch.media)  # outside of autocast, as in training

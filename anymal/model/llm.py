@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from anymal import attention
-from anymal.activations import set_checkpointing
-from anymal.config import LLMConfig, LoraConfig
+from anymal.config.schema import LLMConfig, LoraConfig
 from anymal.errors import UserError
-from anymal.hub import unavailable
+from anymal.model import attention
+from anymal.model.activation_checkpointing import set_checkpointing
+from anymal.model.hub import unavailable
 
 # On a CPU, 8-bit layers warn at every call that they cast; it is known and harmless.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -140,7 +140,7 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 
     Args:
         llm: The LLM, with or without LoRA.
-        recompute: Whether decoder layers keep less for the backward pass, as `anymal.activations` may have told them.
+        recompute: Whether decoder layers keep less for the backward pass, as `anymal.model.activation_checkpointing` may have told them.
             Set on the layers alone, not on the dropouts inside them.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from anymal.cpu import swapped
-from anymal.llm import base_model
+from anymal.environment import swapped
+from anymal.model.llm import base_model
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits of a chunk; its softmax and gradient take as much again, each
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # in transformers' configs

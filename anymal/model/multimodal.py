@@ -3,7 +3,7 @@
     batch.media ──frozen encoders──▶ features ──projectors──▶ embeddings ─┐
     batch.ids ─────────────the LLM's own embedding table─────────────────▶ spliced row ──LLM──▶ loss at answer tokens
 
-Projectors that have bridges are also looked at from between the LLM's layers (`anymal.bridge`).
+Projectors that have bridges are also looked at from between the LLM's layers (`anymal.model.cross_attention`).
 
 Frozen encoders are not registered as submodules: the engine sees only what gradients pass through, and under ZeRO-3
 nothing is gathered for an encoder that only some ranks run. One that learns is registered, and runs in `forward`, on
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymal import attention
-from anymal.bridge import Bridges, Sight, looks
-from anymal.config import encoder_learns
+from anymal.config.schema import encoder_learns
 from anymal.errors import UserError
-from anymal.llm import base_model, compute_dtype, set_frozen_mode
-from anymal.loss import chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.modality import Adapter, Encoder
+from anymal.model import attention
+from anymal.model.cross_attention import Bridges, Sight, looks
+from anymal.model.llm import base_model, compute_dtype, set_frozen_mode
+from anymal.model.loss import chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.sample import Batch, PartlyEncoded
 
 

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from adapters import MODALITIES
-from anymal import checkpoint
-from anymal.command_line import field_docs, parse_args
+from anymal.adapters import MODALITIES
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build, device, process_as_found, run_program
+from anymal.config.command_line import field_docs, parse_args
 from anymal.errors import UserError
 from anymal.sample import TEXT, Part
-from launch.build import build, device, process_as_found, run_program
-from launch.conversation import ContextTooLong, Conversation
-from launch.draw import Painter, split
+from anymal.serving.conversation import ContextTooLong, Conversation
+from anymal.serving.draw import Painter, split
 
 COMMANDS = ("reset", "help", "quit")
 HELP = f"""\

@@ -15,11 +15,11 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
+from anymal.checkpoints.build import Built
+from anymal.data.prompt import LONGEST_TOKEN
 from anymal.errors import BadSample, UserError
-from anymal.generate import Embedded, Said, embed_prompt, generate
-from anymal.prompt import LONGEST_TOKEN
+from anymal.model.generate import Embedded, Said, embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample
-from launch.build import Built
 
 
 class ContextTooLong(UserError):
@@ -74,7 +74,7 @@ class Conversation:
         the answer is not read to its end (the iterator is closed, or interrupted), what was said of it is kept.
 
         Returns:
-            The answer in pieces, as they come; together they are what `anymal.generate.generate` makes of it.
+            The answer in pieces, as they come; together they are what `anymal.model.generate.generate` makes of it.
 
         Raises:
             ContextTooLong: There is no room for an answer. Raised here, not by the iterator.

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymal.config import Config
+from anymal.config.schema import Config
 from anymal.errors import UserError
-from anymal.llm import on_gpu
-from anymal.model import AnyMAL, trainable
+from anymal.model.llm import on_gpu
+from anymal.model.multimodal import AnyMAL, trainable
 
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from anymal import stopping
-from anymal.ahead import Ahead
-from anymal.config import Config
-from anymal.cost import Cost
-from anymal.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
-from anymal.meter import Meter
-from anymal.model import AnyMAL
-from anymal.recovery import refuse_culprits
+from anymal import signals
+from anymal.config.schema import Config
+from anymal.data.stream import Stream, merge_bookmarks
+from anymal.model.flops import Cost
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
-from anymal.stream import Stream, merge_bookmarks
-from anymal.tracking import Tracker
+from anymal.training.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
+from anymal.training.meter import Meter
+from anymal.training.prefetch import Ahead
+from anymal.training.recovery import refuse_culprits
+from anymal.training.tracking import Tracker
 
 STOPPED = "stopped, since it was asked to; start the same command again to go on"
 
@@ -49,13 +49,13 @@ def train(
         cost: Counts what the batches cost, for the figures of throughput.
 
     Returns:
-        Whether all steps were done; False once it was asked to stop (see `anymal.stopping`) and the state was saved.
+        Whether all steps were done; False once it was asked to stop (see `anymal.signals`) and the state was saved.
 
     Raises:
         UserError: The loss is not finite, and it is not single samples that make it so.
     """
     model: AnyMAL = engine.module
-    stopping.note_signals()
+    signals.note_signals()
     meter = Meter(cost, peak_tflops=config.run.peak_tflops)
     ahead, done, place = Ahead(model), start, stream.bookmark
     batches = iter(stream)
@@ -87,7 +87,7 @@ def train(
         done, place = done + 1, micro_batches[-1].bookmark
         for batch, per_group in zip(micro_batches, losses, strict=True):
             meter.add(batch, per_group)
-        stop = sum_over_ranks(torch.tensor(int(stopping.asked()), device=model.device)).item() > 0
+        stop = sum_over_ranks(torch.tensor(int(signals.asked()), device=model.device)).item() > 0
         if done % config.run.log_every == 0 or done == config.optim.steps:
             tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
         if done % config.run.save_every == 0 or done == config.optim.steps or stop:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anymal.cost import Cost
+from anymal.model.flops import Cost
 from anymal.sample import Batch
 
 GB, TERA = 1e9, 1e12
@@ -56,7 +56,7 @@ class Meter:
 
         Args:
             batch: What the model saw, T tokens of it.
-            per_group: [G, 2] from `anymal.loss.sums_per_group`: for each of ``batch.groups``, the summed loss (nats)
+            per_group: [G, 2] from `anymal.model.loss.sums_per_group`: for each of ``batch.groups``, the summed loss (nats)
                 and the number of answer tokens.
             padding: How many of the T tokens are padding.
         """
@@ -92,7 +92,7 @@ class Meter:
             decoded media that are `anymal.sample.Noted`, if there are any), ``tokens_per_s``
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
-            together, as `anymal.cost` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
+            together, as `anymal.model.flops` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
             ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its process
             without loader workers), and `also`.
         """

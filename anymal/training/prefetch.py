@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymal.model import AnyMAL
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
 
 Encoded = tuple[Batch, dict[str, Tensor]]

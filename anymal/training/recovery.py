@@ -1,7 +1,7 @@
 """A step whose loss is not finite: which of its samples make it so, and on without them. Beside the loop.
 
 A finite sound can have a spectrogram that is not, and a medium may drive an encoder beyond its numbers. Such a sample
-is as bad as one that does not decode, which only shows here. Nothing of the step was applied (`anymal.engine.step`):
+is as bad as one that does not decode, which only shows here. Nothing of the step was applied (`anymal.training.engine.step`):
 the stream goes back to where the step began, its samples are run one by one, and those whose own loss is not finite
 are bad samples from then on. So the run is the one in which they had been so from the start.
 """
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from anymal.ahead import Ahead
-from anymal.engine import gather
+from anymal.data.packing import Item, pack
+from anymal.data.stream import Stream, merge_bookmarks
 from anymal.errors import UserError
-from anymal.llm import set_frozen_mode
-from anymal.model import AnyMAL, trainable
-from anymal.packing import Item, pack
-from anymal.stream import Stream, merge_bookmarks
+from anymal.model.llm import set_frozen_mode
+from anymal.model.multimodal import AnyMAL, trainable
+from anymal.training.engine import gather
+from anymal.training.prefetch import Ahead
 
 _NAMED = 10  # samples that a message names
 

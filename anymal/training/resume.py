@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anymal.config import Config
+from anymal.config.schema import Config
 from anymal.errors import UserError
 
 FREE = (

@@ -15,13 +15,28 @@ from typing import Any
 import torch
 import torch.distributed
 
-from adapters import describe_options
-from anymal import checkpoint, lock, retention, settings
-from anymal.checkpoint import TrainingState
-from anymal.command_line import parse_args
-from anymal.config import Config
-from anymal.cost import Cost
-from anymal.engine import (
+from anymal.adapters import describe_options
+from anymal.checkpoints import checkpoint, lock, retention
+from anymal.checkpoints.build import Built, build, process_as_found, suffixes
+from anymal.checkpoints.checkpoint import TrainingState
+from anymal.checkpoints.joined import find_start
+from anymal.checkpoints.networks import Start
+from anymal.config import settings
+from anymal.config.command_line import parse_args
+from anymal.config.schema import Config
+from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.data.feature_codec import identity
+from anymal.data.packing import pack
+from anymal.data.prompt import Prepare
+from anymal.data.stream import Stream, samples_once, tars
+from anymal.errors import Quarantine, UserError
+from anymal.files import write_whole
+from anymal.model.flops import Cost
+from anymal.model.generate import embed_prompt, generate
+from anymal.model.llm import isolates_packed_samples
+from anymal.model.multimodal import format_table, select_trainable, table, trainable
+from anymal.sample import Sample, Tokens
+from anymal.training.engine import (
     engine_of,
     full_moments,
     portable_parameters,
@@ -29,23 +44,9 @@ from anymal.engine import (
     restore_masters,
     restore_moments,
 )
-from anymal.errors import Quarantine, UserError
-from anymal.features import identity
-from anymal.files import write_whole
-from anymal.generate import embed_prompt, generate
-from anymal.joined import find_start
-from anymal.llm import isolates_packed_samples
-from anymal.model import format_table, select_trainable, table, trainable
-from anymal.networks import Start
-from anymal.packing import pack
-from anymal.prompt import Prepare
-from anymal.resume import FREE, compare, differences
-from anymal.sample import Sample, Tokens
-from anymal.stages import Recipe, config_of, load_stages
-from anymal.stream import Stream, samples_once, tars
-from anymal.tracking import Tracker
-from anymal.train import train
-from launch.build import Built, build, process_as_found, suffixes
+from anymal.training.loop import train
+from anymal.training.resume import FREE, compare, differences
+from anymal.training.tracking import Tracker
 
 
 @process_as_found()

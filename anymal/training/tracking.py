@@ -31,10 +31,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from anymal.config import RunConfig
+from anymal.config.schema import RunConfig
+from anymal.config.settings import public_text
 from anymal.errors import UserError
 from anymal.files import append_line, write_whole, writing
-from anymal.settings import public_text
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is not a terminal, the bar is a line of text at most this often."""
@@ -47,7 +47,7 @@ class Tracker:
 
     Args:
         run: Where the run lives, and whether W&B is used.
-        config_dict: The settings without secrets (`anymal.settings.public`), for W&B.
+        config_dict: The settings without secrets (`anymal.config.settings.public`), for W&B.
         rank: This process's.
         steps: Optimizer steps of the whole run.
         start: The last step that is already done: 0, or the step of the checkpoint that the run resumes from. Later
@@ -248,7 +248,7 @@ def altered_media(media: Mapping[str, Mapping[str, int]]) -> str:
     """What decoding left out or added, in words; empty if all media are whole.
 
     Args:
-        media: Modality → note, or ``"whole"`` → number of media, as `anymal.meter.Meter.summary` gives it.
+        media: Modality → note, or ``"whole"`` → number of media, as `anymal.training.meter.Meter.summary` gives it.
     """
     return "; ".join(
         f"{name} {count:,} of {sum(counts.values()):,} {note}"

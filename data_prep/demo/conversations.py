@@ -1,6 +1,6 @@
 """Labelled media → conversation shards for stage 2: several media of several modalities, asked about in varied words.
 
-    python data_prep/conversations.py media=data/demo folder=data/demo/conversations
+    python data_prep/demo/conversations.py media=data/demo folder=data/demo/conversations
 
 Reads the shards that the demo's other steps wrote (``media/MODALITY/SPLIT``), and makes five forms of conversation from
 their media and labels: a question in other words than stage 1's, a question in every turn, one about two media
@@ -17,10 +17,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.write import QUESTION, SPLITS, read_shards, write_shards
 from anymal.errors import UserError
-from data_prep.shards import QUESTION, SPLITS, read_shards, write_shards
-from data_prep.steps import is_done, run
 
 MEMBERS = {"image": "jpg", "audio": "flac", "imu": "imu.npy", "video": "mp4"}
 """Modality → the suffix of its media in the demo's shards."""

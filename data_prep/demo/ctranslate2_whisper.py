@@ -1,6 +1,6 @@
 """A CTranslate2 ``model.bin`` of Whisper → a folder that transformers' ``from_pretrained`` loads as `WhisperModel`.
 
-    python data_prep/ctranslate2_whisper.py model=model.bin folder=models/whisper-tiny.en license=mit
+    python data_prep/demo/ctranslate2_whisper.py model=model.bin folder=models/whisper-tiny.en license=mit
 
 Whisper's encoder always takes clips of one length. Its table of positions is cut to `seconds` here, so that a short
 clip does not cost what 30 seconds cost; the feature extractor saved beside it pads or cuts clips to that length.
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from omegaconf import MISSING
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.steps import is_done, run, whole_folder
 from anymal.errors import UserError
-from data_prep.steps import is_done, run, whole_folder
 
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 _POSITIONS_PER_SECOND = 50

@@ -1,26 +1,26 @@
 """Make all of the demo's shards: four modalities, and conversations about them, each as train, validation and test.
 
-    python data_prep/demo_data.py
-    python data_prep/demo_data.py folder=data/demo cache=/some/folder seed=1
+    python data_prep/demo/data.py
+    python data_prep/demo/data.py folder=data/demo cache=/some/folder seed=1
 
 Writes ``folder/{image,audio,video,imu}/{train,validation,test}`` for stage 1 and ``folder/conversations/…`` for stage
 2. ``train`` is learnt from, settings are chosen by ``validation``, and ``test`` is reported, once. `seed` draws who and
 what is held out, so that anybody can draw a test that nobody has seen; whatever learns from ``train`` belongs to that
 seed. What each holds, where it comes from and what is held out stands at the head of the step that makes it:
 openmoji.py, instruments.py, moving_pictures.py, smartwatch.py, conversations.py. Third step of the demo, after
-`data_prep.demo_assets`; takes 20 CPU seconds.
+`anymal.data_prep.demo.assets`; takes 20 CPU seconds.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.data_prep.steps import run, worker_pool
+from anymal.data_prep.write import SPLITS
 from anymal.errors import UserError
-from data_prep import conversations, instruments, moving_pictures, openmoji, smartwatch
-from data_prep.demo_assets import cache_folder
-from data_prep.shards import SPLITS
-from data_prep.steps import run, worker_pool
 
 
 @dataclass(kw_only=True)

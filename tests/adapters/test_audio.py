@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_encoders as tiny
-from adapters.audio import AudioOptions, load_audio_encoder, read_sound
+from anymal.adapters.audio import AudioOptions, load_audio_encoder, read_sound
 from anymal.errors import BadSample, UserError
 from tiny_encoders import sound
 

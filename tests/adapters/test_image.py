@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny_encoders as tiny
-from adapters.image import ImageOptions, load_image_encoder, read_image
+from anymal.adapters.image.modality import ImageOptions, load_image_encoder, read_image
 from anymal.errors import BadSample, UserError
 from tiny_encoders import picture
 
@@ -112,7 +112,7 @@ def test_dinov2_and_siglip_give_their_patches(tmp_path):
 
 
 def test_efficientnet_lite0_has_the_published_size():
-    from adapters.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+    from anymal.adapters.architectures.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
     model = EfficientNetLiteModel(EfficientNetLiteConfig()).eval()
     assert sum(p.numel() for p in model.parameters()) == 4_652_008
@@ -122,7 +122,7 @@ def test_efficientnet_lite0_has_the_published_size():
 
 
 def test_same_padding_is_tensorflows():
-    from adapters.efficientnet_lite import SameConv2d
+    from anymal.adapters.architectures.efficientnet_lite import SameConv2d
 
     conv = SameConv2d(1, 1, 3, stride=2)
     torch.nn.init.ones_(conv.weight)

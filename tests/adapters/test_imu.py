@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import tiny_encoders as tiny
-from adapters.imu import IMUOptions, load_imu_encoder, read_recording
+from anymal.adapters.imu.modality import IMUOptions, load_imu_encoder, read_recording
+from anymal.config.settings import options
 from anymal.errors import BadSample, BudgetExceeded, UserError
-from anymal.settings import options
 from tiny_encoders import decoded, motion, npy
 
 
 def test_channels_are_standardised(tmp_path):
-    from adapters.imu_encoder import IMUEncoderConfig, IMUEncoderModel
+    from anymal.adapters.architectures.imu_encoder import IMUEncoderConfig, IMUEncoderModel
 
     config = IMUEncoderConfig(seconds=1.0, hidden_size=16, mean=[0, 0, 9.81, 0, 0, 0], std=[2.0] * 6)
     IMUEncoderModel(config).save_pretrained(tmp_path)
@@ -133,7 +133,7 @@ def _imu_shard(path, count, seed, *, bad=True):
 
 
 def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
-    from launch.pretrain_imu_encoder import IMUTraining, main, run
+    from anymal.adapters.imu.pretrain import IMUTraining, main, run
 
     _imu_shard(tmp_path / "train.tar", 64, 0)
     _imu_shard(tmp_path / "test.tar", 32, 1)
@@ -168,7 +168,7 @@ def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
 
 def test_imu_training_heeds_what_the_index_says(tmp_path, capsys):
     """A window of which the index says that it may lack members is as bad as one that does not decode."""
-    from launch.pretrain_imu_encoder import IMUTraining, run
+    from anymal.adapters.imu.pretrain import IMUTraining, run
 
     _imu_shard(tmp_path / "a.tar", 40, 0)
     whole = _imu_shard(tmp_path / "b.tar", 40, 1, bad=False).read_bytes()
@@ -198,7 +198,7 @@ def test_imu_training_heeds_what_the_index_says(tmp_path, capsys):
 
 
 def test_imu_training_refuses_what_it_cannot_learn_from(tmp_path):
-    from launch.pretrain_imu_encoder import IMUTraining, run
+    from anymal.adapters.imu.pretrain import IMUTraining, run
 
     with pytest.raises(UserError, match="there is no shard"):
         run(IMUTraining(shards=str(tmp_path / "none.tar"), out=str(tmp_path / "out")))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tiny_encoders as tiny
-from adapters.imu import IMUOptions, load_imu_encoder
-from adapters.imu_trunks import TRUNKS, load_trunk
-from adapters.pretrained import shapes_only
+from anymal.adapters.imu.modality import IMUOptions, load_imu_encoder
+from anymal.adapters.imu.published import TRUNKS, load_trunk
+from anymal.adapters.pretrained import shapes_only
 from anymal.errors import BadSample, UserError
 from tiny_imu_trunks import STATE_DICTS, imagebind, imu2clip, onellm
 

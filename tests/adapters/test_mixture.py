@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny_encoders as tiny
-from adapters import build_adapters, load_encoder
-from adapters.image import ImageOptions, load_image_encoder
-from adapters.pictures import Pixels, pixels_for, square
-from adapters.pretrained import shapes_only
-from anymal.config import Config, ModalityConfig, ProjectorConfig
-from anymal.cost import forward_flops
+from anymal.adapters import build_adapters, load_encoder
+from anymal.adapters.image.modality import ImageOptions, load_image_encoder
+from anymal.adapters.image.pictures import Pixels, pixels_for, square
+from anymal.adapters.pretrained import shapes_only
+from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
+from anymal.config.settings import load
+from anymal.data.feature_codec import identity
 from anymal.errors import UserError
-from anymal.features import identity
 from anymal.modality import parts
-from anymal.settings import load
+from anymal.model.flops import forward_flops
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

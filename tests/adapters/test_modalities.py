@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
-from adapters.pretrained import shapes_only
-from adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
-from anymal.command_line import field_docs
-from anymal.config import ModalityConfig, ProjectorConfig
+from anymal.adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
+from anymal.adapters.pretrained import shapes_only
+from anymal.adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
+from anymal.config.command_line import field_docs
+from anymal.config.schema import ModalityConfig, ProjectorConfig
+from anymal.config.settings import options
 from anymal.errors import BadSample, UserError
-from anymal.settings import options
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, decoded, hostile
 
 CASES = [(name, kind) for name in MODALITIES for kind in ENCODERS[name]]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adapters import build_adapters
-from adapters.pretrained import shapes_only
-from adapters.projectors import PROJECTORS, build_projector
-from adapters.projectors.pooled import PooledProjector
-from adapters.projectors.resampler import Resampler
-from anymal.config import ModalityConfig, ProjectorConfig
-from anymal.cost import forward_flops
+from anymal.adapters import build_adapters
+from anymal.adapters.pretrained import shapes_only
+from anymal.adapters.projectors import PROJECTORS, build_projector
+from anymal.adapters.projectors.pooled import PooledProjector
+from anymal.adapters.projectors.resampler import Resampler
+from anymal.config.schema import ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
+from anymal.model.flops import forward_flops
 from tiny_encoders import siglip
 
 # No gradient reaches these: softmax does not see what all keys have in common, and one key leaves it no choice.

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adapters.pretrained import new_tensors, shapes_only
-from adapters.projectors import build_projector
-from anymal.config import ProjectorConfig
+from anymal.adapters.pretrained import new_tensors, shapes_only
+from anymal.adapters.projectors import build_projector
+from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.projectors import build_projector
-from anymal.config import ProjectorConfig
+from anymal.adapters.projectors import build_projector
+from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapters.signals import crop_centre, hold_last, resample
+from anymal.adapters.signals import crop_centre, hold_last, resample
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 44101, 48000])

@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 import tiny_encoders
-from adapters.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
-from anymal.budget import degrade
-from anymal.config import Config
+from anymal.adapters.image.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.data.budget import degrade
+from anymal.data.packing import pack
 from anymal.errors import BadSample, UserError
-from anymal.evaluate import ask
-from anymal.model import select_trainable
-from anymal.packing import pack
+from anymal.evaluation.evaluate import ask
+from anymal.model.multimodal import select_trainable
 from anymal.sample import Message, Part, Sample
-from anymal.settings import load
-from launch.build import build
 from toys import text
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny_encoders as tiny
-from adapters.image import ImageOptions, load_image_encoder
-from adapters.video import VideoOptions, load_video_encoder
+from anymal.adapters.image.modality import ImageOptions, load_image_encoder
+from anymal.adapters.video.modality import VideoOptions, load_video_encoder
 from anymal.errors import UserError
 from tiny_encoders import clip_bytes
 

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from adapters import video_frames
-from adapters.video_frames import frames_by_seeking, frames_from_start, read_frames, read_index, spread
+from anymal.adapters.video import frames as video_frames
+from anymal.adapters.video.frames import frames_by_seeking, frames_from_start, read_frames, read_index, spread
 from anymal.errors import BadSample
 from tiny_encoders import clip_bytes, shade
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anymal import checkpoint, checksums, retention
-from anymal.config import Config
+from anymal.checkpoints import checkpoint, checksums, retention
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config
+from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.settings import load
-from launch.build import build
 from small_runs import losses, make_encoders, pretrain_here, settings, write_pairs
 
 TRAIN = ["train=[projectors,lora]"]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from anymal import checkpoint, lock, shards
-from anymal.config import RunConfig
+from anymal.checkpoints import checkpoint, lock
+from anymal.config.schema import RunConfig
+from anymal.data import shards
 from anymal.errors import Quarantine, UserError
 from anymal.files import append_line, write_whole, writing
-from anymal.tracking import Tracker
+from anymal.training.tracking import Tracker
 from small_runs import losses, make_encoders, pretrain_here, settings, write_pairs
 
 SIZE = 8 << 20

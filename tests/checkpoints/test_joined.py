@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from anymal import checkpoint
-from anymal.config import Config
-from anymal.errors import UserError
-from anymal.joined import find_start
-from anymal.settings import load
-from anymal.stages import Recipe, config_of, load_stages
-from conftest import make_llm
-from launch.build import build
-from launch.stage import run_stages
-from small_runs import make_encoders, pretrain_here, settings, write_pairs
 from test_mix import make_checkpoint
+
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.checkpoints.joined import find_start
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.errors import UserError
+from anymal.training.run import run_stages
+from conftest import make_llm
+from small_runs import make_encoders, pretrain_here, settings, write_pairs
 
 CPU = torch.device("cpu")
 KINDS = ["image", "imu"]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from anymal import lock
-from anymal.config import Config
+from anymal.checkpoints import lock
+from anymal.config.schema import Config
+from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.settings import load
-from launch.stage import run_stage
+from anymal.training.run import run_stage
 from small_runs import ROOT, environment, make_encoders, settings, write_pairs
 
 FORK = multiprocessing.get_context("fork")
@@ -214,8 +214,8 @@ _RANK = """
 import sys
 import torch.distributed
 from anymal.errors import UserError
-from launch.build import run_program
-from launch.stage import _on_rank_0
+from anymal.checkpoints.build import run_program
+from anymal.training.run import _on_rank_0
 
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

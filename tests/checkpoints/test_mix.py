@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import anymal  # noqa: F401  before anything imports transformers
-import launch.mix
+import anymal.checkpoints.mix
 import tiny_encoders
-from anymal import checkpoint
-from anymal.config import Config
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.checkpoints.mix import Mix, hollow_llm, mix_checkpoints, mix_llms
+from anymal.config.schema import Config
+from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.model import select_trainable, trainable
-from anymal.settings import load
+from anymal.model.multimodal import select_trainable, trainable
 from conftest import make_llm
-from launch.build import build
-from launch.mix import Mix, hollow_llm, mix_checkpoints, mix_llms
 from small_runs import python, settings
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
 
 def test_what_is_the_same_in_both_stays_the_same_to_the_bit():
     weight = torch.randn(1000)
-    assert torch.equal(launch.mix.mixed(weight, weight.clone(), 0.3, "x"), weight)
+    assert torch.equal(anymal.checkpoints.mix.mixed(weight, weight.clone(), 0.3, "x"), weight)
     assert not torch.equal(0.3 * weight + 0.7 * weight, weight)
 
 
@@ -262,8 +262,8 @@ def test_one_tensor_of_each_is_in_memory_at_a_time(llms, tmp_path, monkeypatch):
             most.append(len(alive))
             return tensor
 
-    real = launch.mix.safe_open
-    monkeypatch.setattr(launch.mix, "safe_open", Watched)
+    real = anymal.checkpoints.mix.safe_open
+    monkeypatch.setattr(anymal.checkpoints.mix, "safe_open", Watched)
     mix_llms(Mix(a=str(llms["a"]), b=str(llms["b"]), out=str(tmp_path / "out")))
     assert len(most) == 2 * len(tensors(llms["a"])) and max(most) == 2
 

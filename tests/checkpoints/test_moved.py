@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset as wds
-
-import launch.chat
-import launch.evaluate
-import launch.mix
-import tiny_encoders
-from anymal import checkpoint
-from anymal.config import Config, LLMConfig
-from anymal.errors import UserError
-from anymal.joined import find_start
-from anymal.llm import load_llm
-from anymal.settings import load
-from conftest import make_llm
-from launch.build import build
-from small_runs import settings
 from test_mix import make_checkpoint
+
+import anymal.checkpoints.mix
+import anymal.evaluation.run
+import anymal.serving.chat
+import tiny_encoders
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.checkpoints.joined import find_start
+from anymal.config.schema import Config, LLMConfig
+from anymal.config.settings import load
+from anymal.errors import UserError
+from anymal.model.llm import load_llm
+from conftest import make_llm
+from small_runs import settings
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_chat_and_evaluate_take_the_new_place(moved, monkeypatch, tmp_path, caps
     picture = tmp_path / "a.png"
     picture.write_bytes(tiny_encoders.picture())
     asked = [f"checkpoint={moved['a']}", "max_new_tokens=4", "--image", str(picture), "model?"]
-    program(launch.chat, monkeypatch, *asked, *names(moved["new"]))
+    program(anymal.serving.chat, monkeypatch, *asked, *names(moved["new"]))
     assert capsys.readouterr().out
 
     turns = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "red"}]
@@ -64,9 +64,9 @@ def test_chat_and_evaluate_take_the_new_place(moved, monkeypatch, tmp_path, caps
             {"__key__": "t", "png": picture.read_bytes(), "json": {"messages": turns, "options": ["red", "blue"]}}
         )
     given = [f"checkpoint={moved['a']}", f"sets.x={tmp_path / 'test.tar'}", f"out={tmp_path / 'out'}"]
-    program(launch.evaluate, monkeypatch, *given, *names(moved["new"]), "model.llm.bits=16", "max_new_tokens=0")
+    program(anymal.evaluation.run, monkeypatch, *given, *names(moved["new"]), "model.llm.bits=16", "max_new_tokens=0")
     assert list(json.loads((tmp_path / "out" / "evaluation.json").read_text())["precisions"]) == ["16"]
-    for module, arguments in ((launch.chat, asked), (launch.evaluate, given)):
+    for module, arguments in ((anymal.serving.chat, asked), (anymal.evaluation.run, given)):
         with pytest.raises(UserError, match=r"no folder .*old/llm; .*give model\.llm\.name=FOLDER"):
             program(module, monkeypatch, *arguments)
         with pytest.raises(
@@ -88,8 +88,8 @@ def test_another_than_the_one_that_moved_is_refused(moved, place, what):
 def test_mix_takes_the_new_place_and_hands_it_on(moved, monkeypatch, tmp_path):
     given = [f"a={moved['a']}", f"b={moved['b']}", f"out={tmp_path / 'out'}"]
     with pytest.raises(UserError, match=r"give model\.llm\.name=FOLDER"):
-        program(launch.mix, monkeypatch, *given)
-    program(launch.mix, monkeypatch, *given, *names(moved["new"]))
+        program(anymal.checkpoints.mix, monkeypatch, *given)
+    program(anymal.checkpoints.mix, monkeypatch, *given, *names(moved["new"]))
     described = json.loads((tmp_path / "out" / "adapters" / "image" / "adapter_config.json").read_text())
     assert (described["llm"], described["encoder"]) == (str(moved["new"] / "llm"), str(moved["new"] / "image"))
     build(checkpoint.recipe(tmp_path / "out"), CPU, start=tmp_path / "out")
@@ -98,7 +98,7 @@ def test_mix_takes_the_new_place_and_hands_it_on(moved, monkeypatch, tmp_path):
 def test_checkpoints_from_before_and_after_a_move_are_mixed(moved, monkeypatch, tmp_path):
     c = make_checkpoint(moved["new"] / "llm", moved["new"], tmp_path / "c", 2, kinds=["image"])
     given = [f"a={moved['a']}", f"b={c}", f"out={tmp_path / 'out'}"]
-    program(launch.mix, monkeypatch, *given, *names(moved["new"]))
+    program(anymal.checkpoints.mix, monkeypatch, *given, *names(moved["new"]))
     assert checkpoint.recipe(tmp_path / "out").model.llm.name == str(moved["new"] / "llm")
 
 

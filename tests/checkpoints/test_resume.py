@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from anymal.config import Config
+from anymal.config.schema import Config
+from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.resume import FREE, compare
-from anymal.settings import load
+from anymal.training.resume import FREE, compare
 from small_runs import make_encoders, metrics, pretrain_here, settings, write_pairs
 
 BASE = ["model.llm.name=x", "model.modalities.image.encoder=clip", "data.shards=a", "data.batch_size=2"]

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from anymal import checkpoint
+from anymal.checkpoints import checkpoint
 from small_runs import make_encoders, pretrain_here, settings, write_pairs
 
 SIGNATURE, SECRET = "X-Amz-Signature=0123456789abcdef", "a-secret-of-the-environment"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from anymal.command_line import describe, parse_args
-from anymal.config import Config, ModalityConfig, ProjectorConfig
+from anymal.config.command_line import describe, parse_args
+from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
+from anymal.config.settings import load, options, public, save
+from anymal.config.stages import Recipe, load_stages
+from anymal.data_prep import negatives
 from anymal.errors import UserError
-from anymal.settings import load, options, public, save
-from anymal.stages import Recipe, load_stages
-from data_prep import negatives
 
 NAMED = "model.llm.name=x"
 
@@ -80,7 +80,7 @@ def test_what_a_recipe_leaves_open_must_be_given(tmp_path):
 
 
 def test_a_list_takes_the_place_of_the_recipes_dict():
-    recipe = Path(__file__).parents[1] / "launch" / "recipes" / "mmit-lora.yaml"
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "mmit-lora.yaml"
     assert isinstance(load(Config, recipe, ["data.shards=x"]).model.checkpoint, dict)
     joined = load(Config, recipe, ["data.shards=x", "model.checkpoint=[runs/a,runs/b]"])
     assert joined.model.checkpoint == ["runs/a", "runs/b"]
@@ -138,7 +138,7 @@ def test_a_choice_can_come_from_the_environment(tmp_path, monkeypatch):
 
 
 def test_unknown_options_of_a_modality_name_the_nearest():
-    from adapters.video import MODALITY
+    from anymal.adapters.video.modality import MODALITY
 
     with pytest.raises(UserError, match=r"model\.x: unknown option 'framez'; did you mean frames\?"):
         options(MODALITY.options, {"framez": 4}, "model.x")

@@ -9,16 +9,16 @@ import transformers
 from safetensors.torch import load_file
 
 import tiny_encoders
-from adapters import load_encoder
-from anymal import checkpoint
-from anymal.config import Config, ModalityConfig
+from anymal.adapters import load_encoder
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.checkpoints.networks import _renamed, _save_encoder, load_bare
+from anymal.config.schema import Config, ModalityConfig
+from anymal.config.settings import load
+from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.errors import UserError
-from anymal.model import select_trainable, trainable
-from anymal.networks import _renamed, _save_encoder, load_bare
-from anymal.settings import load
-from anymal.stages import Recipe, config_of, load_stages
-from launch.build import build
-from launch.stage import run_stages
+from anymal.model.multimodal import select_trainable, trainable
+from anymal.training.run import run_stages
 from small_runs import deepspeed, losses, make_encoders, pretrain_here, settings, write_pairs
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_of_an_encoder_learns_what_its_features_depend_on(recipe, encoders):
 
 
 def test_batch_norm_keeps_its_statistics_and_learns_its_weights(recipe, encoders, tmp_path):
-    from adapters.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+    from anymal.adapters.architectures.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 
     EfficientNetLiteModel(EfficientNetLiteConfig(num_classes=2)).save_pretrained(tmp_path / "lite")
     shutil.copy(encoders / "image" / "preprocessor_config.json", tmp_path / "lite")

@@ -9,16 +9,17 @@ import torch
 import webdataset as wds
 
 import tiny_encoders
-from anymal import shards
-from anymal.config import Config
-from anymal.meter import Meter
-from anymal.packing import pack
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.data import shards
+from anymal.data.packing import pack
+from anymal.evaluation import run as evaluate
+from anymal.features.encode import Encode, encode_all, frozen_encoders
+from anymal.features.report import report
 from anymal.sample import Features, Tokens
-from anymal.settings import load
-from anymal.tracking import altered_media
-from launch import chat, evaluate
-from launch.encode import Encode, encode_all, frozen_encoders
-from launch.encode_report import report
+from anymal.serving import chat
+from anymal.training.meter import Meter
+from anymal.training.tracking import altered_media
 from small_runs import losses, make_encoders, metrics, pretrain_here, settings, write_pairs
 
 KINDS = ["image", "audio"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from adapters import load_encoder
-from anymal import features
-from anymal.config import ModalityConfig
+from anymal.adapters import load_encoder
+from anymal.config.schema import ModalityConfig
+from anymal.data import feature_codec
+from anymal.data.packing import pack
 from anymal.errors import BadSample
-from anymal.packing import pack
 from anymal.sample import Features, PartlyEncoded
 from small_runs import ROOT
 from tiny_encoders import clip, clip_vision
@@ -30,12 +30,14 @@ KINDS = ["image", "imu"]
 def test_float32_is_exact_and_the_others_within_their_bounds():
     exact = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 7)[:, None]
     exact[3] = 0
-    assert torch.equal(features.load(features.dump(exact, "float32"), 7, 5), exact)
-    assert torch.equal(features.load(features.dump(exact, "bf16"), 7, 5), exact.bfloat16())
-    rounded = features.load(features.dump(exact, "int8"), 7, 5)
+    assert torch.equal(feature_codec.load(feature_codec.dump(exact, "float32"), 7, 5), exact)
+    assert torch.equal(feature_codec.load(feature_codec.dump(exact, "bf16"), 7, 5), exact.bfloat16())
+    rounded = feature_codec.load(feature_codec.dump(exact, "int8"), 7, 5)
     bound = exact.abs().amax(1, keepdim=True) / 127 / 2 * (1 + 1e-5)
     assert ((rounded - exact).abs() <= bound).all() and not torch.equal(rounded, exact)
-    assert len(features.dump(torch.zeros(64, 512), "int8")) < 0.52 * len(features.dump(torch.zeros(64, 512), "bf16"))
+    assert len(feature_codec.dump(torch.zeros(64, 512), "int8")) < 0.52 * len(
+        feature_codec.dump(torch.zeros(64, 512), "bf16")
+    )
 
 
 GOOD = {"features": torch.zeros(3, 4)}
@@ -58,7 +60,7 @@ HOSTILE = {
     ),
     "far too large": (save({"features": torch.full((3, 4), 3e38)}), r"up to 3e\+38; at most 1e\+09"),
     "a bomb": (save({"bad": torch.zeros(10**6, dtype=torch.uint8)}), "of 1000080 bytes; .* at most 65596"),
-    "a reason": (features.dump_bad("is no picture: ü"), "^is no picture: ü$"),
+    "a reason": (feature_codec.dump_bad("is no picture: ü"), "^is no picture: ü$"),
 }
 
 
@@ -66,12 +68,12 @@ HOSTILE = {
 def test_hostile_features_are_bad_samples(what):
     data, says = HOSTILE[what]
     with pytest.raises(BadSample, match=says):
-        features.load(data, 3, 4)
+        feature_codec.load(data, 3, 4)
 
 
 def test_identity_changes_with_all_that_features_depend_on(tmp_path):
     def of(folder: Path, name: str = "image", **options) -> str:
-        return features.identity(load_encoder(name, ModalityConfig(encoder=str(folder), options=options)))
+        return feature_codec.identity(load_encoder(name, ModalityConfig(encoder=str(folder), options=options)))
 
     clip(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")
@@ -85,13 +87,13 @@ def test_identity_changes_with_all_that_features_depend_on(tmp_path):
     same = of(tmp_path / "a")
     assert of(tmp_path / "elsewhere") == same == of(tmp_path / "a", layer=-2)
     encoder = load_encoder("image", ModalityConfig(encoder=str(tmp_path / "a")))
-    assert features.identity(encoder.to(torch.bfloat16)) == same
+    assert feature_codec.identity(encoder.to(torch.bfloat16)) == same
     others = [of(tmp_path / f"other-{what}") for what in ("weights", "architecture", "processor")]
     others += [of(tmp_path / "a", layer=-1), of(tmp_path / "a", max_pixels=10), of(tmp_path / "a", "video")]
     others += [of(tmp_path / "a", "video", frames=8), of(tmp_path / "a", "video", pool=4)]
     assert len({same, *others}) == 1 + len(others)
     program = (
-        "from anymal import features; from adapters import load_encoder; from anymal.config import ModalityConfig;"
+        "from anymal import features; from adapters import load_encoder; from anymal.config.schema import ModalityConfig;"
         f"print(features.identity(load_encoder('image', ModalityConfig(encoder={str(tmp_path / 'a')!r}))))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

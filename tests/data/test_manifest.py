@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from anymal import manifest, shards
-from anymal.errors import UserError
 from test_shards import pairs, write
+
+from anymal.data import manifest, shards
+from anymal.errors import UserError
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 import torch
 import webdataset as wds
 
-from adapters import load_encoder
-from adapters.pretrained import license_of
-from anymal.config import Config, LLMConfig, ModalityConfig
+from anymal.adapters import load_encoder
+from anymal.adapters.pretrained import license_of
+from anymal.config.schema import Config, LLMConfig, ModalityConfig
+from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.llm import load_llm
-from anymal.settings import load
-from anymal.weightless import read_config
-from launch.stage import run_stage
+from anymal.estimation.fake_llm import read_config
+from anymal.model.llm import load_llm
+from anymal.training.run import run_stage
 from small_runs import make_encoders, settings, write_pairs
 
 KINDS = ["image"]

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from anymal.data.order import Counts, Order, Share, choice, merge_bookmarks, permutation
 from anymal.errors import UserError
-from anymal.order import Counts, Order, Share, choice, merge_bookmarks, permutation
 
 
 def dataset(*counts: int, name: str = "data", ratio: float = 1.0) -> Counts:

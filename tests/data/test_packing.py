@@ -9,14 +9,14 @@ import torch
 import transformers
 
 import tiny_encoders
-from anymal.config import Config, DataConfig
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config, DataConfig
+from anymal.config.settings import load
+from anymal.data.packing import Item, Packer, pack
 from anymal.errors import UserError
-from anymal.llm import isolates_packed_samples
-from anymal.model import select_trainable
-from anymal.packing import Item, Packer, pack
+from anymal.model.llm import isolates_packed_samples
+from anymal.model.multimodal import select_trainable
 from anymal.sample import Message, Part, Sample, Tokens
-from anymal.settings import load
-from launch.build import build
 from small_runs import make_encoders, settings
 from toys import medium, sample, text, toy_model
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from anymal.data.parse import parse
 from anymal.errors import BadSample
-from anymal.parse import parse
 
 SUFFIXES = {"jpg": "image", "png": "image", "npy": "array", "imu.npy": "imu"}
 

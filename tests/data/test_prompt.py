@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-from anymal import features
-from anymal.config import PromptConfig
+from anymal.config.schema import PromptConfig
+from anymal.data import feature_codec
+from anymal.data.prompt import IGNORED, Prepare, Prompt
 from anymal.errors import BadSample, UserError
-from anymal.prompt import IGNORED, Prepare, Prompt
 from anymal.sample import Message, Part, Sample
 from toys import medium, sample, text, toy_model
 
@@ -250,8 +250,8 @@ def test_what_is_decoded_must_be_finite_and_of_a_sensible_size(prompt):
         medium = torch.tensor([value]).numpy().tobytes()
         with pytest.raises(BadSample, match=f"the eye eye.bin, once decoded, hold.*{says}"):
             prepare(sample(Part(kind="eye", content=medium, member="eye.bin"), text("what?")))
-    for precision in features.PRECISIONS:
-        stored = features.Stored(features.dump(torch.full((3, 4), 3e38), precision))
+    for precision in feature_codec.PRECISIONS:
+        stored = feature_codec.Stored(feature_codec.dump(torch.full((3, 4), 3e38), precision))
         with pytest.raises(BadSample, match="cached features hold"):
             prepare(sample(Part(kind="eye", content=stored), text("what?")))
 

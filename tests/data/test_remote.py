@@ -10,13 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from anymal import manifest, remote, shards
-from anymal.config import DatasetConfig
-from anymal.errors import UserError
-from anymal.remote import Remote
-from streams import folder, samples, stream
 from test_shards import pairs, write
+
+from anymal.config.schema import DatasetConfig
+from anymal.data import manifest, remote, shards
+from anymal.data.remote import Remote
+from anymal.errors import UserError
+from streams import folder, samples, stream
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from anymal import shards, twins
+from anymal.data import feature_cache, shards
 from anymal.errors import BadSample, UserError
 
 
@@ -205,7 +205,7 @@ def test_pipes_and_devices_in_the_place_of_files_are_not_opened(tmp_path, no_wai
         assert shards.expand(str(tmp_path)) == [str(path), str(tar)]
         with pytest.raises(UserError, match=r"b\.tar is not a regular file"):
             shards.index(str(tar))
-        assert twins.read_header(str(tar)) is None
+        assert feature_cache.read_header(str(tar)) is None
         tar.unlink()
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from anymal import shards
-from anymal.config import DataConfig, DatasetConfig
+from anymal.config.schema import DataConfig, DatasetConfig
+from anymal.data import shards
+from anymal.data.loader import RawSample
+from anymal.data.pool import in_order
+from anymal.data.stream import merge_bookmarks, samples_once, walk
 from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
-from anymal.pool import in_order
 from anymal.sample import Batch, Sample, Tokens
-from anymal.stream import merge_bookmarks, samples_once, walk
-from anymal.workers import RawSample
 from streams import (
     SUFFIXES,
     batches,

@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from anymal.config import DataConfig, DatasetConfig
+from anymal.config.schema import DataConfig, DatasetConfig
+from anymal.data.loader import each
+from anymal.data.stream import Stream, merge_bookmarks
 from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
 from anymal.sample import Sample, Tokens
-from anymal.stream import Stream, merge_bookmarks
-from anymal.workers import each
 from streams import (
     SUFFIXES,
     batches,
@@ -280,9 +280,9 @@ def test_a_batch_of_thousands_does_not_fill_the_pipes_from_both_ends():
 
 WITHOUT_FILES = """
 import os, resource
-from anymal.config import DataConfig
+from anymal.config.schema import DataConfig
 from anymal.errors import UserError
-from anymal.workers import each
+from anymal.data.loader import each
 data, others = DataConfig(shards="x", workers=3), each(99, abs, DataConfig(shards="x", workers=1), dead=None, name="x")
 next(others)
 used = max(map(int, os.listdir("/proc/self/fd")))

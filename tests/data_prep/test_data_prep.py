@@ -13,22 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.data.parse import parse
+from anymal.data_prep.demo import assets as demo_assets
+from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
+from anymal.data_prep.demo import data as demo_data
+from anymal.data_prep.demo import run as demo
+from anymal.data_prep.sources import llava
+from anymal.data_prep.steps import is_done, whole_folder, worker_pool
+from anymal.data_prep.write import QUESTION, SPLITS, labelled_sample, read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
-from anymal.parse import parse
-from anymal.stages import Recipe, config_of, load_stages
-from data_prep import (
-    conversations,
-    demo_assets,
-    demo_data,
-    instruments,
-    llava,
-    moving_pictures,
-    openmoji,
-    smartwatch,
-)
-from data_prep.shards import QUESTION, SPLITS, labelled_sample, read_shards, write_shards
-from data_prep.steps import is_done, whole_folder, worker_pool
-from launch import demo
 
 SUFFIXES = {"jpg": "image", "flac": "audio", "imu.npy": "imu", "mp4": "video"}
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
-from anymal.config import PromptConfig
-from anymal.parse import parse
-from anymal.prompt import Prompt
+from anymal.config.schema import PromptConfig
+from anymal.data.parse import parse
+from anymal.data.prompt import Prompt
+from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
+from anymal.data_prep.demo import models as demo_models
+from anymal.data_prep.demo.assets import cache_folder, download
+from anymal.data_prep.steps import worker_pool
+from anymal.data_prep.write import QUESTION, SPLITS, read_shards
 from anymal.sample import Message, Part, Sample
-from data_prep import conversations, demo_models, instruments, moving_pictures, openmoji, smartwatch
-from data_prep.demo_assets import cache_folder, download
-from data_prep.shards import QUESTION, SPLITS, read_shards
-from data_prep.steps import worker_pool
 
 pytestmark = pytest.mark.slow
 SUFFIXES = {"jpg": "image", "flac": "audio", "imu.npy": "imu", "mp4": "video"}
@@ -178,7 +179,7 @@ def test_encoders_load_whole_and_say_their_licence(models):
     from huggingface_hub import ModelCard
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel
 
-    import adapters.efficientnet_lite  # noqa: F401  (adds the architecture to AutoModel)
+    import anymal.adapters.architectures.efficientnet_lite  # noqa: F401  (adds the architecture to AutoModel)
 
     for name, licence in (("image", "apache-2.0"), ("audio", "mit"), ("llm", "apache-2.0")):
         assert ModelCard.load(models / name / "README.md").data.license == licence

@@ -13,9 +13,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
+from anymal.data_prep.demo import ctranslate2_whisper, gguf_llm, smartwatch
+from anymal.data_prep.demo.soundfont import RATE, Soundfont
 from anymal.errors import UserError
-from data_prep import ctranslate2_whisper, gguf_llm, smartwatch
-from data_prep.soundfont import RATE, Soundfont
 
 # GGUF → LLM
 

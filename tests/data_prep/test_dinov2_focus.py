@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
+from anymal.data_prep.demo import assets as demo_assets
+from anymal.data_prep.demo import dinov2_focus
 from anymal.errors import UserError
-from data_prep import demo_assets, dinov2_focus
 
 
 def _field(number: int, value: bytes | str | int) -> bytes:

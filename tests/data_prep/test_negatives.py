@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import tiny_encoders
+from anymal.data.parse import parse
+from anymal.data_prep import negatives
+from anymal.data_prep.negatives import WAYS, Chooser, Picture
+from anymal.data_prep.objects import Names, forms, occurs, read_table
+from anymal.data_prep.write import labelled_sample, read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
-from anymal.parse import parse
-from data_prep import negatives
-from data_prep.negatives import WAYS, Chooser, Picture
-from data_prep.objects import Names, forms, occurs, read_table
-from data_prep.shards import labelled_sample, read_shards, write_shards
 
 NAMES = ["fox", "owl", "cat"]
 TABLE = [["person", "man", "woman"], ["dog", "puppy"], ["hot dog"], ["fire truck", "fire engine"], ["knife"]]

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 import tiny_encoders
-from anymal.config import Config
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.config.stages import load_untrained
 from anymal.errors import UserError
-from anymal.model import select_trainable
-from anymal.settings import load
-from anymal.stages import load_untrained
-from anymal.weightless import config_of, int8_bytes, nf4_bytes, read_config, stored_bytes
+from anymal.estimation.fake_llm import config_of, int8_bytes, nf4_bytes, read_config, stored_bytes
+from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.predict import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
+from anymal.model.multimodal import select_trainable
 from conftest import make_llm
-from launch.build import build
-from launch.estimate import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
-from launch.rehearse import Rehearsal, Workload
 from small_runs import make_encoders, python
 
 KINDS = ["image", "imu"]
@@ -85,7 +85,7 @@ def test_the_estimate_is_what_is_allocated(folders, overrides):
 def test_two_depths_tell_of_a_third(folders, monkeypatch, overrides):
     config = _config(folders, *overrides)
     drawn_out = predict(Rehearsal(config, gpu=True), WORK, 4, world=1)
-    monkeypatch.setattr("launch.rehearse.DEPTHS", (9, 9))  # deeper than the LLM: it is run as it is
+    monkeypatch.setattr("anymal.estimation.fake_step.DEPTHS", (9, 9))  # deeper than the LLM: it is run as it is
     whole = Rehearsal(config, gpu=True)
     assert whole._depths == (6,)
     assert drawn_out.total == pytest.approx(predict(whole, WORK, 4, world=1).total, rel=0.01)
@@ -135,7 +135,7 @@ def test_the_program_needs_no_weights(folders, tmp_path):
     config = _config(bare)
     del config.model.modalities["image"]  # half of the time, and nothing that it alone would show
     recipe = tmp_path / "recipe.yaml"
-    from anymal.settings import save
+    from anymal.config.settings import save
 
     save(config, recipe)
     done = python(

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from anymal.data.prompt import Prepare
 from anymal.errors import BadSample
-from anymal.evaluate import ask, evaluate
-from anymal.generate import embed_prompt, log_likelihoods
-from anymal.prompt import Prepare
+from anymal.evaluation.evaluate import ask, evaluate
+from anymal.evaluation.scores import figures
+from anymal.model.generate import embed_prompt, log_likelihoods
 from anymal.sample import Message, Part, Sample
-from anymal.scores import figures
 from toys import ToyEncoder, decode, text, toy_model
 
 
@@ -162,9 +162,9 @@ def test_samples_that_cannot_be_judged_are_bad(toy):
 def test_a_seeded_sample_is_drawn_from_all_of_a_sorted_set(tmp_path):
     import webdataset as wds
 
-    from anymal.config import DataConfig
+    from anymal.config.schema import DataConfig
+    from anymal.data.stream import samples_once
     from anymal.errors import Quarantine
-    from anymal.stream import samples_once
 
     with wds.TarWriter(str(tmp_path / "sorted.tar")) as tar:
         for i in range(60):

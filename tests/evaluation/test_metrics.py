@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from anymal.metrics import accuracy, bleu, cider_d, rouge_l, says_no, wilson_interval, words, yes_no
+from anymal.evaluation.metrics import accuracy, bleu, cider_d, rouge_l, says_no, wilson_interval, words, yes_no
 
 CAPTIONS = [
     "a man is playing a guitar",

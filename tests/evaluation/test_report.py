@@ -12,11 +12,11 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from anymal.errors import UserError
-from anymal.metrics import wilson_interval
-from launch.report import write_report
-from launch.tables import chose_right, print_table, said_right
+from anymal.evaluation.metrics import wilson_interval
+from anymal.evaluation.report import write_report
+from anymal.evaluation.tables import chose_right, print_table, said_right
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def _write_media(folder: Path, count: int) -> None:

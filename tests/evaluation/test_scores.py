@@ -4,9 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from anymal import precision
-from anymal.scores import Option, Record, agreement, choices, figures, predictions, read_records, write_record
-from launch.tables import print_table
+from anymal.checkpoints import precision
+from anymal.evaluation.scores import (
+    Option,
+    Record,
+    agreement,
+    choices,
+    figures,
+    predictions,
+    read_records,
+    write_record,
+)
+from anymal.evaluation.tables import print_table
 
 
 def record(key="k", condition="own", answer="dog", said="dog", cut=False, loss=1.0, **options) -> Record:

@@ -13,23 +13,24 @@ import pytest
 import torch
 import webdataset as wds
 
-import anymal.model
-from adapters import MODALITIES, build_adapters
-from anymal import checkpoint, features, shards, twins
-from anymal.config import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
+import anymal.model.multimodal
+from anymal.adapters import MODALITIES, build_adapters
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import suffixes
+from anymal.config.schema import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
+from anymal.config.settings import load
+from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.data import feature_cache, feature_codec, shards
+from anymal.data.packing import pack
+from anymal.data.prompt import prepare
+from anymal.data.stream import Stream
 from anymal.errors import BadSample, Quarantine, UserError
-from anymal.llm import load_llm
-from anymal.model import run_encoder
-from anymal.packing import pack
-from anymal.prompt import prepare
+from anymal.features.encode import Encode, encode_all, encode_stage, frozen_encoders
+from anymal.features.report import report
+from anymal.model.llm import load_llm
+from anymal.model.multimodal import run_encoder
 from anymal.sample import PartlyEncoded
-from anymal.settings import load
-from anymal.stages import Recipe, config_of, load_stages
-from anymal.stream import Stream
-from launch.build import suffixes
-from launch.encode import Encode, encode_all, encode_stage, frozen_encoders
-from launch.encode_report import report
-from launch.stage import run_stage, run_stages
+from anymal.training.run import run_stage, run_stages
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, decoded, picture
 
@@ -76,7 +77,7 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_twins(tiny_llm, e
     whole = run("whole")
     write_twins(recipe(tiny_llm, encoders, tmp_path, data, kinds, data__features="float32"))
     assert run("never", data__features="never") == whole
-    monkeypatch.setattr(anymal.model, "run_encoder", None)  # with twins of all tars no encoder runs
+    monkeypatch.setattr(anymal.model.multimodal, "run_encoder", None)  # with twins of all tars no encoder runs
     assert run("twins") == whole
     cut = tmp_path / "whole" / "checkpoints"  # as if killed after step 3, before there were twins
     shutil.rmtree(cut / "step-00000006")
@@ -139,7 +140,7 @@ def test_each_stage_is_encoded_with_the_weights_that_it_loads(tiny_llm, encoders
     assert said.index("its encoder learns") < said.index("yet to be trained by an earlier stage")
     run_stages([config_of(stage) for stage in stages])
     assert len(encode_stages()) == 2
-    monkeypatch.setattr(anymal.model, "run_encoder", None)
+    monkeypatch.setattr(anymal.model.multimodal, "run_encoder", None)
     raw = losses(tmp_path / "run/tune")
     shutil.rmtree(tmp_path / "run/tune")
     run_stages([config_of(stages[2])])
@@ -201,7 +202,7 @@ def stream_of(tiny_llm, encoders, data, wanted: str, *, log: Path | None = None,
         collate=pack,
         quarantine=Quarantine(log, max_in_a_row=10**9, max_share=1),
         seed=0,
-        encoders={kind: features.identity(adapter.encoder) for kind, adapter in adapters.items()},
+        encoders={kind: feature_codec.identity(adapter.encoder) for kind, adapter in adapters.items()},
     )
 
 
@@ -221,7 +222,7 @@ def write_hostile(folder: Path) -> Path:
         {"__key__": "both", "0.png": picture(), "1.png": picture(), "json": {"messages": messages}},
         {"__key__": "sound", "wav": MEDIA["audio"](), "txt": "x"},
         {"__key__": "reserved", "txt": "<image>", "png": picture()},
-        {"__key__": "theirs", "png.safetensors": features.dump_bad("theirs"), "png": picture(), "txt": "fine"},
+        {"__key__": "theirs", "png.safetensors": feature_codec.dump_bad("theirs"), "png": picture(), "txt": "fine"},
         {"__key__": "onlytheirs", "safetensors": b"x"},
         {"__key__": "zipped", "txt.gz": b"\x1f\x8b\x08", "png": picture(), "txt": "x"},
     ]
@@ -274,9 +275,9 @@ def test_features_that_no_projector_computes_with_are_bad(tiny_llm, encoders, tm
     paths = shards.expand(data)
     encode_all(encode, paths)
     for _, members in samples_of(encode.found(paths)[paths[0]].path):
-        stored = next(member for name, member in members.items() if name.endswith(features.ENDING))
+        stored = next(member for name, member in members.items() if name.endswith(feature_codec.ENDING))
         with pytest.raises(BadSample, match=f"the encoder's features {reason}"):
-            features.load(stored, 4, 4)
+            feature_codec.load(stored, 4, 4)
 
 
 def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
@@ -287,24 +288,24 @@ def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
     mine = encode.identities
     twin = Path(encode.twin(tar.path).path)
     assert twin.parent == data / "features" / f"image-{mine['image']}.bf16"
-    assert set(twins.find_all([tar], mine, "auto")) == {tar.path}
-    assert set(twins.find_all([tar], mine | {"imu": "0" * 16}, "bf16")) == {tar.path}
+    assert set(feature_cache.find_all([tar], mine, "auto")) == {tar.path}
+    assert set(feature_cache.find_all([tar], mine | {"imu": "0" * 16}, "bf16")) == {tar.path}
     for others, precision in (({"image": "0" * 16}, "auto"), ({}, "auto"), (mine, "int8"), (mine, "never")):
-        assert not twins.find_all([tar], others, precision)
+        assert not feature_cache.find_all([tar], others, precision)
     with pytest.raises(AssertionError):  # a new modality: the tar may hold some of it, so it is looked at again
         assert encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"])).twin(tar.path)
     good = twin.read_bytes()
     twin.write_bytes(good[: len(good) // 2])
-    assert not twins.find_all([tar], mine, "auto")  # cut
-    twin.write_bytes(good[:512] + bytes(twins.HEADER_SIZE) + good[512 + twins.HEADER_SIZE :])
-    assert not twins.find_all([tar], mine, "auto")  # not finished
+    assert not feature_cache.find_all([tar], mine, "auto")  # cut
+    twin.write_bytes(good[:512] + bytes(feature_cache.HEADER_SIZE) + good[512 + feature_cache.HEADER_SIZE :])
+    assert not feature_cache.find_all([tar], mine, "auto")  # not finished
     twin.write_bytes(good)
-    assert twins.find_all([tar], mine, "auto")
+    assert feature_cache.find_all([tar], mine, "auto")
     stamp = os.stat(tar.path)
     os.utime(tar.path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    assert not twins.find_all([tar], mine, "auto")  # stale
+    assert not feature_cache.find_all([tar], mine, "auto")  # stale
     encode_all(encode, [tar.path])
-    assert twins.find_all([tar], mine, "auto")
+    assert feature_cache.find_all([tar], mine, "auto")
 
 
 def test_where_the_data_cannot_be_written_to_twins_lie_in_the_cache(tiny_llm, encoders, tmp_path, monkeypatch):
@@ -338,9 +339,9 @@ def test_every_modality(tiny_llm, name, tmp_path):
     one = encode.encoders[name]
     exact = run_encoder(one, torch.stack([decoded(one.decode, MEDIA[name]())] * 3), CPU)[0]
     for _, members in held:
-        assert torch.equal(features.load(members[f"0.{suffix}.safetensors"], one.tokens, one.width), exact)
+        assert torch.equal(feature_codec.load(members[f"0.{suffix}.safetensors"], one.tokens, one.width), exact)
         with pytest.raises(ValueError, match=r"b'\?'"):
-            features.load(members[f"1.{suffix}.safetensors"], one.tokens, one.width)
+            feature_codec.load(members[f"1.{suffix}.safetensors"], one.tokens, one.width)
 
 
 # ------------------------------------------------------------------------------------------------------ processes
@@ -355,16 +356,16 @@ def test_a_file_is_claimed_by_one_process_and_free_when_that_dies(tmp_path):
     )
     holder = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "mine\n"
-    with twins.claim(path, wait=False) as file:
+    with feature_cache.claim(path, wait=False) as file:
         assert file is None and Path(path).read_bytes() == b"half"
     holder.kill()
     holder.wait()
-    with twins.claim(path, wait=False) as file:
+    with feature_cache.claim(path, wait=False) as file:
         assert file is not None and Path(path).read_bytes() == b""
-        with twins.claim(path, wait=False) as second:
+        with feature_cache.claim(path, wait=False) as second:
             assert second is None
         os.replace(path, tmp_path / "x.tar")
-    with twins.claim(path, wait=True) as file:
+    with feature_cache.claim(path, wait=True) as file:
         assert file is not None  # a new one: what was renamed is left alone
     assert (tmp_path / "x.tar").exists()
 

@@ -1,6 +1,6 @@
 """Mutants of every format that a stream reads, through the real decoders: none may crash, hang, fill memory, or pass.
 
-    python tests/fuzz.py --count 10000 --seed 0
+    python tests/fuzzing/fuzz.py --count 10000 --seed 0
 
 Mutant N of a format depends on the seed, the format and N alone. Forked processes make and read them, a batch each;
 this one watches. Four verdicts are findings:
@@ -37,12 +37,12 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 if "PYTHONPATH" not in os.environ:
-    sys.path.insert(1, str(Path(__file__).parent.parent))
+    sys.path.insert(1, str(Path(__file__).parents[2]))
 
 import torch
+from fuzz_target import FORMATS, MEDIA, WEIGHTED, Target
 
 import anymal
-from fuzz_target import FORMATS, MEDIA, WEIGHTED, Target
 
 BATCH = 20  # mutants of one process: few enough that a heap that one of them spoilt tells which one it was
 PAST_HEADER = 0.3
@@ -269,7 +269,7 @@ def _hear(one: _Process, report: Report, seed: int, folder: Path) -> bool:
 
 def _finding(report: Report, verdict: str, kind: str, number: int, seen: str, seed: int, folder: Path) -> None:
     report.findings.append((verdict, kind, number, seen))
-    again = f"python tests/fuzz.py --seed {seed} --formats {kind} --only {number}"
+    again = f"python tests/fuzzing/fuzz.py --seed {seed} --formats {kind} --only {number}"
     print(f"{verdict}: {kind} {number}: {seen[:300]}\n    {again}\n    {folder / f'{kind}-{number}'}", flush=True)
 
 

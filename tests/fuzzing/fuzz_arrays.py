@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from anymal import features
 from fuzz_bytes import Case, Format, blind, in_place, number, poke
 from fuzz_tars import PAIR
 from fuzz_texts import mutate_tree, to_json
+
+from anymal.data import feature_codec
 from tiny_encoders import motion, npy
 
 
@@ -29,7 +29,7 @@ def make_features(rng: Random, tokens: int, width: int) -> Case:
         good[rng.randrange(tokens), rng.randrange(width)] = value
     elif choice == 1:
         good *= 1e38
-    data = features.dump(good, rng.choice(features.PRECISIONS))
+    data = feature_codec.dump(good, rng.choice(feature_codec.PRECISIONS))
     (length,) = struct.unpack_from("<Q", data)
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     if choice in (2, 3):
@@ -40,14 +40,14 @@ def make_features(rng: Random, tokens: int, width: int) -> Case:
         reason = rng.choice(
             (b"r", b"\xff\xfe", b"\0" * 30, b"no " * 1000, "é\u202e".encode(), bytes(rng.choice((40, 1 << 27))))
         )
-        data = features.to_bytes({"bad": torch.frombuffer(bytearray(reason), dtype=torch.uint8)})
+        data = feature_codec.to_bytes({"bad": torch.frombuffer(bytearray(reason), dtype=torch.uint8)})
     elif choice == 6:
         data = _safetensors(header, body, number(rng, 64, length))
     elif choice == 7:
         data = blind(rng, data, start=rng.choice((0, 8, 8 + length)))
     name = rng.choice(("png.safetensors", "png.safetensors", "png.safetensors", "safetensors"))
     cached = {name: data, "txt": b"a dog"}
-    return Case(members=PAIR, cached=cached, probe=lambda: features.from_bytes(data) is not None)
+    return Case(members=PAIR, cached=cached, probe=lambda: feature_codec.from_bytes(data) is not None)
 
 
 def _numpy_header(data: bytes) -> bool:

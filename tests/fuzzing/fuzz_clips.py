@@ -8,7 +8,6 @@ from random import Random
 
 import av
 import numpy as np
-
 from fuzz_bytes import Format, Mutator, blind, crc, flip, in_place, number, overwrite, poke, shuffled
 
 _MP4_FOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"dinf", b"udta", b"moof", b"traf", b"mvex")

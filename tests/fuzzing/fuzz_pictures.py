@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from random import Random
 
 import numpy as np
-from PIL import Image
-
 from fuzz_bytes import Format, blind, flip, in_place, number, overwrite, poke, shuffled
+from PIL import Image
 
 SIDES = (0, 1, 2, 47, 49, 400, 4000, 8000, 7999 * 2, 65535, 1 << 20, (1 << 31) - 1, (1 << 32) - 1)
 """Sides of pictures; 8000 x 8000 is the most that is decoded by default."""
@@ -32,7 +31,7 @@ def _moving(kind: str, **options) -> bytes:
 
 def opens(data: bytes) -> bool:
     """Whether Pillow reads the header."""
-    from adapters.image import FORMATS
+    from anymal.adapters.image.modality import FORMATS
 
     Image.open(io.BytesIO(data), formats=FORMATS)
     return True

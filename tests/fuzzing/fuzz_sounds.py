@@ -5,7 +5,6 @@ import struct
 from random import Random
 
 import numpy as np
-
 from fuzz_bytes import Format, blind, crc, flip, in_place, number, overwrite, poke, shuffled
 from fuzz_pictures import riff, to_riff
 

@@ -13,25 +13,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
-import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 import fuzz_arrays
 import fuzz_clips
 import fuzz_pictures
 import fuzz_sounds
 import fuzz_tars
 import fuzz_texts
-import tiny_encoders
-from adapters import MODALITIES, build_adapters
-from anymal import manifest, prompt, shards
-from anymal.config import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.errors import Quarantine, UserError
-from anymal.prompt import Prepare
-from anymal.sample import Features, Tokens
-from anymal.workers import Bad, Reader, Ticket, load, prepared
-from conftest import make_llm
+import torch
 from fuzz_bytes import Case
+
+import anymal  # noqa: F401  (makes torchaudio importable before transformers)
+import tiny_encoders
+from anymal.adapters import MODALITIES, build_adapters
+from anymal.config.schema import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
+from anymal.data import manifest, prompt, shards
+from anymal.data.loader import Bad, Reader, Ticket, load, prepared
+from anymal.data.prompt import Prepare
+from anymal.errors import Quarantine, UserError
+from anymal.sample import Features, Tokens
+from conftest import make_llm
 
 LONGEST_REASON = 500
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

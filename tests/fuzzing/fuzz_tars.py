@@ -10,9 +10,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from anymal import manifest, shards
 from fuzz_bytes import Case, blind, in_place, number, pack, shuffled
 from fuzz_texts import PICTURE, mutate_tree, to_json
+
+from anymal.data import manifest, shards
 
 PAIR = {"png": PICTURE, "txt": b"a dog"}
 

@@ -5,6 +5,7 @@ from random import Random
 from typing import Any
 
 from fuzz_bytes import Case, blind, shuffled
+
 from tiny_encoders import picture
 
 PICTURE = picture(size=(20, 20))

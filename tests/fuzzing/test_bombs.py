@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters.audio import read_sound
-from adapters.image import read_image
-from adapters.signals import resample
+from anymal.adapters.audio import read_sound
+from anymal.adapters.image.modality import read_image
+from anymal.adapters.signals import resample
 from anymal.errors import BadSample
 from small_runs import ROOT
 from tiny_encoders import picture
@@ -62,9 +62,9 @@ BOMBS = {
 PROGRAM = """
 import resource, sys, torch
 import anymal
-from adapters.audio import read_sound
-from adapters.image import read_image
-from adapters.signals import resample
+from anymal.adapters.audio import read_sound
+from anymal.adapters.image.modality import read_image
+from anymal.adapters.signals import resample
 from tiny_encoders import picture, sound
 torch.set_num_threads(1)
 read_image(picture(), 10_000), read_sound(sound(0.5), 600), resample(torch.zeros(100), 2, 3)
@@ -155,7 +155,7 @@ def test_a_large_picture_is_what_it_was_at_half_the_size():
 
 
 def test_long_signals_are_resampled_as_short_ones(monkeypatch):
-    from adapters import signals
+    from anymal.adapters import signals
 
     for old, new in ((48_000, 16_000), (44_101, 16_000), (8000, 48_000), (1013, 48_000)):
         signal = torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0)) + 3

@@ -5,14 +5,14 @@ import re
 import signal
 import time
 
+import fuzz
 import numpy as np
 import pytest
 import torch
-
-import fuzz
-from anymal.errors import BadSample
 from fuzz import Limits, numbered
 from fuzz_target import FORMATS, MEDIA, Target
+
+from anymal.errors import BadSample
 
 SEED, COUNT = 3, 600
 """Of the small run; more mutants find more."""
@@ -68,7 +68,7 @@ def test_a_decoder_that_dies_is_a_crash_and_the_rest_of_its_batch_is_still_read(
     ]
     assert "SIGSEGV" in report.findings[0][3]
     assert report.count["png"] == 3
-    assert "python tests/fuzz.py --seed 0 --formats png --only 1\n" in capsys.readouterr().out
+    assert "python tests/fuzzing/fuzz.py --seed 0 --formats png --only 1\n" in capsys.readouterr().out
     assert (tmp_path / "png-1" / "a.tar").stat().st_size > 0
 
 
@@ -113,7 +113,9 @@ def _raises(error):
     ],
 )
 def test_what_is_neither_good_nor_named_is_found(target, tmp_path, monkeypatch, fault, seen):
-    monkeypatch.setattr("anymal.features.check", lambda *_: None)  # else what is not finite is refused, and by name
+    monkeypatch.setattr(
+        "anymal.data.feature_codec.check", lambda *_: None
+    )  # else what is not finite is refused, and by name
     report = _planted(target, fault, tmp_path, monkeypatch, count=2)
     assert [verdict for verdict, *_ in report.findings] == ["unnamed"] * 2
     assert seen in report.findings[0][3]

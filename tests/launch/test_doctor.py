@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor
+from anymal.launch import doctor
 from small_runs import ROOT, environment
 
 

@@ -13,13 +13,13 @@ import torch
 import webdataset as wds
 
 import tiny_encoders
-from anymal import checkpoint, precision
-from anymal.config import LoraConfig
+from anymal.checkpoints import checkpoint, precision
+from anymal.checkpoints.build import build, run_program
+from anymal.config.schema import LoraConfig
 from anymal.errors import UserError
-from anymal.generate import embed_prompt, generate
-from anymal.llm import add_lora
+from anymal.model.generate import embed_prompt, generate
+from anymal.model.llm import add_lora
 from anymal.sample import Message, Part, Sample
-from launch.build import build, run_program
 from small_runs import ROOT, environment, losses, make_encoders, pretrain_here, python, settings, write_pairs
 
 KINDS = ["image", "imu"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from anymal import attention
 from anymal.errors import UserError
+from anymal.model import attention
 from tiny_llms import ARCHITECTURES, SMALL, WIDTH
 
 LENGTHS = [5, 5, 7, 2]

@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stand_ins
 import tiny_encoders
-from adapters import load_encoder
-from anymal.config import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
-from anymal.cost import Cost, forward_flops, llm_cost
-from anymal.llm import add_lora, load_llm
-from anymal.meter import Meter
-from anymal.packing import pack
-from anymal.prompt import IGNORED
+from anymal.adapters import load_encoder
+from anymal.config.schema import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
+from anymal.data.packing import pack
+from anymal.data.prompt import IGNORED
+from anymal.model.flops import Cost, forward_flops, llm_cost
+from anymal.model.llm import add_lora, load_llm
 from anymal.sample import Tokens
+from anymal.training.meter import Meter
 from conftest import make_llm
 from toys import toy_model
 
@@ -78,8 +78,8 @@ def test_a_batch_costs_what_its_samples_and_media_do(tiny_llm):
 
 
 def test_an_encoder_is_counted_on_shapes(tmp_path):
-    from adapters.image import ImageOptions, load_image_encoder
-    from adapters.projectors import build_projector
+    from anymal.adapters.image.modality import ImageOptions, load_image_encoder
+    from anymal.adapters.projectors import build_projector
 
     encoder = load_image_encoder(tiny_encoders.clip(tmp_path), ImageOptions())
     picture = torch.randn(1, 3, tiny_encoders.SIZE, tiny_encoders.SIZE)

@@ -12,23 +12,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_llms
-from adapters.projectors import build_projector
-from adapters.projectors.cross import GatedCrossAttention
-from anymal import attention, checkpoint
-from anymal.bridge import Bridges, Look, Sight, _cross, looks
-from anymal.config import Config, LLMConfig, LoraConfig, ProjectorConfig, PromptConfig
-from anymal.cost import Cost
+from anymal.adapters.projectors import build_projector
+from anymal.adapters.projectors.cross import GatedCrossAttention
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config, LLMConfig, LoraConfig, ProjectorConfig, PromptConfig
+from anymal.config.settings import load
+from anymal.data.packing import pack
+from anymal.data.prompt import IGNORED, Prompt
 from anymal.errors import UserError
-from anymal.generate import embed_prompt, generate, log_likelihoods
-from anymal.llm import add_lora, load_llm
+from anymal.estimation.fake_step import Rehearsal, Workload
 from anymal.modality import Adapter, Modality
-from anymal.model import AnyMAL, fingerprint, select_trainable, trainable
-from anymal.packing import pack
-from anymal.prompt import IGNORED, Prompt
+from anymal.model import attention
+from anymal.model.cross_attention import Bridges, Look, Sight, _cross, looks
+from anymal.model.flops import Cost
+from anymal.model.generate import embed_prompt, generate, log_likelihoods
+from anymal.model.llm import add_lora, load_llm
+from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
 from anymal.sample import Part, Tokens, Views
-from anymal.settings import load
-from launch.build import build
-from launch.rehearse import Rehearsal, Workload
 from small_runs import deepspeed, go_back, losses, make_encoders, pretrain_here, settings, write_pairs
 from toys import ToyEncoder, ToyOptions, ToyProjector, medium, sample, text
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from anymal.generate import embed_prompt, generate, log_likelihoods
-from anymal.packing import pack
+from anymal.data.packing import pack
+from anymal.model.generate import embed_prompt, generate, log_likelihoods
 from toys import medium, sample, text, toy_model
 
 ASKED = [
@@ -49,7 +49,7 @@ def test_greedy_answers_are_the_likeliest_tokens_one_by_one(toy):
 
 
 def test_generation_leaves_training_as_it_was(toy):
-    from anymal.model import fingerprint, select_trainable
+    from anymal.model.multimodal import fingerprint, select_trainable
 
     model, prompt = toy
     select_trainable(model, ["projectors"])

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anymal.ahead import Ahead
-from anymal.config import LoraConfig
+from anymal.config.schema import LoraConfig
+from anymal.data.packing import pack
 from anymal.errors import UserError
-from anymal.llm import add_lora
-from anymal.model import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
-from anymal.packing import pack
+from anymal.model.llm import add_lora
+from anymal.model.multimodal import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
 from anymal.sample import Part, Views
+from anymal.training.prefetch import Ahead
 from toys import medium, sample, text, toy_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

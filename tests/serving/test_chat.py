@@ -17,20 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_mix import make_checkpoint
 
 import tiny_encoders
-from anymal import checkpoint
-from anymal.config import PromptConfig
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import Built, build
+from anymal.config.schema import PromptConfig
 from anymal.errors import UserError
-from anymal.evaluate import ask, evaluate
-from anymal.generate import embed_prompt, generate
+from anymal.evaluation.evaluate import ask, evaluate
+from anymal.model.generate import embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample
-from launch import chat
-from launch.build import Built, build
-from launch.conversation import ContextTooLong, Conversation
-from launch.draw import Painter
+from anymal.serving import chat
+from anymal.serving.conversation import ContextTooLong, Conversation
+from anymal.serving.draw import Painter
 from small_runs import ROOT, environment, make_encoders
-from test_mix import make_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 import anymal  # noqa: F401  (makes torchaudio importable before diffusers imports transformers)
 from anymal.errors import UserError
-from launch.chat import say
-from launch.draw import Painter, split
+from anymal.serving.chat import say
+from anymal.serving.draw import Painter, split
 
 
 @pytest.mark.parametrize(

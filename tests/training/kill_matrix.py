@@ -1,6 +1,6 @@
 """kill -9 at random moments, over workers × ranks × packing, and again the same command: nothing may change.
 
-    python tests/kill_matrix.py --kills 100
+    python tests/training/kill_matrix.py --kills 100
 
 For every combination an uninterrupted run is the reference. A second run is killed (all its processes, SIGKILL) and
 started again, until its share of the kills is spent; then it may end. Its losses must equal the reference's bit for
@@ -31,19 +31,19 @@ from collections import Counter
 from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import deepspeed  # noqa: F401  this and the next are imported by each run: here once for all of them
 import torch
 import torch._dynamo
 import webdataset as wds
 
-import anymal.train
-import launch.stage
-from anymal.config import Config
-from anymal.engine import gather
-from anymal.meter import Meter
-from anymal.settings import load
+import anymal.training.loop
+import anymal.training.run
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.training.engine import gather
+from anymal.training.meter import Meter
 from conftest import make_llm
 from small_runs import make_encoders, metrics, settings, write_pairs
 
@@ -101,10 +101,10 @@ def _rank(rank: int, world: int, port: int, given: list[str], log: Path) -> None
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # makes this process a pool of its own before several threads at once want one
-    anymal.train.Meter = Witness
+    anymal.training.loop.Meter = Witness
     code = 1
     with contextlib.suppress(SystemExit):
-        code = launch.stage.run_stage(load(Config, None, given, ["train=[projectors]"]))
+        code = anymal.training.run.run_stage(load(Config, None, given, ["train=[projectors]"]))
     os._exit(code)
 
 

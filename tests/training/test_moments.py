@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import anymal.train
-from anymal.meter import Meter
+import anymal.training.loop
+from anymal.training.meter import Meter
 from small_runs import go_back, losses, make_encoders, pretrain_here, python, settings, write_pairs, zero_stages
 
 LEARNS = "train=[projectors,llm]"
@@ -44,7 +44,7 @@ def given(tiny_llm, tmp_path) -> list[str]:
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_run_that_goes_on_holds_what_one_does_that_never_stopped(given, tmp_path, monkeypatch, zero):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(anymal.train, "Meter", Scale)
+    monkeypatch.setattr(anymal.training.loop, "Meter", Scale)
     HELD.clear()
     pretrain_here(None, *given, f"engine.zero={zero}")
     never_stopped = HELD[-1]

@@ -12,16 +12,18 @@ import pytest
 import torch
 import webdataset as wds
 
-import launch.build
-from anymal import checkpoint, manifest, stopping
-from anymal.config import DataConfig, LLMConfig, RunConfig
+import anymal.checkpoints.build
+from anymal import signals
+from anymal.checkpoints import checkpoint
+from anymal.config.schema import DataConfig, LLMConfig, RunConfig
+from anymal.config.settings import load
+from anymal.data import manifest
+from anymal.data.feature_cache import Twin
+from anymal.data.stream import samples_once
 from anymal.errors import Quarantine, UserError
-from anymal.llm import load_llm
-from anymal.settings import load
-from anymal.stream import samples_once
-from anymal.tracking import Tracker
-from anymal.twins import Twin
-from launch.encode_report import report
+from anymal.features.report import report
+from anymal.model.llm import load_llm
+from anymal.training.tracking import Tracker
 from small_runs import make_encoders, pretrain_here, settings, write_pairs
 
 
@@ -37,7 +39,7 @@ def state() -> dict[str, object]:
     """What a run may change in a process."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     return {
-        "signals": [signal.getsignal(number) for number in stopping._SIGNALS],
+        "signals": [signal.getsignal(number) for number in signals._SIGNALS],
         "environment": {name: os.environ.get(name) for name in own},
         "group": torch.distributed.is_initialized(),
         "random": torch.get_rng_state().tolist(),
@@ -152,7 +154,7 @@ def test_programs_add_no_filter_of_warnings_and_register_once():
     filters, registered = list(warnings.filters), atexit._ncallbacks()
     for _ in range(2):
         with pytest.raises(SystemExit):
-            launch.build.run_program(lambda: 0)
+            anymal.checkpoints.build.run_program(lambda: 0)
     assert warnings.filters == filters and atexit._ncallbacks() == registered
 
 

@@ -10,14 +10,14 @@ import webdataset as wds
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import adapters
-from adapters.projectors import PROJECTORS
-from anymal import checkpoint
-from anymal.config import Config
+from anymal import adapters
+from anymal.adapters.projectors import PROJECTORS
+from anymal.checkpoints import checkpoint
+from anymal.config.schema import Config
+from anymal.config.settings import load
 from anymal.errors import UserError
 from anymal.modality import Modality
-from anymal.settings import load
-from launch.stage import run_stage
+from anymal.training.run import run_stage
 from small_runs import deepspeed, go_back, losses, settings
 from streams import listed
 from toys import ToyEncoder, ToyOptions
@@ -51,7 +51,7 @@ TOY = Modality(name="toy", suffixes=("toy.bin",), options=ToyOptions, load=lambd
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     """The recipe's modality `toy`: one number."""
-    monkeypatch.setitem(adapters.MODALITIES, "toy", TOY)
+    monkeypatch.setitem(anymal.adapters.MODALITIES, "toy", TOY)
     monkeypatch.setitem(PROJECTORS, "steep", SteepProjector)
 
 
@@ -148,10 +148,10 @@ def test_samples_are_tried_with_the_memory_of_training(tiny_llm, tmp_path, train
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-import adapters
-from launch.stage import main
+from anymal import adapters
+from anymal.training.run import main
 from test_recovery import TOY
-adapters.MODALITIES["toy"] = TOY
+anymal.adapters.MODALITIES["toy"] = TOY
 sys.exit(main("", ["train=[projectors]"]))
 """
 

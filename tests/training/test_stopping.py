@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from anymal import checkpoint, stopping
-from launch.stage import main
+from anymal import signals
+from anymal.checkpoints import checkpoint
+from anymal.training.run import main
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 
 
@@ -52,7 +53,7 @@ def assert_saved(run: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
-    before = [signal.getsignal(known) for known in stopping._SIGNALS]
+    before = [signal.getsignal(known) for known in signals._SIGNALS]
 
     def send() -> None:
         wait_for((tmp_path / "metrics.jsonl").exists)
@@ -65,30 +66,30 @@ def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
         assert os.path.samestat(os.fstat(1), os.fstat(pipe))
     sender.join()
     assert_saved(tmp_path)
-    assert not stopping.asked(), "what the process does next was not meant"
-    assert [signal.getsignal(known) for known in stopping._SIGNALS] == before
+    assert not signals.asked(), "what the process does next was not meant"
+    assert [signal.getsignal(known) for known in signals._SIGNALS] == before
 
 
 def leave(number: int) -> None:
-    stopping.leave_on_signals()
+    signals.leave_on_signals()
     os.kill(os.getpid(), number)
     time.sleep(10)
 
 
 def ignore(number: int) -> None:
     signal.signal(number, signal.SIG_IGN)  # as nohup does
-    stopping.leave_on_signals()
-    stopping.note_signals()
+    signals.leave_on_signals()
+    signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert not stopping.asked()
+    assert not signals.asked()
 
 
 def interrupt_twice(number: int) -> None:
-    stopping.note_signals()
+    signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert stopping.asked()
+    assert signals.asked()
     try:
         os.kill(os.getpid(), number)
         time.sleep(10)
@@ -98,7 +99,7 @@ def interrupt_twice(number: int) -> None:
 
 UNDER_A_LAUNCHER = """
 import os
-from anymal import stopping
+from anymal import signals
 stopping.note_signals()
 if pid := os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from anymal.config import RunConfig
-from anymal.meter import Meter
+from anymal.config.schema import RunConfig
 from anymal.sample import Batch
-from anymal.tracking import Tracker
+from anymal.training.meter import Meter
+from anymal.training.tracking import Tracker
 
 
 def _batch(tokens: int, groups: list[str]) -> Batch:
@@ -65,7 +65,7 @@ def test_meter_adds_up_per_group():
 _RANK = """
 import sys
 import torch, torch.distributed as dist
-from anymal.meter import Meter
+from anymal.training.meter import Meter
 from tests_batch import batch
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
@@ -88,13 +88,13 @@ def test_meter_adds_up_over_ranks_that_saw_different_groups(tmp_path):
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 _KILLED = """
 import os, signal, sys
-from anymal.config import RunConfig
-from anymal.tracking import Tracker
+from anymal.config.schema import RunConfig
+from anymal.training.tracking import Tracker
 tracker = Tracker(RunConfig(dir=sys.argv[1]), {}, rank=0, steps=10)
 for step in range(1, 8):
     tracker.log(step, {"loss": 1 / step})
@@ -172,8 +172,8 @@ def _wandb_history(path: Path) -> list[dict]:
 
 _SHOWN = """
 import sys
-from anymal.config import RunConfig
-from anymal.tracking import Tracker
+from anymal.config.schema import RunConfig
+from anymal.training.tracking import Tracker
 with Tracker(RunConfig(dir=sys.argv[1]), {}, rank=0, steps=40, start=10) as tracker:
     for step in range(11, 41):
         tracker.log(step, {"loss": 2.0, "lr": 1e-4})
@@ -234,7 +234,7 @@ def test_wandb_offline_resumes_under_one_id(tmp_path, monkeypatch):
 
 def test_wandb_is_not_imported_when_disabled(tmp_path):
     code = (
-        "import sys\nfrom anymal.config import RunConfig\nfrom anymal.tracking import Tracker\n"
+        "import sys\nfrom anymal.config.schema import RunConfig\nfrom anymal.training.tracking import Tracker\n"
         f"with Tracker(RunConfig(dir={str(tmp_path)!r}), {{}}, rank=0, steps=1) as t: t.log(1, {{'loss': 1.0}})\n"
         "assert 'wandb' not in sys.modules"
     )

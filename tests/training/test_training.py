@@ -13,17 +13,17 @@ import pytest
 import torch
 import transformers
 
-from anymal import checkpoint
-from anymal.config import Config, DataConfig
-from anymal.engine import deepspeed_config, learning_rate
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build, suffixes
+from anymal.config.schema import Config, DataConfig
+from anymal.config.settings import load
+from anymal.data.packing import pack
+from anymal.data.stream import Stream
 from anymal.errors import Quarantine, UserError
-from anymal.model import fingerprint, select_trainable, trainable
-from anymal.packing import pack
+from anymal.model.multimodal import fingerprint, select_trainable, trainable
 from anymal.sample import Batch, Sample, Tokens
-from anymal.settings import load
-from anymal.stream import Stream
-from launch.build import build, suffixes
-from launch.stage import run_stage
+from anymal.training.engine import deepspeed_config, learning_rate
+from anymal.training.run import run_stage
 from small_runs import (
     ROOT,
     deepspeed,
@@ -102,9 +102,9 @@ def test_both_stages_change_what_they_train_and_nothing_else(stage, tiny_llm):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders, shards, tmp_path, bits):
-    from anymal.engine import make_engine, start_processes
-    from anymal.tracking import Tracker
-    from anymal.train import train
+    from anymal.training.engine import make_engine, start_processes
+    from anymal.training.loop import train
+    from anymal.training.tracking import Tracker
 
     arguments = settings(tiny_llm, encoders, tmp_path, shards, KINDS, optim__steps=3, model__llm__bits=bits)
     config = load(Config, None, arguments, ["train=[projectors]"])
@@ -347,8 +347,8 @@ def test_kill_minus_nine_then_the_same_command_goes_on_bit_for_bit(tiny_llm, enc
 
 @pytest.mark.slow
 def test_killed_at_random_moments_packed_blended_on_two_ranks(tmp_path):
-    """A small part of what ``python tests/kill_matrix.py`` does: two workers, two ranks, packing, two datasets."""
-    done = python("tests/kill_matrix.py", "--kills", "2", "--last", "1")
+    """A small part of what ``python tests/training/kill_matrix.py`` does: two workers, two ranks, packing, two datasets."""
+    done = python("tests/training/kill_matrix.py", "--kills", "2", "--last", "1")
     assert "kills=2 equal=2" in done.stdout and done.stdout.rstrip().endswith("goal=met")
 
 

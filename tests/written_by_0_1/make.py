@@ -12,18 +12,18 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import launch.encode
 import numpy as np
 import torch
 import webdataset as wds
+from anymal.stream import merge_bookmarks
 
 import conftest
-import launch.encode
 import streams
 import tiny_encoders
 from adapters import load_encoder
 from anymal.config import ModalityConfig
 from anymal.features import identity
-from anymal.stream import merge_bookmarks
 from small_runs import ROOT, go_back, losses, pretrain_here
 
 HERE = Path(__file__).parent
