@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import call, license_of, load_config, load_network, save_network
+from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
+from anymal.model.hub import license_of
 from anymal.sample import Noted
 
 FAMILIES = {"clap": "audio_model", "audio-spectrogram-transformer": "", "whisper": "encoder"}

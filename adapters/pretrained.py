@@ -6,51 +6,18 @@ imported: a CUDA build of torchaudio beside a CPU torch would break its import (
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anymal.errors import UserError
+from anymal.model.fake_tensors import new_tensors, without_weights
 from anymal.model.hub import unavailable
-
-_SHAPES_ONLY: ContextVar[AbstractContextManager | None] = ContextVar("shapes_only", default=None)
 
 UNUSED = ("pooler", "head.", "_fc.", "vision_projection")
 """Parts of names of weights that no encoder here uses, so a folder may lack them."""
-
-
-@contextlib.contextmanager
-def shapes_only(fake: AbstractContextManager) -> Iterator[None]:
-    """Inside, encoders and projectors are made from their configs on `fake` tensors; no weights are read.
-
-    Args:
-        fake: A ``FakeTensorMode`` that allows other inputs.
-    """
-    token = _SHAPES_ONLY.set(fake)
-    try:
-        yield
-    finally:
-        _SHAPES_ONLY.reset(token)
-
-
-def new_tensors() -> AbstractContextManager:
-    """What weights are to be made in: fake tensors inside `shapes_only`, else ordinary ones."""
-    return _SHAPES_ONLY.get() or contextlib.nullcontext()
-
-
-def without_weights() -> bool:
-    """Whether this is inside `shapes_only`: no weights are to be read."""
-    return _SHAPES_ONLY.get() is not None
-
-
-def on_shapes() -> AbstractContextManager:
-    """Inside, networks run on shapes alone, whatever their weights are: nothing is computed."""
-    return _SHAPES_ONLY.get() or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -157,17 +124,3 @@ def save_network(network: nn.Module, processor: Any, folder: Path, weights: Mapp
     named = {f"{prefix}{name.removeprefix('network.')}": tensor for name, tensor in weights.items()}
     save_torch_state_dict(named, folder)
     (folder / "README.md").write_text(f"---\nlicense: {license}\n---\nAn encoder that was trained on.\n")
-
-
-def license_of(name: str) -> str:
-    """The licence that the model card (README.md) of a hub name or local folder states, or ``"unknown"``."""
-    from huggingface_hub import ModelCard
-
-    path = Path(name)
-    if (path.is_dir() and not (path / "README.md").is_file()) or unavailable(name, "README.md"):
-        return "unknown"
-    try:
-        card = ModelCard.load(path / "README.md" if path.is_dir() else name)
-    except Exception:  # no network, no card, or YAML that does not parse: the licence is not known then
-        return "unknown"
-    return str(card.data.license or "unknown")

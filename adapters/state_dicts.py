@@ -1,4 +1,4 @@
-"""State_dicts under their authors' names, read without executing anything in them. Behind `anymal.adapters.imu.published`.
+"""State_dicts under their authors' names, read without executing anything in them.
 
 A ``.pth`` or ``.pt`` is a pickle: torch reads tensors from it and refuses every other object. They and ``.safetensors``
 are mapped into memory, so that of a file of many gigabytes only the tensors that a network takes are read.

@@ -1,6 +1,30 @@
 """AnyMAL: eyes, ears and a sense of motion for a frozen language model.
 
-The core of the pipeline. It names no modality: those live in ``adapters``.
+    anybody's data ──data_prep──▶ tar shards ──data──▶ samples ──▶ token ids + media
+                                                                         │
+    text ◀──serving, evaluation── LLM (4/8 bits, frozen, LoRA) ◀──splice─┤
+                                    ▲                                    │
+                                    └─ projector (trained) ◀─ encoder (frozen)
+
+One room a concern, each with a page that says what happens in it. Imports point down this list, never up
+(import-linter says so in ``make check``):
+
+    launch        what people start: an entry point for each program, recipes
+    data_prep     anybody's data → shards
+    adapters      the modalities (image, video, audio, imu) and the projectors
+    serving       answer people: one prompt, a conversation, drawing
+    estimation    what a run will take: memory, FLOPs, time, cost, from shapes alone
+    features      encode once: the program that fills the feature cache
+    training      run, loop, engine, signals, prefetch, tracking
+    evaluation    held-out sets, controls, metrics, reports
+    checkpoints   what is saved, verified, resumed, joined, mixed; settings + checkpoint → model
+    model         encode, project, splice, LLM, loss; attention, generation
+    data          order → shards → loader → parse → prompt → packing → Batch, with a bookmark
+    config        every setting and its default; YAML and overrides; --help
+
+``modality``, ``sample``, ``files``, ``errors`` and ``environment`` are the vocabulary that all rooms share. The first
+three are folders beside this one, linked into it, so that everything has one import name. What stands below
+``adapters`` names no modality: it is handed a `anymal.model.registry.Registry`.
 """
 
 from anymal.environment import make_threads_yield, make_torchaudio_importable

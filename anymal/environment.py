@@ -6,7 +6,8 @@ mel and Kaldi filter banks) is pure torch. There are two ways around, and both c
 alone, which raise torchaudio's own error:
 
 - `make_torchaudio_importable`: whoever imports ``anymal`` gets a stand-in for the extension, in this process only.
-- ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for: so
+- ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for:
+so
   other programs there work too. ``make install`` does that in its own ``.venv``.
 
 `swapped` stands in for a function of another library for a while.

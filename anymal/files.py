@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,29 @@ def file_mode() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; it takes that name when the block ends, and vanishes if the block fails.
+
+    So a folder that exists is complete, whatever happened to the process that was writing it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        for path in (temporary, *temporary.rglob("*")):  # mkdtemp's folders are private, and so are safetensors' files
+            path.chmod(file_mode() | (0o111 & file_mode() >> 2 if path.is_dir() else 0))
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a step's output is there already; says so if it is."""
+    done = folder.is_dir() and any(folder.iterdir())
+    if done:
+        print(f"{folder} is there already; remove it to make it again")
+    return done

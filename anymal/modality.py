@@ -90,9 +90,9 @@ class Adapter:
     projector: nn.Module
     """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K).
 
-    One that also speaks to the LLM between its layers (`anymal.model.cross_attention`) has ``bridges``, a ModuleDict by the number of
-    the decoder layer that each stands before, of modules (hidden [S, D], latents [N, R, C], looks) → [S, D];
-    ``context``, a module [N, tokens, width] → latents [N, R, C]; and ``last_only``: which media a token sees.
+    One that also speaks to the LLM between its layers (`anymal.model.cross_attention`) has ``bridges``, a ModuleDict by
+    the number of the decoder layer that each stands before, of modules (hidden [S, D], latents [N, R, C], looks) → [S,
+    D]; ``context``, a module [N, tokens, width] → latents [N, R, C]; and ``last_only``: which media a token sees.
     """
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TEXT = "text"
+IGNORED = -100  # label of a token that is given, not answered: `torch.nn.functional.cross_entropy` passes it over
 
 
 @dataclass(kw_only=True)
@@ -214,8 +215,8 @@ class Batch:
     """The samples' keys, for error messages."""
     stands: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
-    first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU would be waited
-    for."""
+    first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU
+    would be waited for."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
     decoded: dict[tuple[str, str], int] = field(default_factory=dict)

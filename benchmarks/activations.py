@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 
-from anymal.checkpoints.build import device, run_program
+from allocated import kept_bytes
+from anymal.config.command_line import run_program
 from anymal.config.schema import LLMConfig
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.model.llm import load_llm, on_gpu
-from benchmarks.allocated import kept_bytes
+from anymal.model.llm import device, load_llm, on_gpu
 
 TOKENS, LAYERS, ROUNDS = 512, 10, 7
 MODES = ("none", "selective", "full")

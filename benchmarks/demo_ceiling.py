@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymal.adapters import load_encoder
+from anymal.adapters import REGISTRY
 from anymal.adapters.imu import pretrain
-from anymal.checkpoints.build import run_program
-from anymal.config.command_line import parse_args
+from anymal.checkpoints.build import load_encoder
+from anymal.config.command_line import parse_args, run_program
 from anymal.config.schema import ModalityConfig
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data_prep.demo import data as demo_data
@@ -119,7 +119,7 @@ def modalities(data: Path) -> dict[str, ModalityConfig]:
 @torch.no_grad()
 def encode(name: str, config: ModalityConfig, shards: Path) -> dict[str, Encoded]:
     """Decode and encode every medium of a modality's splits, as training does."""
-    encoder, found = load_encoder(name, config), {}
+    encoder, found = load_encoder(REGISTRY, name, config), {}
     for split in SPLITS:
         samples = list(read_shards(shards / split))
         parts = []

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch
 
-from anymal.checkpoints.build import build, device, run_program
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import build
+from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.estimation.fake_step import Rehearsal, Workload
 from anymal.estimation.predict import predict
-from anymal.model.llm import on_gpu
+from anymal.model.llm import device, on_gpu
 from anymal.model.multimodal import select_trainable
 from anymal.sample import Batch
 from anymal.training.engine import make_engine, start_processes
@@ -47,7 +49,7 @@ STEPS = 2
 
 def measured(config: Config, batch: Batch) -> int:
     """Peak bytes of training steps of the real model on a real batch, weights included."""
-    built = build(config, device())
+    built = build(config, device(), REGISTRY)
     select_trainable(built.model, config.train)
     gc.collect()
     if not on_gpu():
@@ -98,7 +100,7 @@ def one(name: str) -> None:
         Config, RECIPES / f"demo-{stage}.yaml", [*overrides, *fresh, "data.workers=0", f"data.batch_size={samples}"]
     )
     work = Workload(tokens=tokens, answers=tokens // 4)
-    rehearsal = Rehearsal(config, gpu=on_gpu())
+    rehearsal = Rehearsal(config, REGISTRY, gpu=on_gpu())
     predicted = predict(rehearsal, work, samples, world=1)
     batch = rehearsal.batch(work, samples, real=True)
     del rehearsal

@@ -26,9 +26,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch import nn
 
-from anymal.adapters import MODALITIES
+from anymal.adapters import MODALITIES, REGISTRY
 from anymal.adapters.image.modality import ImageDecoder, ImageEncoder
-from anymal.adapters.projectors import build_projector
+from anymal.checkpoints.build import build_projector
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.estimation.fake_step import Rehearsal, Workload
@@ -39,6 +39,7 @@ from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.flops import Cost
 from anymal.model.llm import compute_dtype, set_frozen_mode
 from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.registry import Fit
 
 RESULTS = Path(__file__).parent / "results"
 CARD = 80e9
@@ -181,7 +182,9 @@ def random_model(config: Config, scale: Scale) -> AnyMAL:
     processor = AutoImageProcessor.from_pretrained(image.encoder, backend="pil")
     encoder = ImageEncoder(network, ImageDecoder(processor=processor, max_pixels=10**6), 0, "random weights")
     llm = random_llm(Path(config.model.llm.name), scale.device)
-    projector = build_projector(image.projector, parts(encoder), llm.config.hidden_size, scale=0.02)
+    projector = build_projector(
+        REGISTRY, image.projector, Fit(parts=parts(encoder), llm_width=llm.config.hidden_size, scale=0.02)
+    )
     model = AnyMAL(llm, {"image": Adapter(MODALITIES["image"], encoder, projector)})
     select_trainable(model, ["projectors"])
     return model
@@ -232,7 +235,7 @@ class Bench:
         llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
         self.cost.llm = replace(self.cost.llm, recomputed=float(mode == "full"))
-        return Rehearsal(config, gpu=not self.scale.dry)
+        return Rehearsal(config, REGISTRY, gpu=not self.scale.dry)
 
     def _largest(self, rehearsal: Rehearsal, tokens: int, mode: str) -> dict[str, Any]:
         """From the estimate down until it fits, or up until it does not."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import UserError
 from anymal.evaluation.report import read_lines

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from anymal.checkpoints.build import build, run_program, suffixes
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import build
+from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data.packing import pack
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.errors import Quarantine
 from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
 from anymal.sample import Batch
 
@@ -49,15 +51,15 @@ def compare(bits: int) -> tuple[float, bool]:
     """Relative gradient error at `bits`, and whether LLM and encoders kept their bytes."""
     device = torch.device("cpu")
     config = load(Config, RECIPE, [f"model.llm.bits={bits}", "data.workers=0"])
-    quantised = build(config, device)
+    quantised = build(config, device, REGISTRY)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": suffixes(), "prepare": quantised.prepare, "collate": pack, "quarantine": quarantine}
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": quantised.prepare, "collate": pack, "quarantine": quarantine}
     batch = next(iter(Stream(config.data, **parts, seed=0)))
     frozen = [quantised.model.llm, *quantised.model.encoders.values()]
     before = [fingerprint(module) for module in frozen]
     through = gradients(quantised.model, batch)
     same = before == [fingerprint(module) for module in frozen]
-    plain = build(load(Config, RECIPE, ["model.llm.bits=32", "data.workers=0"]), device)
+    plain = build(load(Config, RECIPE, ["model.llm.bits=32", "data.workers=0"]), device, REGISTRY)
     for name, module in quantised.model.llm.named_modules():
         if isinstance(module, nn.Linear) and module.weight.dtype in (torch.uint8, torch.int8):
             plain.model.llm.get_submodule(name).weight.data = dequantised(module)

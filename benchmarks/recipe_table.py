@@ -28,16 +28,18 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from anymal.adapters import build_adapters
-from anymal.adapters.pretrained import shapes_only
-from anymal.checkpoints.build import build, run_program, suffixes, unchanged
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import build, build_adapters
+from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.stages import Recipe, config_of, load_untrained
 from anymal.data.packing import pack
 from anymal.data.prompt import Prepare
-from anymal.data.stream import samples_once
+from anymal.data.quarantine import Quarantine
+from anymal.data.stream import samples_once, unchanged
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.errors import Quarantine, UserError
+from anymal.errors import UserError
+from anymal.model.fake_tensors import shapes_only
 from anymal.model.multimodal import AnyMAL, select_trainable, trainable
 from anymal.sample import Message, Part, Sample
 from stand_ins import replaced
@@ -119,7 +121,7 @@ def parameters(config: Config, folder: Path) -> int:
     real = _with_stand_ins(config, folder, narrow=False)
     width = WIDTHS[config.model.llm.name.rsplit("/", 1)[-1]]
     with shapes_only(FakeTensorMode(allow_non_fake_inputs=True)):
-        adapters = build_adapters(real.model.modalities, width)
+        adapters = build_adapters(REGISTRY, real.model.modalities, width)
     return sum(p.numel() for adapter in adapters.values() for p in adapter.projector.parameters())
 
 
@@ -184,7 +186,7 @@ def measure(name: str, stage: Recipe, *, llm: str, media: Mapping[str, bytes], f
     bits = 32 if "llm" in config.train else config.model.llm.bits  # 16 bits would be many times slower on a CPU
     settings = replace(config.model.llm, name=llm, bits=bits, checkpointing="none")
     config = replace(config, model=replace(config.model, llm=settings))
-    built = build(config, torch.device("cpu"), train=config.train)
+    built = build(config, torch.device("cpu"), REGISTRY, train=config.train)
     select_trainable(built.model, config.train)
     tokens, counts = samples(built.prepare, media, list(config.model.modalities))
     base = name.removesuffix("-8b").removesuffix("-70b")
@@ -207,7 +209,7 @@ def demo_media(folder: Path) -> dict[str, bytes]:
     for kind in ("image", "video", "audio", "imu"):
         quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
         data = DataConfig(shards=str(folder / kind / "test"), workers=0)
-        first = next(iter(samples_once(data, suffixes=suffixes(), prepare=unchanged, quarantine=quarantine)))
+        first = next(iter(samples_once(data, suffixes=REGISTRY.suffixes(), prepare=unchanged, quarantine=quarantine)))
         found[kind] = first.media()[0].content
     return found
 

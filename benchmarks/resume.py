@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from anymal.data.stream import merge_bookmarks
 from stream import BATCH, demo_samples, ours, theirs, write
 

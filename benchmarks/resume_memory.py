@@ -38,8 +38,10 @@ def status(key: str) -> float:
 
 def rank(folder: Path, given: list[str]) -> None:
     """One rank of a run; what it measured goes to FOLDER/RANK.json."""
+    import anymal.training.engine
     import anymal.training.loop
     import anymal.training.run
+    from anymal.adapters import REGISTRY
     from anymal.config.schema import Config
     from anymal.config.settings import load
 
@@ -75,13 +77,10 @@ def rank(folder: Path, given: list[str]) -> None:
         marks.setdefault("after", status("VmRSS"))
 
     watch(anymal.training.run, "build", nothing, begin)
-    made_in = (
-        anymal.training.run if hasattr(anymal.training.run, "make_engine") else anymal.training.engine
-    )  # earlier versions, or this one
-    watch(made_in, "make_engine", lambda *_: end(), begin)
+    watch(anymal.training.engine, "make_engine", lambda *_: end(), begin)
     watch(anymal.training.run, "train", owned, nothing)
     watch(anymal.training.loop, "step", nothing, first_step)
-    anymal.training.run.run_stage(load(Config, None, given))
+    anymal.training.run.run_stage(load(Config, None, given), REGISTRY)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(marks))
 
 

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from anymal.data import manifest
 from anymal.data.order import Counts, Order, Share, merge_bookmarks
 

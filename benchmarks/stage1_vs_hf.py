@@ -29,6 +29,8 @@ transformers 5.23); and TRL 1.16 takes media through a processor of transformers
 one's own do not have.
 """
 
+from anymal.adapters import REGISTRY
+
 import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
 import copy
 import statistics
@@ -44,20 +46,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from anymal.checkpoints.build import Built, build, device, run_program, suffixes
+from allocated import peak_bytes
+from anymal.checkpoints.build import Built, build
+from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data.feature_codec import dump
 from anymal.data.feature_codec import load as load_features
 from anymal.data.packing import pack
-from anymal.data.prompt import IGNORED
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.errors import Quarantine
-from anymal.model.llm import on_gpu
+from anymal.model.llm import device, on_gpu
 from anymal.model.multimodal import AnyMAL, select_trainable
-from anymal.sample import Batch, Features, Tokens
-from benchmarks.allocated import peak_bytes
+from anymal.sample import IGNORED, Batch, Features, Tokens
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-finetune.yaml"
 BATCHES, ROUNDS = 3, 3
@@ -106,7 +108,7 @@ def read(built: Built, config: Config) -> list[list[Tokens]]:
         return pack(samples)
 
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": suffixes(), "prepare": built.prepare, "collate": collate, "quarantine": quarantine}
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "collate": collate, "quarantine": quarantine}
     for _ in islice(Stream(config.data, **parts, seed=0), BATCHES):
         pass
     return seen[:BATCHES]
@@ -208,7 +210,7 @@ def main() -> None:
         sys.exit("the demo's models are not there; run make demo first")
     fixed = ["train=[projectors]", "model.checkpoint=null", "data.workers=0"]
     config = load(Config, RECIPE, [*fixed, *(sys.argv[1:] or ["data.batch_size=64"])])
-    built = build(config, device())
+    built = build(config, device(), REGISTRY)
     model = built.model
     select_trainable(model, config.train)
     plain, batches = Plain(model, built.tokenizer.pad_token_id or 0), read(built, config)

@@ -1,8 +1,8 @@
 """Stand-ins for the encoders that recipes name: their architecture, input and number of features, not their weights.
 
 Each comes in two sizes. *real*: config.json alone, for shapes on tensors without data
-(`anymal.adapters.pretrained.shapes_only`). *narrow*: random weights of few and narrow layers, which give the same number of
-features and run on a CPU. Sizes are those of the published models' own config files.
+(`anymal.model.fake_tensors.shapes_only`). *narrow*: random weights of few and narrow layers, which give the same number
+of features and run on a CPU. Sizes are those of the published models' own config files.
 """
 
 import json

@@ -27,12 +27,12 @@ import torch
 import webdataset
 from PIL import Image
 
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from anymal.config.schema import DataConfig
 from anymal.data.packing import pack
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.errors import Quarantine
 from anymal.sample import Sample, Tokens
 
 GOAL = 0.95  # of raw webdataset

@@ -38,12 +38,14 @@ from anymal.config.command_line import parse_args
 from anymal.config.schema import DataConfig
 from anymal.data import shards
 from anymal.data.loader import RawSample
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import walk
 from anymal.data_prep.objects import Names, read_table
-from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
-from anymal.errors import BadSample, Quarantine, UserError
+from anymal.errors import BadSample, UserError
 from anymal.evaluation.metrics import words
+from anymal.files import is_done
 
 Way = Literal["random", "popular", "adversarial"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -253,5 +255,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{quarantine.bad} samples skipped, see {log}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -8,45 +8,13 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from anymal.errors import UserError
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; it takes that name when the block ends, and vanishes if the block fails.
-
-    So a folder that exists is complete, whatever happened to the process that was writing it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's folders are private, and so are safetensors' files
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~umask)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a step's output is there already; says so if it is."""
-    done = folder.is_dir() and any(folder.iterdir())
-    if done:
-        print(f"{folder} is there already; remove it to make it again")
-    return done
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The one writer of shards: samples in, a folder of WebDataset tars out.
 
-    raw data ──(a file of this folder)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶ anymal/data/stream.py
+    raw data ──(a file of this folder)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶
+    anymal/data/stream.py
 
 A sample is a dict of tar members, named by their suffixes:
 
@@ -26,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from anymal.data_prep.steps import whole_folder
 from anymal.errors import UserError
+from anymal.files import whole_folder
 
 SPLITS = ("train", "validation", "test")
 """The demo's splits: what is learnt from, what choices are made by, and what is reported, once."""

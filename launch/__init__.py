@@ -1,10 +1,6 @@
-"""What people run: thin programs over `anymal` and `adapters`, their recipes, and DeepSpeed settings."""
+"""What people start: an entry point for each program, a screen each; recipes/ states runs.
 
-import anymal  # noqa: F401  # isort: skip  (first: it prepares the process for torch)
-from anymal import adapters
-
-if not hasattr(adapters, "MODALITIES"):  # PyPI has another distribution whose import name is adapters
-    raise SystemExit(
-        f"error: {adapters.__file__} is not AnyMAL's package `adapters` but the PyPI distribution of that name.\n"
-        "Use an environment of its own (make install makes one in .venv), or: pip uninstall adapters; pip install -e ."
-    )
+`command.py` is the console script `anymal`: ``anymal pretrain …`` does what ``python launch/pretrain.py …`` does, which
+``deepspeed`` and ``torchrun`` start. Each entry point holds its program's help, hands the core what it may name
+(`registry.py`: our modalities and projectors, and those of other distributions), and runs the ``main`` of a room.
+"""

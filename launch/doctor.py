@@ -400,5 +400,10 @@ def main() -> int:
     return int(any(row.state == MISSING for row in rows))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    start()

@@ -8,11 +8,18 @@ A recipe states the run, or several stages of one (docs/stages.md; stage=NAME ru
 written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
 """
 
-if __name__ == "__main__":
+
+def start() -> None:
+    """Run the program, for the command line."""
     from anymal.signals import leave_on_signals
 
     leave_on_signals()  # before the imports that take seconds
-    from anymal.checkpoints.build import run_program
+    from anymal.config.command_line import run_program
+    from anymal.launch.registry import registry
     from anymal.training.run import main
 
-    run_program(lambda: main(__doc__, defaults=["train=[projectors]"]))
+    run_program(lambda: main(__doc__, registry(), ["train=[projectors]"]))
+
+
+if __name__ == "__main__":
+    start()

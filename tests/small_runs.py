@@ -4,12 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset as wds
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
+from anymal.checkpoints import checkpoint
+from anymal.checkpoints.build import build
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.model.multimodal import select_trainable, trainable
 from anymal.training.run import main
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +115,7 @@ def zero_stages(path: Path, *stages: int) -> Path:
 
 def pretrain_here(recipe: Path | None, *arguments: str) -> None:
     """What launch/pretrain.py does, by one rank in this process: without the seconds that a start takes."""
-    assert main("", ["train=[projectors]"], [*([] if recipe is None else [str(recipe)]), *arguments]) == 0
+    assert main("", REGISTRY, ["train=[projectors]"], [*([] if recipe is None else [str(recipe)]), *arguments]) == 0
 
 
 def go_back(run: Path, step: int) -> None:
@@ -125,3 +133,21 @@ def metrics(run: Path) -> list[dict]:
 def losses(run: Path) -> dict[int, float]:
     """Loss by step."""
     return {line["step"]: line["loss"] for line in metrics(run)}
+
+
+def make_checkpoint(
+    llm: Path, encoders: Path, run: Path, seed: int, *overrides: str, kinds: Sequence[str] = ("image", "imu")
+) -> Path:
+    """A checkpoint as training writes it, with random weights."""
+    given = ["model.llm.bits=32", "train=[projectors,lora]", "model.lora.rank=4", "model.lora.alpha=8", *overrides]
+    more = {name.replace(".", "__"): value for name, value in (override.split("=") for override in given)}
+    config = load(Config, None, settings(llm, encoders, run, "none.tar", list(kinds), **more))
+    built = build(config, torch.device("cpu"), REGISTRY, train=config.train)
+    select_trainable(built.model, config.train)
+    trained = trainable(built.model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(generator=generator)
+    state = checkpoint.TrainingState(step=3)
+    return checkpoint.save(built.model, trained, {}, state, config, built.adapters, built.tokenizer)

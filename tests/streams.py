@@ -10,8 +10,9 @@ import webdataset
 from PIL import Image
 
 from anymal.config.schema import DataConfig
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
-from anymal.errors import BadSample, Quarantine
+from anymal.errors import BadSample
 from anymal.sample import Batch, Sample, Tokens
 
 SUFFIXES = {"jpg": "image", "npy": "array"}

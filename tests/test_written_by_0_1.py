@@ -29,8 +29,8 @@ import anymal.features.encode
 import anymal.serving.chat
 import streams
 import tiny_encoders
-from anymal.adapters import load_encoder
-from anymal.adapters.projectors import build_projector
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import DatasetConfig, ModalityConfig, ProjectorConfig
 from anymal.config.stages import Recipe, load_stages
 from anymal.data.feature_codec import identity
@@ -38,6 +38,7 @@ from anymal.data.stream import Stream
 from anymal.errors import BadSample
 from anymal.sample import Sample, Tokens
 from small_runs import losses, metrics, pretrain_here
+from toys import build_projector
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
 RUNS = {"pretrain": 2, "finetune": 1, "joint": 1, "cross": 1}
@@ -70,7 +71,7 @@ def program(module: ModuleType, *arguments: str) -> str:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(said):
         patched.setattr(sys, "argv", ["program", *arguments])
-        module.main()
+        module.main("", REGISTRY)
     return said.getvalue()
 
 
@@ -250,7 +251,7 @@ def test_the_identity_of_cached_features_is_the_same(name, tmp_path):
     """If transformers was changed, and not our code: its networks are others to the cache, and are encoded again."""
     modality, make, options = ENCODERS[name]
     config = ModalityConfig(encoder=make(tmp_path / "encoder"), options=options)
-    assert identity(with_plain_weights(load_encoder(modality, config))) == read("identities.json")[name]
+    assert identity(with_plain_weights(load_encoder(REGISTRY, modality, config))) == read("identities.json")[name]
 
 
 # ------------------------------------------------------------------------------------------------------- bookmark

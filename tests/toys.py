@@ -7,11 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymal.config.schema import LLMConfig, PromptConfig
+from anymal.adapters import REGISTRY
+from anymal.checkpoints import build
+from anymal.config.schema import LLMConfig, ProjectorConfig, PromptConfig
 from anymal.data.prompt import Prompt
 from anymal.modality import Adapter, Modality
 from anymal.model.llm import load_llm
 from anymal.model.multimodal import AnyMAL
+from anymal.model.registry import Fit
 from anymal.sample import TEXT, Message, Part, Sample
 
 
@@ -93,3 +96,11 @@ def sample(*parts: Part, answer: str = "yes", key: str = "k") -> Sample:
     """One question and its answer."""
     messages = [Message(role="user", parts=list(parts)), Message(role="assistant", parts=[text(answer)])]
     return Sample(key=key, shard="s.tar", messages=messages)
+
+
+def build_projector(
+    config: ProjectorConfig, parts: list[tuple[int, int]], llm_width: int, scale: float = 1.0, *, llm_layers: int = 0
+) -> nn.Module:
+    """One of our projectors for features of these parts."""
+    fit = Fit(parts=parts, llm_width=llm_width, scale=scale, llm_layers=llm_layers)
+    return build.build_projector(REGISTRY, config, fit)

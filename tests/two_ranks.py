@@ -23,7 +23,7 @@ import deepspeed  # noqa: F401  this and the next are imported by each run: here
 import torch
 import torch._dynamo
 
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from small_runs import pretrain_here
 
 torch.set_num_threads(1)  # a pool of threads would not outlive a fork, and whoever waits for it would hang

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from omegaconf import MISSING
 from torch import Tensor, nn
 
-from anymal.adapters.image.modality import default_layer, output_of
 from anymal.adapters.image.pictures import BILINEAR, Pixels, pixels_for
-from anymal.adapters.pretrained import call, license_of, load_config, load_network, on_shapes
+from anymal.adapters.pretrained import call, load_config, load_network
 from anymal.errors import UserError
+from anymal.model.fake_tensors import on_shapes
+from anymal.model.hub import license_of
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class Leaf(nn.Module):
     """A frozen network that gives a map of each picture, or tokens that form none.
 
     Args:
-        network: Takes ``pixel_values``, see `anymal.adapters.image.modality.output_of`.
+        network: Takes ``pixel_values``, see `output_of`.
         processor: Its image processor, for whoever saves it.
         pixels: What it takes.
         config: Its settings.
@@ -230,3 +231,22 @@ def _load(name: str) -> nn.Module:
 
         return Patches(load_network(name, cls=Pix2StructVisionModel))
     return load_network(name, tower="vision_encoder" if kind.startswith("sam") else "vision_model")
+
+
+def default_layer(network: nn.Module) -> int:
+    """Whose output is used where a recipe does not say: see `anymal.adapters.image.modality.ImageOptions`."""
+    return -2 if network.config.model_type.startswith("clip") else -1
+
+
+def output_of(network: nn.Module, layer: int, **inputs: Any) -> Tensor:
+    """What a layer, counted from the end, makes of the inputs: [N, tokens, width], or a map [N, width, h, w].
+
+    Raises:
+        UserError: The network has fewer layers.
+    """
+    if layer == -1:
+        return network(**inputs).last_hidden_state
+    states = network(output_hidden_states=True, **inputs).hidden_states
+    if len(states) < -layer:
+        raise UserError(f"layer is {layer}, but the encoder has only {len(states) - 1} layers")
+    return states[layer]

@@ -6,7 +6,8 @@
           |  {append: [node, ...]}                            features one after another        (AppendConfig)
 
 The outermost node may also say how pictures become square: ``fit: pad`` or ``fit: squash``. All encoders are fed from
-one canonical picture (see `anymal.adapters.image.pictures`). Examples, and what each published model does, are in docs/encoders.md.
+one canonical picture (see `anymal.adapters.image.pictures`). Examples, and what each published model does, are in
+docs/encoders.md.
 
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of a map
 """
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymal.adapters.image.backbone import Leaf, LeafConfig, as_tokens, load_leaf, resized
-from anymal.adapters.image.modality import ImageOptions
 from anymal.adapters.image.pictures import FITS, SquareDecoder
 from anymal.adapters.pretrained import save_network
 from anymal.config.settings import options
@@ -131,7 +131,7 @@ class Mixture(nn.Module):
         return self.tree(pictures)
 
 
-def load_mixture(tree: Any, options: ImageOptions) -> Mixture:
+def load_mixture(tree: Any, *, max_pixels: int) -> Mixture:
     """A composition of image encoders as a recipe states it; frozen, in fp32 on the CPU.
 
     Raises:
@@ -140,14 +140,12 @@ def load_mixture(tree: Any, options: ImageOptions) -> Mixture:
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"encoder is {tree!r}; it is a name, or a mapping with name, channels or append")
-    if options.layer:
-        raise UserError("options.layer is for an encoder that is named alone; in a composition each has its layer")
     tree = dict(tree)
     fit = tree.pop("fit", FITS[0])
     if fit not in FITS:
         raise UserError(f"encoder.fit is {fit!r}; it is {' or '.join(FITS)}")
     made = _node(tree, "encoder")
-    return Mixture(made, SquareDecoder(size=made.size, fit=fit, max_pixels=options.max_pixels))
+    return Mixture(made, SquareDecoder(size=made.size, fit=fit, max_pixels=max_pixels))
 
 
 _KINDS = {"name": LeafConfig, "channels": ChannelsConfig, "append": AppendConfig}

@@ -2,15 +2,13 @@
 
 Any vision encoder of transformers: CLIP, SigLIP, SigLIP 2, DINOv2, …, by hub name or local folder. From a
 two-tower model only the vision tower is kept. The encoder's own image processor prepares the pixels (its PIL variant,
-so that results do not depend on whether torchvision is installed). Several encoders together: `anymal.adapters.image.mixture`.
+so that results do not depend on whether torchvision is installed). Several encoders together:
+`anymal.adapters.image.mixture`.
 
     N images   H, W pixels after preprocessing   tokens features of an image   width channels of a feature
 """
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,38 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymal.adapters.image.backbone import default_layer, output_of
+from anymal.adapters.image.read import read_image
 from anymal.adapters.image.tiles import cut, grid_rule, largest_grid
-from anymal.adapters.pretrained import call, license_of, load_network, save_network
-from anymal.errors import BadSample, UserError
+from anymal.adapters.pretrained import call, load_network, save_network
+from anymal.errors import UserError
 from anymal.modality import Modality
+from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What is decoded. Pillow knows more; some of those start other programs, and none holds photos on the web."""
-ANIMATED = ("GIF", "PNG", "WEBP")
-"""Of these, those whose further frames are moments; a JPEG's are previews and depth maps of the same."""
-ORIENTATION = 0x0112
-"""The Exif tag that says how a camera was held."""
 PADDING = (127, 127, 127)
 """Colour beside a picture that does not fill its tiles."""
-LARGE = 1 << 24
-"""Pixels of a picture that is decoded as it is (4096 x 4096): of a larger one, squares of 2 x 2 pixels (or more) are
-averaged first, a strip at a time, since every copy of 64 million pixels takes 256 MB. No encoder sees as many."""
-MAX_BYTES = 1 << 27
-"""Of a picture's file."""
-MAX_WEBP = 1 << 25
-"""Pixels of a WebP, whose decoder holds each five times."""
-MAX_EXIF = 64
-"""Pieces (of 64 kB) of a JPEG's Exif data. Pillow joins them one by one: 2000 take a minute."""
-MAX_SCANS = 32
-"""Of a progressive JPEG. Encoders write about ten; each goes over the whole picture, and ten thousand take 26 s."""
-MAX_SEGMENTS = 4096
-"""Of a JPEG: scans, tables, and metadata in pieces of 64 kB."""
-_MARKER = re.compile(
-    rb"\xff[^\x00\x01\xff\xd0-\xd7]"
-)  # of a JPEG's segment, or of its end; within scans it is never data
-MAX_ASPECT = 50
-"""Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
 
 
 @dataclass(kw_only=True)
@@ -77,110 +54,6 @@ class ImageOptions:
             raise UserError(f"max_tiles is {self.max_tiles}; it must be at least 1")
         if self.layer > 0:
             raise UserError(f"layer is {self.layer}; it counts from the end, so it is negative (or 0 for the default)")
-
-
-def read_image(data: bytes, max_pixels: int) -> Any:
-    """Decode a picture, its orientation applied and its transparency put on white.
-
-    Returns:
-        A PIL image in mode RGB.
-
-    Raises:
-        BadSample: Not a picture of a known format, cut off, animated, or larger than the bounds.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if len(data) > MAX_BYTES:
-        raise BadSample(f"a picture of {len(data)} bytes; at most {MAX_BYTES} are read")
-    if data.count(b"Exif\0\0") > MAX_EXIF:
-        raise BadSample(f"a picture with more than {MAX_EXIF} pieces of Exif data")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about large headers; we refuse them
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise BadSample(
-                    f"a picture of {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
-                )
-            if picture.format == "WEBP" and width * height > MAX_WEBP:
-                raise BadSample(f"a WebP of {width} x {height} pixels; at most {MAX_WEBP} are decoded")
-            check_aspect(width, height)
-            if picture.format in ("JPEG", "MPO"):
-                _check_scans(data)
-            if picture.format in ANIMATED and getattr(picture, "is_animated", False):
-                raise BadSample(
-                    f"an animated {picture.format}, of which an image would be the first frame alone; convert it to a "
-                    "video (mp4, webm) or to a single picture"
-                )
-            if width * height > LARGE:
-                picture = _reduced(picture)
-            return _rgb(ImageOps.exif_transpose(picture))
-    except BadSample:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, twice its MAX_IMAGE_PIXELS
-        raise BadSample(f"a picture with too many pixels: {error}") from error
-    except Exception as error:  # Pillow's decoders raise whatever their parsing stumbles over
-        cause = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise BadSample(
-            f"{len(data)} bytes that begin with {data[:12]!r} are no whole picture ({', '.join(FORMATS)}){cause}"
-        ) from error
-
-
-def _check_scans(data: bytes) -> None:
-    """Refuse a JPEG of very many scans. What follows its end is not looked at: the film of a motion photo, for example.
-
-    Raises:
-        BadSample: It is one.
-    """
-    scans, place = 0, 2
-    for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, place)
-        if found is None or found[0] == b"\xff\xd9":
-            return
-        scans += found[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
-    raise BadSample(f"a JPEG of more than {MAX_SEGMENTS} segments")
-
-
-def _rgb(picture: Any) -> Any:
-    """A PIL image of any mode → one of mode RGB."""
-    from PIL import Image
-
-    if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
-        picture = picture.point(lambda value: value / 256).convert("L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def _reduced(picture: Any) -> Any:
-    """A large PIL image → one of mode RGB and at most `LARGE` pixels, each the mean of a square of the picture's."""
-    from PIL import Image
-
-    width, height = picture.size
-    factor = math.ceil(math.sqrt(width * height / LARGE))
-    made = Image.new("RGB", (-(-width // factor), -(-height // factor)))
-    rows = 64 * factor
-    for top in range(0, height, rows):
-        strip = picture.crop((0, top, width, min(top + rows, height)))
-        made.paste(_rgb(strip).reduce(factor), (0, top // factor))
-    if orientation := picture.getexif().get(ORIENTATION):
-        made.getexif()[ORIENTATION] = orientation
-    return made
-
-
-def check_aspect(width: int, height: int) -> None:
-    """Refuse a picture that is so long and thin that scaling its short side up would fill the memory.
-
-    Raises:
-        BadSample: It is, or it is empty.
-    """
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(f"a picture of {width} x {height} pixels; its sides may differ by a factor of {MAX_ASPECT}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,25 +121,6 @@ class TilesDecoder:
             return Views(tensor=made, skipped=tuple(view is None for view in found))
 
         return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
-
-
-def default_layer(network: nn.Module) -> int:
-    """Whose output is used where a recipe does not say: see `ImageOptions`."""
-    return -2 if network.config.model_type.startswith("clip") else -1
-
-
-def output_of(network: nn.Module, layer: int, **inputs: Any) -> Tensor:
-    """What a layer, counted from the end, makes of the inputs: [N, tokens, width], or a map [N, width, h, w].
-
-    Raises:
-        UserError: The network has fewer layers.
-    """
-    if layer == -1:
-        return network(**inputs).last_hidden_state
-    states = network(output_hidden_states=True, **inputs).hidden_states
-    if len(states) < -layer:
-        raise UserError(f"layer is {layer}, but the encoder has only {len(states) - 1} layers")
-    return states[layer]
 
 
 class ImageEncoder(nn.Module):
@@ -348,7 +202,9 @@ def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> 
     if not isinstance(name, str):
         from anymal.adapters.image.mixture import load_mixture
 
-        return with_tiles(load_mixture(name, options), options)
+        if options.layer:
+            raise UserError("options.layer is for an encoder that is named alone; in a composition each has its layer")
+        return with_tiles(load_mixture(name, max_pixels=options.max_pixels), options)
     network = load_network(name, tower="vision_model")
     from transformers import AutoImageProcessor
 

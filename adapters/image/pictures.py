@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymal.adapters.image.modality import read_image
+from anymal.adapters.image.read import read_image
 from anymal.errors import UserError
 
 FITS = ("pad", "squash")
@@ -59,7 +59,7 @@ class SquareDecoder:
         return square(read_image(data, self.max_pixels), self.size, self.fit)
 
     def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """PIL images of mode RGB → ``pixel_values`` [len, 3, S, S], as `anymal.adapters.image.modality.ImageDecoder.prepare`."""
+        """PIL images of mode RGB → ``pixel_values`` [len, 3, S, S], as `ImageDecoder.prepare`."""
         return {"pixel_values": torch.stack([square(picture, self.size, self.fit) for picture in pictures])}
 
 

@@ -2,8 +2,8 @@
 
 A member holds a float array [samples, 6]: accelerometer x, y, z in m/s² (gravity included), then gyroscope x, y, z in
 rad/s; or in g and in degrees per second, as the options say. An encoder in a folder is of our own, and its config
-states the rate and the length that it takes (see `anymal.adapters.architectures.imu_encoder`); in a file it is one of the published
-networks, whose rate is known (`anymal.adapters.imu.published`).
+states the rate and the length that it takes (see `anymal.adapters.architectures.imu_encoder`); in a file it is one of
+the published networks, whose rate is known (`anymal.adapters.imu.published`).
 
     S samples of a window   tokens features of a window   width channels of a feature
 """
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import license_of, load_config, load_network, save_network
+from anymal.adapters.pretrained import load_config, load_network, save_network
 from anymal.adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
+from anymal.model.hub import license_of
 from anymal.sample import Noted
 
 FILES = (".pth", ".pt", ".safetensors")

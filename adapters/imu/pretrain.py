@@ -1,16 +1,4 @@
-"""Train the IMU encoder on labelled windows, once, so that stage 1 has a frozen one: none is published.
-
-    python launch/pretrain_imu_encoder.py shards=data/imu/train eval_shards=data/imu/validation out=models/imu
-    python launch/pretrain_imu_encoder.py shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
-
-Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and ``json`` with a ``label``.
-The encoder (`anymal.adapters.architectures.imu_encoder`) learns to tell the labels apart through a linear layer on the mean of its features;
-that layer is dropped. Bad samples are skipped and named in ``OUT.skipped.jsonl``; a share of more than a tenth ends it.
-`out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these labels, so a projector
-that is trained to name them mostly translates: its README says so, and so should you.
-
-Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included.
-"""
+"""The program behind `anymal pretrain-imu-encoder`: labelled windows → an IMU encoder, trained in one process."""
 
 import json
 import math
@@ -28,13 +16,15 @@ from tqdm import tqdm
 
 from anymal.adapters.imu.modality import Acceleration, IMUDecoder, IMUOptions, Rotation
 from anymal.adapters.pretrained import quiet
-from anymal.checkpoints.build import device, process_as_found, run_program
+from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import parse_args
 from anymal.config.schema import DataConfig
 from anymal.data.loader import RawSample
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import walk
-from anymal.data_prep.steps import is_done, whole_folder
-from anymal.errors import BadSample, Quarantine, UserError
+from anymal.errors import BadSample, UserError
+from anymal.files import is_done, whole_folder
+from anymal.model.llm import device
 from anymal.sample import with_note
 
 
@@ -248,12 +238,8 @@ def run(settings: IMUTraining) -> float | None:
 
 
 @process_as_found()
-def main(argv: list[str] | None = None) -> None:
+def main(usage: str, argv: list[str] | None = None) -> None:
     """The program."""
-    settings = parse_args(IMUTraining, __doc__, argv)
+    settings = parse_args(IMUTraining, usage, argv)
     if not is_done(Path(settings.out)):
         run(settings)
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,4 +1,4 @@
-"""The IMU networks that others published, read from the files that users have of them. Behind `anymal.adapters.imu.modality`.
+"""The IMU networks that others published, read from the files that users have of them. Behind `modality`.
 
 A file is a state_dict under its authors' names: ImageBind's ``imagebind_huge.pth``, OneLLM's ``consolidated.*.pth``, an
 ``*_src_encoder.pt`` that IMU2CLIP's training writes; each also as ``.safetensors``. All sizes are read off its tensors.
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 
-from anymal.adapters.pretrained import new_tensors
 from anymal.adapters.state_dicts import StateDict, listed, read_state_dict
 from anymal.errors import UserError, nearest
+from anymal.model.fake_tensors import new_tensors
 
 CHANNELS = 6
 HEAD = 64
@@ -72,7 +72,8 @@ class ImageBindTrunk(nn.Module):
     """Patches of 8 samples through all blocks but the last.
 
     In the last block only the class token's output reached ImageBind's loss, so that its outputs at the patches were
-    never trained: as with CLIP's vision tower (`anymal.adapters.image.modality`), what goes into it is used. The head is not.
+    never trained: as with CLIP's vision tower (`anymal.adapters.image.modality`), what goes into it is used. The head
+    is not.
     """
 
     rate, license = 400.0, "CC-BY-NC-4.0"  # 5 s are 2000 samples
@@ -236,7 +237,7 @@ def load_trunk(path: str, kind: str = "") -> nn.Module:
 
     Returns:
         A module with attributes ``samples`` (S), ``rate`` (Hz) and ``license``; inside
-        `anymal.adapters.pretrained.shapes_only` on fake tensors, and no weight is read.
+        `anymal.model.fake_tensors.shapes_only` on fake tensors, and no weight is read.
 
     Raises:
         UserError: There is no such file, it is no state_dict, or not one of this network. Names file and tensor.

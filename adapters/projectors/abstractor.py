@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit, asked_tokens, grid_side, scaled_mlp
+from anymal.adapters.projectors.fit import asked_tokens, grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
-from anymal.config.settings import options
 from anymal.errors import UserError
+from anymal.model.registry import Fit
 
 
 @dataclass(kw_only=True)
@@ -131,7 +131,7 @@ class Abstractor(nn.Module):
         return self.readout(self.norm_out(maps.flatten(2).transpose(1, 2)))
 
 
-def abstractor(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def abstractor(config: ProjectorConfig, options: AbstractorOptions, fit: Fit) -> nn.Module:
     """Honeybee's C-Abstractor: convolutions, pooling to a square number of tokens, convolutions.
 
     It has `config.layers` blocks on either side of the pooling, and `config.width` channels, or the encoder's width.
@@ -139,7 +139,6 @@ def abstractor(config: ProjectorConfig, fit: Fit) -> nn.Module:
     Raises:
         UserError: The features are no square grid, or the tokens are none or not a square number.
     """
-    given = options(AbstractorOptions, config.options, "projector.options")
     features, width = fit.only(config)
     tokens, root = asked_tokens(config), math.isqrt(config.tokens)
     if root * root != tokens:
@@ -154,6 +153,6 @@ def abstractor(config: ProjectorConfig, fit: Fit) -> nn.Module:
         llm_width=fit.llm_width,
         inner=config.width or width,
         blocks=config.layers,
-        readout=given.readout,
+        readout=options.readout,
         scale=fit.scale,
     )

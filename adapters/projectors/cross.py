@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit
 from anymal.adapters.projectors.resampler import Resampler
 from anymal.config.schema import ProjectorConfig
-from anymal.config.settings import options
 from anymal.errors import UserError
 from anymal.model.cross_attention import Look
+from anymal.model.registry import Fit
 
 LATENTS = 64
 """Flamingo's."""
@@ -134,13 +133,12 @@ class CrossAttentionProjector(nn.Module):
         return self.place.expand(len(features), 1, -1)
 
 
-def cross_attention(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit: Fit) -> nn.Module:
     """Flamingo's: R is `config.tokens` (0: 64), I is `config.width` or the encoder's, blocks of the resampler `layers`.
 
     Raises:
         UserError: Heads do not divide the inner width, or the LLM has fewer layers than one block asks for.
     """
-    chosen = options(CrossAttentionOptions, dict(config.options), "projector.options")
     features, width = fit.only(config)
     inner = config.width or width
     if inner % config.heads:
@@ -148,13 +146,13 @@ def cross_attention(config: ProjectorConfig, fit: Fit) -> nn.Module:
             f"cross-attention of width {inner} cannot be split into {config.heads} heads; set projector.heads to a "
             "divisor or projector.width to a multiple"
         )
-    layers = range(chosen.every - 1, fit.llm_layers, chosen.every)
+    layers = range(options.every - 1, fit.llm_layers, options.every)
     if not layers:
         raise UserError(
-            f"projector.options.every is {chosen.every}, but the LLM has {fit.llm_layers} decoder layers: no block "
+            f"projector.options.every is {options.every}, but the LLM has {fit.llm_layers} decoder layers: no block "
             "would stand anywhere"
         )
-    block = {"llm_width": fit.llm_width, "width": inner, "heads": config.heads, "feed_forward": chosen.feed_forward}
+    block = {"llm_width": fit.llm_width, "width": inner, "heads": config.heads, "feed_forward": options.feed_forward}
     return CrossAttentionProjector(
         context=Resampler(
             width=width,
@@ -167,6 +165,6 @@ def cross_attention(config: ProjectorConfig, fit: Fit) -> nn.Module:
         ),
         bridges={layer: GatedCrossAttention(**block) for layer in layers},
         llm_width=fit.llm_width,
-        last_only=chosen.last_only,
+        last_only=options.last_only,
         scale=fit.scale,
     )

@@ -1,8 +1,7 @@
-"""What a projector must fit, and how its last layers are drawn. See the package for the legend and the scale."""
+"""What projectors have in common: sizes that must fit, and how last layers are drawn. The package has the legend."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,33 +10,6 @@ from anymal.errors import UserError
 
 GELU_STD = 0.652
 """Root of the mean square of GELU(x) for standard normal x."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """What a projector stands between."""
-
-    parts: Sequence[tuple[int, int]]
-    """(T, W) of each kind of features that the encoder gives of one medium; mostly one. See `anymal.modality.parts`."""
-    llm_width: int
-    """D."""
-    scale: float = 1.0
-    """Standard deviation of an embedding's elements at the start, best that of the LLM's embedding table."""
-    llm_layers: int = 0
-    """Decoder layers of the LLM, for projectors that stand between them."""
-
-    def only(self, config: ProjectorConfig) -> tuple[int, int]:
-        """T and W, for projectors of one kind of features.
-
-        Raises:
-            UserError: There are several.
-        """
-        if len(self.parts) != 1:
-            raise UserError(
-                f"projector.kind is {config.kind}, but the encoder gives {len(self.parts)} kinds of features apart; "
-                "a projector that takes several is wanted, or an encoder that joins them"
-            )
-        return self.parts[0]
 
 
 def asked_tokens(config: ProjectorConfig) -> int:

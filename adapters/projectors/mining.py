@@ -11,11 +11,11 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit
 from anymal.adapters.projectors.parts import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.model.registry import Fit, NoOptions
 
 
 class MiningProjector(nn.Module):
@@ -66,12 +66,12 @@ class MiningProjector(nn.Module):
         return maps.unflatten(1, (rows, cell, rows, cell)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def mining(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
     """Mini-Gemini's mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
 
     Raises:
-        UserError: The parts are not a square of queries and a square map with M x M cells to each, `config.tokens` is
-            neither 0 nor the number of queries, or there are options.
+        UserError: The parts are not a square of queries and a square map with M x M cells to each, or `config.tokens`
+            is neither 0 nor the number of queries.
     """
     counts = [count for count, _ in fit.parts]
     rows = [math.isqrt(count) for count in counts]
@@ -81,8 +81,6 @@ def mining(config: ProjectorConfig, fit: Fit) -> nn.Module:
             f"projector.kind is mining, but the encoder gives {' and '.join(map(str, counts))} features; it takes an "
             "encoder that appends two: n x n queries, and a map of which n x n square cells can be cut"
         )
-    if config.options:
-        raise UserError(f"projector.options has {', '.join(config.options)}; mining has none")
     check_tokens(config, counts[0])
     inner = (config.width or fit.llm_width,) * (config.layers - 1)
     return MiningProjector(

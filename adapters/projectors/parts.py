@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
-from anymal.config.settings import options
 from anymal.errors import UserError
+from anymal.model.registry import Fit
 
 
 @dataclass(kw_only=True)
@@ -68,18 +67,17 @@ class EachProjector(nn.Module):
         return torch.cat(made, dim=1)
 
 
-def each(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> nn.Module:
     """``layers: 1`` is SPHINX's linear layer; more make an mlp of inner width `config.width`, or the LLM's.
 
     Raises:
         UserError: `config.tokens` is neither 0 nor the number that the parts make, or an option is unknown.
     """
-    given = options(EachOptions, dict(config.options), "projector.options")
     made = EachProjector(
         parts=fit.parts,
         llm_width=fit.llm_width,
         inner=(config.width or fit.llm_width,) * (config.layers - 1),
-        tags=given.tags,
+        tags=options.tags,
         scale=fit.scale,
     )
     check_tokens(config, made.tokens)

@@ -6,8 +6,9 @@ N media   T features of one medium   W their width   K tokens of one medium   D 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit, scaled_mlp
+from anymal.adapters.projectors.fit import scaled_mlp
 from anymal.config.schema import ProjectorConfig
+from anymal.model.registry import Fit, NoOptions
 
 
 class PooledProjector(nn.Module):
@@ -42,12 +43,12 @@ class PooledProjector(nn.Module):
         return self.layers(self.norm(features)).reshape(len(features), self.tokens, self.llm_width)
 
 
-def linear(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def linear(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
     """Pool, then one linear layer: AnyMAL's for audio and IMU."""
     return _pooled(config, fit, inner=())
 
 
-def mlp(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def mlp(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
     """Pool, then linear layers with GELU between: LLaVA-1.5's."""
     return _pooled(config, fit, inner=(config.width or fit.llm_width,) * (config.layers - 1))
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import call, load_config, quiet, without_weights
-from anymal.adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
+from anymal.adapters.pretrained import call, load_config, quiet
+from anymal.adapters.projectors.fit import asked_tokens, inner_width, scaled_linear
 from anymal.config.schema import ProjectorConfig
-from anymal.config.settings import options
 from anymal.errors import UserError
+from anymal.model.fake_tensors import without_weights
+from anymal.model.registry import Fit
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class QFormer(nn.Module):
         return self.network(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
 
-def qformer(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def qformer(config: ProjectorConfig, options: QFormerOptions, fit: Fit) -> nn.Module:
     """BLIP-2's Q-Former: learned queries attend to the features.
 
     It has `config.layers` layers of `config.heads` heads; its inner width is `config.width`, or the encoder's (BLIP-2:
@@ -95,7 +96,6 @@ def qformer(config: ProjectorConfig, fit: Fit) -> nn.Module:
     """
     from transformers import Blip2QFormerConfig
 
-    given = options(QFormerOptions, config.options, "projector.options")
     features, width = fit.only(config)
     tokens, inner = asked_tokens(config), inner_width(config, width)
     sizes = {
@@ -103,17 +103,17 @@ def qformer(config: ProjectorConfig, fit: Fit) -> nn.Module:
         "hidden_size": inner,
         "num_attention_heads": config.heads,
         "encoder_hidden_size": width,
-        "cross_attention_frequency": given.cross_attention_frequency,
-        "intermediate_size": given.feed_forward or 4 * inner,
+        "cross_attention_frequency": options.cross_attention_frequency,
+        "intermediate_size": options.feed_forward or 4 * inner,
     }
     around = {"width": width, "features": features, "tokens": tokens, "llm_width": fit.llm_width, "scale": fit.scale}
-    if not given.init:
+    if not options.init:
         std = 0.02 * (768 / inner) ** 0.5  # BLIP-2's at its width; at others, layers that pass on as much as there
         return QFormer(**around, config=Blip2QFormerConfig(**sizes, **NO_DROPOUT, initializer_range=std))
-    blip2 = _blip2_config(given.init, {**sizes, "num_query_tokens": tokens})
+    blip2 = _blip2_config(options.init, {**sizes, "num_query_tokens": tokens})
     model = QFormer(**around, config=blip2.qformer_config, normalise=False)
     if not without_weights():
-        _start_from(given.init, blip2, model)
+        _start_from(options.init, blip2, model)
     return model
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit, asked_tokens, inner_width, scaled_linear
+from anymal.adapters.projectors.fit import asked_tokens, inner_width, scaled_linear
 from anymal.config.schema import ProjectorConfig
+from anymal.model.registry import Fit, NoOptions
 
 
 class ResamplerBlock(nn.Module):
@@ -88,7 +89,7 @@ class Resampler(nn.Module):
         return self.project_out(self.norm_out(latents))
 
 
-def resampler(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def resampler(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
     """Flamingo's Perceiver resampler: AnyMAL's for images and video.
 
     Its inner width is `config.width`, or the encoder's.

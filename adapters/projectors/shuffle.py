@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.fit import Fit, grid_side, scaled_mlp
+from anymal.adapters.projectors.fit import grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
-from anymal.config.settings import options
 from anymal.errors import UserError
+from anymal.model.registry import Fit
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class PixelShuffle(nn.Module):
         return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def pixel_shuffle(config: ProjectorConfig, fit: Fit) -> nn.Module:
+def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fit) -> nn.Module:
     """Space to depth, then linear layers: InternVL's (2 layers) and Idefics3's (1).
 
     It has `config.layers` layers, of inner width `config.width` or the LLM's.
@@ -66,20 +66,19 @@ def pixel_shuffle(config: ProjectorConfig, fit: Fit) -> nn.Module:
         UserError: The features are no square grid, r does not divide its side, or other tokens are asked for than the
             T / r² that there are (0 takes them as they are).
     """
-    given = options(PixelShuffleOptions, config.options, "projector.options")
     features, width = fit.only(config)
     side = grid_side(config, features)
-    if side % given.factor:
+    if side % options.factor:
         raise UserError(
-            f"projector.options.factor is {given.factor}, but the encoder's features form a grid of {side} x {side}, "
-            f"which has no whole number of cells of {given.factor} x {given.factor}"
+            f"projector.options.factor is {options.factor}, but the encoder's features form a grid of {side} x {side}, "
+            f"which has no whole number of cells of {options.factor} x {options.factor}"
         )
-    made = (side // given.factor) ** 2
+    made = (side // options.factor) ** 2
     if config.tokens not in (0, made):
         raise UserError(
-            f"projector.tokens is {config.tokens}, but pixel_shuffle by {given.factor} makes {made} of {features} "
+            f"projector.tokens is {config.tokens}, but pixel_shuffle by {options.factor} makes {made} of {features} "
             f"features; write {made}, or 0 for as many as there are"
         )
     inner = (config.width or fit.llm_width,) * (config.layers - 1)
-    sizes = {"width": width, "side": side, "llm_width": fit.llm_width, "factor": given.factor}
+    sizes = {"width": width, "side": side, "llm_width": fit.llm_width, "factor": options.factor}
     return PixelShuffle(**sizes, inner=inner, scale=fit.scale)

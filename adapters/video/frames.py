@@ -1,4 +1,4 @@
-"""A clip's bytes → frames spread evenly over it, the right ones: the first room of `anymal.adapters.video.modality`, used in workers.
+"""A clip's bytes → frames spread evenly over it, the right ones: run in loader workers.
 
 The packets are looked through first, which decodes nothing. Where every stored frame is shown and each group of
 pictures stands alone, each frame to be shown is known by its time, and is decoded from the keyframe before it. Where
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anymal.adapters.image.modality import check_aspect
+from anymal.adapters.image.read import check_aspect
 from anymal.errors import BadSample
 
 CONTAINERS = {"mp4": "MP4 or MOV", "matroska": "Matroska or WebM", "avi": "AVI", "mpegts": "MPEG-TS", "mpeg": "MPEG-PS"}

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
-from anymal.adapters.pretrained import call, license_of, load_config, load_network, save_network
+from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
 from anymal.modality import Modality, parts
+from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
 IMAGE_ENCODER_FRAMES = 4

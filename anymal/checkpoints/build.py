@@ -1,38 +1,29 @@
-"""From settings to the parts of a run: the one place where core and modalities meet. Every program here uses it."""
+"""From settings, a registry and a checkpoint to a model: the one place where core and modalities meet."""
 
-import atexit
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from anymal import signals
-from anymal.adapters import MODALITIES, build_adapters
-from anymal.adapters.pretrained import license_of
-from anymal.checkpoints import checksums, networks, precision
+from anymal.checkpoints import networks, precision
 from anymal.checkpoints.checkpoint import load_projectors, recipe, start_at, with_lora
 from anymal.checkpoints.networks import Start
-from anymal.config import settings
-from anymal.config.schema import Config
-from anymal.data import manifest, pool, shards
+from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
+from anymal.config.settings import options
+from anymal.config.stages import encoder_names
 from anymal.data.prompt import Prepare, prepare
 from anymal.errors import UserError
-from anymal.modality import Adapter
-from anymal.model.llm import bars_on_terminals_only, load_llm, on_gpu
+from anymal.modality import Adapter, Encoder, parts
+from anymal.model.fake_tensors import new_tensors
+from anymal.model.hub import license_of
+from anymal.model.llm import load_llm
 from anymal.model.multimodal import AnyMAL
-from anymal.sample import Sample
-
-OTHERS_FUTURE_WARNINGS = (
-    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21, of transformers
-    "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",  # DeepSpeed 0.19, of torch
-)
-"""Python shows these to everybody, and no user of a program can mend them. Any others are errors in the tests."""
+from anymal.model.registry import Fit, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +40,10 @@ class Built:
     """Decoding and prompt, for the stream's workers."""
 
 
-def suffixes() -> dict[str, str]:
-    """Which modality a shard member holds, by its suffix."""
-    return {suffix: name for name, modality in MODALITIES.items() for suffix in modality.suffixes}
-
-
-def unchanged(sample: Sample) -> Sample:
-    """A `prepare` for `anymal.data.stream.samples_once` that leaves the media encoded."""
-    return sample
-
-
-def device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if on_gpu() else "cpu")
-
-
-@bars_on_terminals_only()
 def build(
     config: Config,
     place: torch.device,
+    registry: Registry,
     *,
     start: Path | Start | None = None,
     partly: bool = False,
@@ -78,6 +54,7 @@ def build(
     Args:
         config: The settings.
         place: The device that everything goes to.
+        registry: What the settings may name.
         start: A checkpoint whose projectors and LoRA are loaded, and encoders and LLM if they were trained; or several.
         partly: Whether projectors of some modalities may be missing there.
         train: What is about to be trained, as in the recipe: of encoders and LLM, it is held in float32.
@@ -92,7 +69,7 @@ def build(
     table = llm.get_input_embeddings().weight
     std, layers = table.float().std().item(), llm.config.get_text_config().num_hidden_layers
     modalities = networks.encoders_of(config, start.modalities)
-    adapters = build_adapters(modalities, table.shape[1], std, llm_layers=layers)
+    adapters = build_adapters(registry, modalities, table.shape[1], std, llm_layers=layers)
     networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start.modalities)
     model = AnyMAL(llm, adapters, train, low_precision=config.model.llm.bits != 32)
     if not fresh:
@@ -114,45 +91,64 @@ def _say_other_precisions(config: Config, start: Start) -> None:
             print(note, file=sys.stderr)
 
 
-@contextmanager
-def process_as_found() -> Iterator[None]:
-    """Around a program's `main`, for callers whose process goes on, to another `main` perhaps: a notebook, a service.
+def build_adapters(
+    registry: Registry,
+    modalities: Mapping[str, ModalityConfig],
+    llm_width: int,
+    embedding_std: float = 1.0,
+    *,
+    llm_layers: int = 0,
+) -> dict[str, Adapter]:
+    """Load each encoder and put a fresh projector behind it.
 
-    Signal handlers, torch's random numbers and what is noted of recipes are as before at the end, workers are gone, and
-    what is known of files is forgotten, before and after: they may be others by the next call.
+    Args:
+        registry: What the settings may name.
+        modalities: ``model.modalities`` of a recipe.
+        llm_width: D, the width of the LLM's token embeddings.
+        embedding_std: Standard deviation of the elements of the LLM's token embedding table; projected embeddings
+            start at about this scale (see `anymal.adapters.projectors`).
+        llm_layers: Its decoder layers, for projectors that stand between them.
+
+    Returns:
+        Adapters by modality, in the recipe's order; on the CPU, in fp32, encoders in eval mode without gradients.
+
+    Raises:
+        UserError: An unknown modality, option or projector, or an encoder that cannot be loaded.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with ExitStack() as at_end:
-        for restored in (signals.handlers_restored(), settings.notes_of_its_own(), torch.random.fork_rng(devices)):
-            at_end.enter_context(restored)
-        for forget in (checksums.forget, shards.note_unwritten.cache_clear, manifest.forget):
-            forget()
-            at_end.callback(forget)
-        at_end.enter_context(pool.none_left())
-        yield
+    adapters = {}
+    for name, config in modalities.items():
+        modality, encoder = registry.modality(name), load_encoder(registry, name, config)
+        fit = Fit(parts=parts(encoder), llm_width=llm_width, scale=embedding_std, llm_layers=llm_layers)
+        with new_tensors():
+            projector = build_projector(registry, config.projector, fit)
+            if getattr(encoder, "skips", False):  # what stands where a view was skipped
+                projector.skip = nn.Parameter(embedding_std * torch.randn(llm_width))
+        adapters[name] = Adapter(modality, encoder, projector)
+    return adapters
 
 
-def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
-    try:
-        with warnings.catch_warnings():
-            for theirs in OTHERS_FUTURE_WARNINGS:
-                warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
-            sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+def load_encoder(registry: Registry, name: str, config: ModalityConfig) -> Encoder:
+    """The frozen encoder of one modality of a recipe, on the CPU, in fp32.
 
-
-@atexit.register
-def _leave_processes() -> None:
-    """End gloo's threads. Left to the interpreter's end, they now and then abort the process, its exit code lost.
-
-    NCCL's are left alone: where another rank is gone, to end them could wait for ever.
+    Raises:
+        UserError: As `build_adapters`.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
+    modality = registry.modality(name)
+    given = options(modality.options, dict(config.options), f"model.modalities.{name}.options")
+    for place in encoder_names(config.encoder):
+        if place.startswith(("/", ".")) and not Path(place).exists():
+            raise UserError(
+                f"model.modalities.{name}.encoder: there is no {place}; if it was moved, give "
+                f"model.modalities.{name}.encoder=FOLDER"
+            )
+    return modality.load(config.encoder, given)
+
+
+def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> nn.Module:
+    """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
+
+    Raises:
+        UserError: An unknown kind or option (the nearest is named), or settings that do not fit the features.
+    """
+    kind = registry.projector(config.kind)
+    return kind.make(config, options(kind.options, dict(config.options), f"projector.options of {config.kind}"), fit)

@@ -16,7 +16,8 @@
     RUN/checkpoints/latest                     a link to the newest
 
 An LLM and encoders that were never trained are not in it, but named in the recipe. Nothing in it is a pickle.
-`anymal.checkpoints.networks` is about those that are, `anymal.checkpoints.retention` about the folder, `anymal.checkpoints.checksums` about the manifest.
+`anymal.checkpoints.networks` is about those that are, `anymal.checkpoints.retention` about the folder,
+`anymal.checkpoints.checksums` about the manifest.
 """
 
 import json
@@ -64,7 +65,7 @@ class TrainingState:
     bookmark: dict | None = None
     """The stream's place after the last sample trained on, as `anymal.data.stream.merge_bookmarks` gives it."""
     refused: list[list] = field(default_factory=list)
-    """The samples that the stream passes over since their loss was not finite, as `anymal.data.stream.Stream.refused`."""
+    """The samples that the stream passes over since their loss was not finite, as `Stream.refused`."""
     wandb_id: str | None = None
     """W&B's run id, so that a resumed run continues the same curve."""
     world: int = 0

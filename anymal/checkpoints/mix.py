@@ -1,16 +1,7 @@
-"""Mix the weights of two models: θ = beta · a + (1 - beta) · b, as SPHINX does (arXiv 2311.07575).
-
-    python launch/mix.py a=runs/real b=runs/synthetic beta=0.5 out=mixed                 # two runs or checkpoints
-    python launch/mix.py a=models/real b=models/synthetic beta=0.5 out=models/mixed      # two whole LLMs
-
-Of two checkpoints, projectors and LoRA are mixed; `out` is one more checkpoint, without the state of training. Of two
-LLMs in transformers' format every tensor is, one after another: memory holds one of each, however large they are.
-Both need the same encoders, projectors, LLM and shapes; what differs is named.
-"""
+"""The program behind `anymal mix`: two checkpoints or two LLMs → beta · a + (1 - beta) · b, tensor by tensor."""
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anymal.adapters.pretrained import license_of
 from anymal.checkpoints import checkpoint, checksums
-from anymal.checkpoints.build import process_as_found, run_program
+from anymal.checkpoints.process import process_as_found
 from anymal.config import settings
 from anymal.config.command_line import parse_args
 from anymal.errors import UserError
-from anymal.estimation.fake_llm import read_config
+from anymal.files import whole_folder
+from anymal.model.hub import license_of
+from anymal.model.llm import read_config
 
 NAMES = ("_name_or_path", "transformers_version")
 """What may differ between the configs of two LLMs."""
@@ -84,18 +76,15 @@ def require_alike(a: Mapping[str, Any], b: Mapping[str, Any], where: str) -> Non
             raise UserError(f"{where}: {key} is {a.get(key)!r} in a and {b.get(key)!r} in b; they cannot be mixed")
 
 
-@contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` at the end, and is removed if it is not reached."""
-    if out.exists():
+def new_folder(out: str) -> Path:
+    """Where the mix goes.
+
+    Raises:
+        UserError: It is there already.
+    """
+    if Path(out).exists():
         raise UserError(f"out={out} is there already")
-    partial = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return Path(out)
 
 
 def note(mix: Mix) -> str:
@@ -116,7 +105,7 @@ def mix_checkpoints(mix: Mix) -> None:
     modalities = [checkpoint.modalities_in(folder) for folder in (a, b)]
     require_alike(*({"modalities": found} for found in modalities), where="adapters")
     require_alike(*({"LoRA": (folder / "lora").is_dir()} for folder in (a, b)), where="checkpoints")
-    with written_whole(Path(mix.out)) as out:
+    with whole_folder(new_folder(mix.out)) as out:
         for name in modalities[0]:
             mix_projectors(*(folder / "adapters" / name for folder in (a, b, out)), mix.beta, moved(mix, name))
         if (a / "lora").is_dir():
@@ -233,7 +222,7 @@ def mix_llms(mix: Mix) -> None:
         raise UserError(f"{a} is quantised (quantization_config in config.json): mix the LLMs it was made from")
     places = [weight_map(folder) for folder in (a, b)]
     require_alike(*(dict.fromkeys(held, "there") for held in places), where="tensors")
-    with written_whole(Path(mix.out)) as out, contextlib.ExitStack() as stack:
+    with whole_folder(new_folder(mix.out)) as out, contextlib.ExitStack() as stack:
         theirs = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places[1].values())}
         bar = stack.enter_context(tqdm(total=len(places[0]), unit="tensor", desc="mix", disable=None))
         for shard in sorted(set(places[0].values())):
@@ -293,16 +282,12 @@ def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Any]]:
 
 
 @process_as_found()
-def main() -> None:
+def main(usage: str) -> None:
     """Read the command line, and mix checkpoints or LLMs."""
-    mix = parse_args(Mix, __doc__)
+    mix = parse_args(Mix, usage)
     are_llms = [(Path(place) / "config.json").is_file() for place in (mix.a, mix.b)]
     if are_llms[0] != are_llms[1]:
         one, other = (mix.a, mix.b) if are_llms[0] else (mix.b, mix.a)
         raise UserError(f"{one} is an LLM (it has a config.json) and {other} is none; they cannot be mixed")
     (mix_llms if all(are_llms) else mix_checkpoints)(mix)
     print(f"{mix.out}: {mix.beta:g} · {mix.a} + {1 - mix.beta:g} · {mix.b}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,4 +1,4 @@
-"""Whole networks in a checkpoint: the encoders and the LLM, where they were trained. Beside `anymal.checkpoints.checkpoint`.
+"""Whole networks in a checkpoint: the encoders and the LLM, where they were trained. Beside `checkpoint`.
 
     CHECKPOINT/encoders/MODALITY/   a folder that the modality's loader reads like any other encoder
     CHECKPOINT/llm/                 a causal LM in transformers' own layout, bfloat16 at 16 bits, else float32
@@ -27,7 +27,9 @@ from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder
 from anymal.model.llm import bars_on_terminals_only
 from anymal.model.multimodal import AnyMAL
-from anymal.training.engine import MASTER
+
+MASTER = "master"
+"""``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
 
 ENCODERS, LLM = "encoders", "llm"
 

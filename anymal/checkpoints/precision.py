@@ -29,7 +29,8 @@ def save(folder: Path, trained: int, measured: Mapping[int, Mapping[str, Mapping
     Args:
         folder: The checkpoint.
         trained: The bits that it was trained beside.
-        measured: Bits → set → `anymal.evaluation.scores.figures`, and `samples`, a digest of which they are. What earlier calls
+        measured: Bits → set → `anymal.evaluation.scores.figures`, and `samples`, a digest of which they are. What
+        earlier calls
             kept of other sets or bits stays.
     """
     sets = _read(folder)

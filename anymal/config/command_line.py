@@ -1,18 +1,26 @@
 """The command line of every program: ``[recipe.yaml] [a.b=value ...]``, and a ``--help`` that lists every setting."""
 
 import ast
+import atexit
 import dataclasses
 import inspect
 import itertools
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
 from anymal.config.settings import load
-from anymal.errors import alternatives
+from anymal.errors import UserError, alternatives
+
+OTHERS_FUTURE_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21, of transformers
+    "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",  # DeepSpeed 0.19, of torch
+)
+"""Python shows these to everybody, and no user of a program can mend them. Any others are errors in the tests."""
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -84,3 +92,32 @@ def parse_args(
     if arguments and "=" not in arguments[0]:
         recipe = arguments.pop(0)
     return read(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a program's `main`; what the user can mend is one line on stderr, without a traceback."""
+    try:
+        with warnings.catch_warnings():
+            for theirs in OTHERS_FUTURE_WARNINGS:
+                warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
+            sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@atexit.register
+def _leave_processes() -> None:
+    """End gloo's threads. Left to the interpreter's end, they now and then abort the process, its exit code lost.
+
+    NCCL's are left alone: where another rank is gone, to end them could wait for ever.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()

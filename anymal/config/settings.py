@@ -1,11 +1,11 @@
-"""A recipe and overrides → settings, checked; and settings → a recipe. Between the command line and `anymal.config.schema`.
+"""A recipe and overrides → settings, checked; and settings → a recipe.
 
 A run is stated by one YAML recipe; dotted overrides follow it on the command line:
 
     python launch/pretrain.py launch/recipes/demo.yaml optim.lr=1e-3 train=[projectors,lora]
 
-OmegaConf merges and checks them against dataclasses such as `anymal.config.schema.Config`; unknown keys are errors that name
-the nearest one.
+OmegaConf merges and checks them against dataclasses such as `anymal.config.schema.Config`; unknown keys are errors that
+name the nearest one.
 """
 
 import dataclasses

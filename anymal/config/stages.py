@@ -52,7 +52,8 @@ def load_stages(
         defaults: As for `anymal.config.settings.load`.
 
     Raises:
-        UserError: As `anymal.config.settings.load` for each stage; or stages are not a list, one has no name, one that cannot
+        UserError: As `anymal.config.settings.load` for each stage; or stages are not a list, one has no name, one that
+        cannot
             be a folder's or is taken, or sets what is not its own to set; or none has the name that is asked for.
     """
     if any(re.match(r"stages\b", override) for override in overrides):

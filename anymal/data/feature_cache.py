@@ -4,8 +4,8 @@
 
 A twin has the samples of its tar in the same order under the same keys, bad ones included, so that positions and
 bookmarks mean the same with and without it. The name of its folder says whose features they are
-(`anymal.data.feature_codec.identity`) and how exact; its first member, which is no sample, of which tar they are. Where FOLDER
-cannot be written to, twins lie in $ANYMAL_CACHE (~/.cache/anymal). docs/features.md says more.
+(`anymal.data.feature_codec.identity`) and how exact; its first member, which is no sample, of which tar they are. Where
+FOLDER cannot be written to, twins lie in $ANYMAL_CACHE (~/.cache/anymal). docs/features.md says more.
 """
 
 import fcntl

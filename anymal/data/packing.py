@@ -2,8 +2,8 @@
 
     Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
 
-Samples stand end to end in a row of T tokens, and `anymal.model.attention` runs over each by itself. Positions begin at zero
-with every sample; transformers' own attention implementations read the borders off the positions.
+Samples stand end to end in a row of T tokens, and `anymal.model.attention` runs over each by itself. Positions begin at
+zero with every sample; transformers' own attention implementations read the borders off the positions.
 """
 
 from collections import Counter
@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from anymal.config.schema import DataConfig
-from anymal.data.prompt import IGNORED
-from anymal.sample import Batch, Features, PartlyEncoded, Tokens
+from anymal.sample import IGNORED, Batch, Features, PartlyEncoded, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

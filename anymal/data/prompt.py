@@ -18,9 +18,21 @@ from anymal.data import feature_codec
 from anymal.data.budget import degrade
 from anymal.errors import BadSample, UserError
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, Views, told, with_note
+from anymal.sample import (
+    IGNORED,
+    TEXT,
+    Features,
+    Message,
+    Noted,
+    Part,
+    Sample,
+    Tokens,
+    Viewable,
+    Views,
+    told,
+    with_note,
+)
 
-IGNORED = -100  # label of a token that is given, not answered
 LONGEST_TOKEN = 64  # characters; a text of more a token is refused before it is tokenised, which takes a second a MB
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 

@@ -23,7 +23,8 @@ from anymal.data.loader import Bad, RawSample, Reader, Ticket, load, prepared
 from anymal.data.manifest import Shard
 from anymal.data.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
 from anymal.data.packing import Item, Packer
-from anymal.errors import Quarantine, UserError, shortened
+from anymal.data.quarantine import Quarantine
+from anymal.errors import UserError, shortened
 from anymal.sample import Batch, Sample, Tokens
 
 __all__ = ["Stream", "merge_bookmarks", "samples_once", "tars", "walk"]
@@ -47,8 +48,10 @@ class Stream:
         rank, world: Which of how many processes this is; together they see every sample once an epoch.
         refused: What `refuse` noted in an earlier process: samples that are bad by what the model made of them.
         bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
-        encoders: Modality → `anymal.data.feature_codec.identity` of its encoder, for those whose features may be read in place
-            of media (see anymal.data.feature_cache); `prepare` then gets media that are `anymal.data.feature_codec.Stored`.
+        encoders: Modality → `anymal.data.feature_codec.identity` of its encoder, for those whose features may be read
+        in place
+            of media (see anymal.data.feature_cache); `prepare` then gets media that are
+            `anymal.data.feature_codec.Stored`.
 
     Raises:
         UserError: A shard is missing, a dataset is empty, or the bookmark is one of other data.
@@ -263,3 +266,8 @@ def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list
 def _instruction(texts: list[str], seed: int, position: int) -> str:
     """The one that the sample at a position is given, whoever reads it; empty if there are none."""
     return texts[choice(len(texts), seed, position)] if texts else ""
+
+
+def unchanged(sample: Sample) -> Sample:
+    """A `prepare` for `anymal.data.stream.samples_once` that leaves the media encoded."""
+    return sample

@@ -13,7 +13,7 @@ from anymal.config.schema import LLMConfig
 from anymal.errors import UserError, nearest
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing
-from anymal.model.llm import require_llm, set_frozen_mode
+from anymal.model.llm import set_frozen_mode
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
 
@@ -31,21 +31,6 @@ def nf4_bytes(weights: int) -> int:
 def int8_bytes(rows: int, columns: int) -> int:
     """Bytes of a matrix in 8 bits as bitsandbytes stores it: one a weight, and a float32 scale for each row."""
     return rows * columns + 4 * rows
-
-
-def read_config(name: str) -> Any:
-    """The LLM's transformers config, from a folder or hub name.
-
-    Raises:
-        UserError: There is none.
-    """
-    require_llm(name)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.llm.name={name}: no config of a causal LM is to be had: {error}") from error
 
 
 def config_of(architecture: Mapping[str, Any], setting: str) -> Any:
@@ -87,7 +72,7 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `anymal.model.llm.load_llm` leaves.
+    """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `load_llm` leaves.
 
     Args:
         settings: Precision, attention and checkpointing.

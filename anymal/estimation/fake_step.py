@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from anymal.adapters import build_adapters
-from anymal.adapters.pretrained import shapes_only
 from anymal.checkpoints import networks
+from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import Checkpointing, Config
 from anymal.data.budget import degrade
 from anymal.data.packing import pack
-from anymal.data.prompt import IGNORED
 from anymal.errors import UserError
-from anymal.estimation.fake_llm import make_llm, read_config, stored_bytes, with_layers
+from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
 from anymal.estimation.memory import Footprint, as_on
 from anymal.modality import Adapter
+from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import Cost
-from anymal.model.llm import add_lora, base_model
+from anymal.model.llm import add_lora, base_model, read_config
 from anymal.model.multimodal import AnyMAL, select_trainable, trainable
-from anymal.sample import Batch, Tokens
+from anymal.model.registry import Registry
+from anymal.sample import IGNORED, Batch, Tokens
 
 DEPTHS = (2, 4)
 PHASES = ("encode", "language model", "projectors backward")
@@ -66,6 +66,7 @@ class Rehearsal:
 
     Args:
         config: The recipe.
+        registry: What it may name.
         gpu: Whether it is to train on a GPU: bfloat16, autocast and other kernels.
         llm_config: The LLM's transformers config; by default that of ``model.llm.name`` is read.
 
@@ -73,8 +74,8 @@ class Rehearsal:
         UserError: A config is not there, or settings do not fit.
     """
 
-    def __init__(self, config: Config, *, gpu: bool, llm_config: Any = None):
-        self.config, self.gpu = config, gpu
+    def __init__(self, config: Config, registry: Registry, *, gpu: bool, llm_config: Any = None):
+        self.config, self.registry, self.gpu = config, registry, gpu
         self._llm_config = llm_config or read_config(config.model.llm.name)
         self.layers = self._llm_config.get_text_config().num_hidden_layers
         kinds = getattr(self._llm_config.get_text_config(), "layer_types", None) or ["alike"]
@@ -82,7 +83,10 @@ class Rehearsal:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with shapes_only(self._fake):
             self.adapters: dict[str, Adapter] = build_adapters(
-                config.model.modalities, self._llm_config.get_text_config().hidden_size, llm_layers=self.layers
+                registry,
+                config.model.modalities,
+                self._llm_config.get_text_config().hidden_size,
+                llm_layers=self.layers,
             )
         if any(hasattr(adapter.projector, "bridges") for adapter in self.adapters.values()):
             self._depths = (self.layers,)  # layers with a block before them are not like the others
@@ -199,7 +203,7 @@ class Rehearsal:
         """The same with another ``model.llm.checkpointing``."""
         llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
-        return Rehearsal(config, gpu=self.gpu, llm_config=self._llm_config)
+        return Rehearsal(config, self.registry, gpu=self.gpu, llm_config=self._llm_config)
 
     def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
         """What a step keeps alive beyond what is held, by phase and by label, in bytes.

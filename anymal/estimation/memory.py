@@ -1,7 +1,8 @@
 """Every byte that a training step keeps alive, counted on tensors without data.
 
 The modules that train run on fake tensors (shape, dtype and storage, no content): whatever autograd keeps,
-checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See `anymal/estimation/fake_step.py`.
+checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See
+`anymal/estimation/fake_step.py`.
 
 A torch without CUDA cannot follow gradients through tensors that claim to be on a GPU. The fake tensors are therefore
 on the CPU, and `as_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.

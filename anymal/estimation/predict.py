@@ -1,12 +1,4 @@
-"""What a recipe will need and cost, before anything is downloaded: memory by part, largest micro-batch, time, money.
-
-    python launch/estimate.py launch/recipes/anymal-image-8b.yaml data.shards=x tflops=400 price_per_hour=2.5
-    python launch/estimate.py launch/recipes/demo-finetune.yaml model.checkpoint=x gpu=false sample_tokens=64
-
-Reads the config.json of LLM and encoders (and the encoders' preprocessor_config.json), from a folder or the hub, and no
-weights: the model is built, and a step run, on tensors that have a shape but no content. Nothing of the LLM is read
-where `architecture` says what it is: it may be gated. The last line says whether the run fits. How: docs/cost.md.
-"""
+"""The program behind `anymal estimate`: memory by part, the largest micro-batch, time and money, from shapes alone."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,14 +6,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from anymal.adapters import describe_options
-from anymal.checkpoints.build import process_as_found, run_program
+from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Checkpointing, Config
 from anymal.config.stages import Recipe, load_untrained
 from anymal.errors import UserError
-from anymal.estimation.fake_llm import config_of, read_config
+from anymal.estimation.fake_llm import config_of
 from anymal.estimation.fake_step import Held, Rehearsal, Workload
+from anymal.model.llm import read_config
+from anymal.model.registry import Registry
 from anymal.training.engine import BUCKET
 
 GB, TERA = 1e9, 1e12
@@ -189,14 +182,14 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 
 
 @process_as_found()
-def main() -> None:
+def main(usage: str, registry: Registry) -> None:
     """Read the command line, rehearse and print, stage by stage."""
-    stages = parse_args(EstimateConfig, __doc__, more_help=describe_options(), read=load_untrained)
+    stages = parse_args(EstimateConfig, usage, more_help=registry.describe(), read=load_untrained)
     rooms = {}
     for config in stages:
         if config.stage:
             print(f"\nStage {config.stage}: {', '.join(config.train)} learn\n")
-        rooms[config.stage] = estimate(config)
+        rooms[config.stage] = estimate(config, registry)
         print(_fits(rooms[config.stage]))
     if len(stages) > 1:
         tightest = min(rooms, key=rooms.get)
@@ -207,10 +200,10 @@ def _fits(room: float) -> str:
     return f"fits: {'yes' if room >= 0 else 'no'}, by {abs(room) / GB:.3g} GB"
 
 
-def estimate(config: EstimateConfig) -> float:
+def estimate(config: EstimateConfig, registry: Registry) -> float:
     """Rehearse and print; `room_left`."""
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
-    rehearsal = Rehearsal(config, gpu=config.gpu, llm_config=llm_config_of(config))
+    rehearsal = Rehearsal(config, registry, gpu=config.gpu, llm_config=llm_config_of(config))
     samples = max(1, config.data.row_tokens // rehearsal.mean_tokens(work))
     if not config.data.row_tokens:
         samples = config.data.batch_size
@@ -287,7 +280,3 @@ def arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: Estim
         rate = tokens * micro / seconds
         lines.append(f"  {name:<34} {seconds:>9.3f} {rate:>12,.0f} {hours:>12,.1f} {cost}")
     return [*lines, ""]
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -7,8 +7,8 @@
 A model that answers from the wording of the question alone does the same in all three; only what lies above both
 controls was seen or heard. Every figure is computed from the records (`anymal.evaluation.scores`).
 
-Samples come in a shuffled order (`anymal.data.stream.samples_once`); each is lent the media of the one before it that has
-as many of each modality, and the first those of the last. So a window of samples is all that is held, however large
+Samples come in a shuffled order (`anymal.data.stream.samples_once`); each is lent the media of the one before it that
+has as many of each modality, and the first those of the last. So a window of samples is all that is held, however large
 the set is; of each medium, once it is encoded, its features.
 """
 

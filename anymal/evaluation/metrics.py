@@ -1,9 +1,9 @@
 """How good the answers are: caption metrics in plain Python, accuracy, and how sure one can be of it.
 
-`anymal.evaluation.evaluate` calls these with what the model said beside what is right. The caption metrics follow the formulas
-of the COCO caption evaluation, whose usual implementation needs Java for its tokenizer; the figures are the same as
-there for the same words (tests/evaluation/test_metrics.py holds them side by side). They are figures of a whole corpus: do not
-average them over parts of one.
+`anymal.evaluation.evaluate` calls these with what the model said beside what is right. The caption metrics follow the
+formulas of the COCO caption evaluation, whose usual implementation needs Java for its tokenizer; the figures are the
+same as there for the same words (tests/evaluation/test_metrics.py holds them side by side). They are figures of a whole
+corpus: do not average them over parts of one.
 """
 
 import math

@@ -1,10 +1,6 @@
-"""A run's results as one page that can be mailed, and as a table for the terminal.
+"""The program behind `anymal report`: what the other programs left in a run's folder → one page, and a table.
 
-    python launch/report.py runs/demo        # writes runs/demo/report.html
-
-It reads what the other programs left in the run's folder: ``evaluation.json``, and for each stage (a subfolder such
-as ``pretrain``) ``metrics.jsonl`` and, where they are there, ``model.json`` (the rows of `anymal.model.multimodal.table`) and
-``recipe.yaml``. No modality is named here: how a medium is shown follows from its file's ending.
+No modality is named here: how a medium is shown follows from its file's ending.
 """
 
 import json
@@ -224,19 +220,13 @@ def _card(run: Path, prediction: Mapping[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(usage: str, arguments: Sequence[str] | None = None) -> None:
     """Write the report of the run named on the command line, and print the table."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise SystemExit(__doc__)
+        raise SystemExit(usage)
     run = Path(arguments[0])
-    try:
-        page = write_report(run)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    page = write_report(run)
     if (run / "evaluation.json").is_file():
         print(print_table(json.loads((run / "evaluation.json").read_text())), end="\n\n")
     print(page)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,11 +1,4 @@
-"""Score a checkpoint on held-out shards, beside a blank and a shuffled control.
-
-    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test sets.imu=data/demo/imu/test
-    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test 'bits=[4,16,32]'
-
-Writes to `out`: records.jsonl (a line for each sample and condition, with the free answer, the loss, and how likely
-every option is), evaluation.json (the figures, computed from these), and some of the media. Prints tables.
-"""
+"""The program behind `anymal evaluate`: a checkpoint and held-out shards → records, figures, media, tables."""
 
 import hashlib
 import json
@@ -22,15 +15,19 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from anymal.checkpoints import checkpoint, precision
-from anymal.checkpoints.build import build, device, process_as_found, run_program, suffixes, unchanged
+from anymal.checkpoints.build import build
+from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Config, DataConfig
-from anymal.data.stream import samples_once
-from anymal.errors import BudgetExceeded, Quarantine, UserError
+from anymal.data.quarantine import Quarantine
+from anymal.data.stream import samples_once, unchanged
+from anymal.errors import BudgetExceeded, UserError
 from anymal.evaluation.evaluate import ask, evaluate
 from anymal.evaluation.report import read_lines
 from anymal.evaluation.scores import Rule, agreement, figures, predictions, read_records, write_record
 from anymal.evaluation.tables import print_table
+from anymal.model.llm import device
+from anymal.model.registry import Registry
 from anymal.sample import Sample
 
 BITS = (4, 8, 16, 32)
@@ -83,9 +80,9 @@ def listed(bits: Any) -> list[int]:
 
 
 @process_as_found()
-def main() -> None:
+def main(usage: str, registry: Registry) -> None:
     """Read the command line, evaluate, write and print."""
-    config = parse_args(EvaluateConfig, __doc__)
+    config = parse_args(EvaluateConfig, usage)
     if not config.sets:
         raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
@@ -94,13 +91,13 @@ def main() -> None:
     several = list(dict.fromkeys(bits or asked.llm.bits for bits in listed(config.bits)))
     out = Path(config.out or folder / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    media = {name: write_media(config, name, asked.modalities, out / "media" / name) for name in config.sets}
+    media = {name: write_media(config, registry, name, asked.modalities, out / "media" / name) for name in config.sets}
     temporary = out / f".records.jsonl.{os.getpid()}"
     try:
         with temporary.open("w") as lines:
             for bits in several:
                 recipe = checkpoint.recipe(folder, [f"model.llm.bits={bits}"], config.model)
-                write_records(config, recipe, folder, lines)
+                write_records(config, registry, recipe, folder, lines)
         temporary.replace(out / "records.jsonl")
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,7 +110,9 @@ def main() -> None:
     print(f"written: {out / 'evaluation.json'}")
 
 
-def held_out(config: EvaluateConfig, name: str, modalities: Collection[str], prepare: Any, limit: int) -> Iterator[Any]:
+def held_out(
+    config: EvaluateConfig, registry: Registry, name: str, modalities: Collection[str], prepare: Any, limit: int
+) -> Iterator[Any]:
     """The samples of a set in the order of the evaluation, each as `prepare` makes it.
 
     Media of other modalities than the model's are ignored.
@@ -123,20 +122,20 @@ def held_out(config: EvaluateConfig, name: str, modalities: Collection[str], pre
     """
     data = DataConfig(shards=config.sets[name], workers=config.workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": suffixes(), "modalities": list(modalities), "prepare": prepare}
+    parts = {"suffixes": registry.suffixes(), "modalities": list(modalities), "prepare": prepare}
     try:
         yield from samples_once(data, **parts, quarantine=quarantine, seed=config.seed, limit=limit)
     except BudgetExceeded as error:
         raise UserError(f"sets.{name}: held-out data must be whole. {error}") from error
 
 
-def write_records(config: EvaluateConfig, recipe: Config, folder: Path, lines: TextIO) -> None:
+def write_records(config: EvaluateConfig, registry: Registry, recipe: Config, folder: Path, lines: TextIO) -> None:
     """Evaluate all sets with the LLM at one precision, record by record."""
-    built = build(recipe, device(), start=folder)
+    built = build(recipe, device(), registry, start=folder)
     bits = recipe.model.llm.bits
     sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
     for name in config.sets:
-        asked = held_out(config, name, built.adapters, partial(ask, built.prepare), config.limit)
+        asked = held_out(config, registry, name, built.adapters, partial(ask, built.prepare), config.limit)
         records = evaluate(built.model, built.tokenizer, asked, **sizes)
         for record in tqdm(records, desc=f"{name}, {bits} bits", unit=" answers", dynamic_ncols=True):
             lines.write(write_record(record, set=name, bits=bits))
@@ -171,7 +170,7 @@ def summarise(
 
 
 def write_media(
-    config: EvaluateConfig, name: str, modalities: Collection[str], folder: Path
+    config: EvaluateConfig, registry: Registry, name: str, modalities: Collection[str], folder: Path
 ) -> dict[tuple[str, str], list[str]]:
     """Write the media of a set's first samples as they are in the shard; (shard, key) → their names below `out`."""
     if not config.media:
@@ -179,7 +178,7 @@ def write_media(
     folder.mkdir(parents=True, exist_ok=True)
     limit = min(config.limit or config.media, config.media)
     names: dict[tuple[str, str], list[str]] = {}
-    samples: Iterator[Sample] = held_out(config, name, modalities, unchanged, limit)
+    samples: Iterator[Sample] = held_out(config, registry, name, modalities, unchanged, limit)
     for i, sample in enumerate(samples):
         mine = names.setdefault((sample.shard, sample.key), [])
         for n, part in enumerate(sample.media()):
@@ -207,7 +206,3 @@ def trained_parameters(folder: Path) -> int:
         with safe_open(path, "pt") as file:
             total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     return total
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -134,8 +134,8 @@ def figures(records: Sequence[Record], rule: Rule) -> dict[str, Any]:
         ``accuracy_by`` (each rule), ``loss`` (nats per token of the right answers, the mean over samples), and of the
         free answers ``exact`` (right to the letter), ``cider_d``, ``rouge_l``, ``bleu_4``, and the shares ``empty`` and
         ``cut``. What is not defined is None. If all samples are yes/no questions, ``yes_no`` has
-        `anymal.evaluation.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the choices with ``blank`` and
-        ``shuffled`` media.
+        `anymal.evaluation.metrics.yes_no` of what was ``said``, of what was ``chosen``, and of the choices with
+        ``blank`` and ``shuffled`` media.
     """
     several = _by_condition(records)
     chosen = {name: choices(records, name) for name in RULES}

@@ -1,4 +1,4 @@
-"""An evaluation as tables: their titles, columns and cells, for the terminal here and for `anymal.evaluation.report`'s page.
+"""An evaluation as tables: their titles, columns and cells, for the terminal and for the report's page.
 
 `evaluation` is always what ``launch/evaluate.py`` wrote as evaluation.json. What is not there, or not defined, is a –.
 """

@@ -1,13 +1,4 @@
-"""Encode a recipe's media once, so that training reads features in place of media (see docs/features.md).
-
-    python launch/encode.py launch/recipes/demo-pretrain.yaml
-    python launch/encode.py launch/recipes/demo-pretrain.yaml data.features=int8     # half the bytes, a stated error
-    torchrun --nproc_per_node 8 launch/encode.py launch/recipes/anymal-image-8b.yaml data.shards=/data/laion
-
-Takes the recipe of the training run and looks at its data and frozen encoders only, stage by stage. Start it several
-times, on several machines that share the data's file system, and they share the work. Started again, it goes on with
-what is missing.
-"""
+"""The program behind `anymal encode`: a recipe's tars → twins, which hold features in place of media."""
 
 import os
 import sys
@@ -21,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anymal.adapters import describe_options, load_encoder
 from anymal.checkpoints import networks
-from anymal.checkpoints.build import device, process_as_found, run_program, suffixes
+from anymal.checkpoints.build import load_encoder
 from anymal.checkpoints.joined import find_start
+from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Config, DataConfig, encoder_learns
 from anymal.config.stages import Recipe, encoder_names, left_behind, load_stages
@@ -35,7 +26,9 @@ from anymal.data.stream import tars
 from anymal.errors import BadSample, UserError
 from anymal.features.report import Figures, report
 from anymal.modality import Encoder
+from anymal.model.llm import device
 from anymal.model.multimodal import place_encoder, run_encoder
+from anymal.model.registry import Registry
 from anymal.sample import Noted, with_note
 
 
@@ -114,11 +107,12 @@ class Encode:
     Args:
         data: The recipe's data, with the precision as ``features``.
         encoders: Those whose features are written, by modality.
+        suffixes: Which modality a shard member holds.
         place: The device that the encoders run on.
     """
 
-    def __init__(self, data: DataConfig, encoders: dict[str, Encoder], place: torch.device):
-        self.data, self.encoders, self.place = data, encoders, place
+    def __init__(self, data: DataConfig, encoders: dict[str, Encoder], suffixes: dict[str, str], place: torch.device):
+        self.data, self.encoders, self.suffixes, self.place = data, encoders, suffixes, place
         self.precision = "bf16" if data.features in ("auto", "never") else data.features
         self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
@@ -167,7 +161,7 @@ class Encode:
     def _samples(self, index: shards.Index, figures: dict[str, Figures]) -> Iterator[Read]:
         """Every sample of a tar with nothing but bytes in it, in order, encoded a micro-batch of samples at a time."""
         decoders = {kind: encoder.decode for kind, encoder in self.encoders.items()}
-        reader = Reader(tar=index, suffixes=suffixes(), decoders=decoders)
+        reader = Reader(tar=index, suffixes=self.suffixes, decoders=decoders)
         read = each(len(index), reader, self.data, dead=reader.dead, name=index.path)
         while window := list(islice(read, self.data.batch_size)):
             for kind in dict.fromkeys(kind for one in window for kind in one.kinds.values()):
@@ -245,13 +239,14 @@ def encode_all(encode: Encode, paths: list[str]) -> None:
     print(f"{written} tars encoded by this process, {rate:.1f} samples/s")
 
 
-def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, Encoder]:
+def frozen_encoders(stage: Config, registry: Registry, earlier: Sequence[Config] = ()) -> dict[str, Encoder]:
     """The encoders of a stage that stay as they are while it runs, with the weights that it will load.
 
     Says why others are left out: they learn, were not yet trained by an earlier stage, or show a medium in views.
 
     Args:
         stage: The stage, or a recipe without stages.
+        registry: What it may name.
         earlier: The recipe's stages before it, which may not have run yet.
 
     Raises:
@@ -270,7 +265,7 @@ def frozen_encoders(stage: Config, earlier: Sequence[Config] = ()) -> dict[str, 
             print(f"{name}: its encoder learns, so its features do not last")
         elif _awaited(stage, name, start, earlier):
             print(f"{name}: its encoder is yet to be trained by an earlier stage; start again after that")
-        elif hasattr((encoder := load_encoder(name, modality)).decode, "most_views"):
+        elif hasattr((encoder := load_encoder(registry, name, modality)).decode, "most_views"):
             print(f"{name}: how many views of a medium are seen depends on its sample; no features are written")
         else:
             found[name] = encoder
@@ -286,32 +281,28 @@ def _awaited(stage: Config, name: str, start: networks.Start | None, earlier: Se
     return any(path in made and not Path(path).is_dir() for path in encoder_names(stage.model.modalities[name].encoder))
 
 
-def encode_stage(stage: Recipe, earlier: Sequence[Recipe], place: torch.device) -> None:
+def encode_stage(stage: Recipe, registry: Registry, earlier: Sequence[Recipe], place: torch.device) -> None:
     """Encode what one stage's data lack, and say what it is worth."""
     names = list(dict.fromkeys(name for listed in tars(stage.data) for name in listed))
     every = manifest.survey(names, cache=stage.data.cache, cache_gb=stage.data.cache_gb).values()
     paths = [manifest.load(shard).path for shard in every if shard.count]  # remote tars are here from now on
-    encoders = frozen_encoders(stage, earlier)
+    encoders = frozen_encoders(stage, registry, earlier)
     if not encoders:
         return
-    encode = Encode(stage.data, encoders, place)
+    encode = Encode(stage.data, encoders, registry.suffixes(), place)
     encode_all(encode, paths)
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(report(encode.found(paths), encode.encoders, encode.precision)))
+        print("\n".join(report(encode.found(paths), encode.encoders, encode.suffixes, encode.precision)))
 
 
 @process_as_found()
-def main() -> None:
+def main(usage: str, registry: Registry) -> None:
     """Read the command line, and encode stage by stage."""
-    stages = parse_args(Recipe, __doc__, more_help=describe_options(), read=load_stages)
+    stages = parse_args(Recipe, usage, more_help=registry.describe(), read=load_stages)
     place = device()
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     for number, stage in enumerate(stages):
         if stage.stage:
             print(f"Stage {stage.stage}")
-        encode_stage(stage, stages[:number], place)
-
-
-if __name__ == "__main__":
-    run_program(main)
+        encode_stage(stage, registry, stages[:number], place)

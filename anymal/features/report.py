@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from anymal.checkpoints.build import suffixes
 from anymal.data import feature_cache, feature_codec, shards
 from anymal.data.loader import RawSample, read_sample
 from anymal.data.parse import modality_of
@@ -53,7 +52,9 @@ class Figures:
         return (self.squared_error / self.squared) ** 0.5 if self.squared else 0.0
 
 
-def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[feature_cache.Twin]) -> dict[str, float]:
+def seconds_to_read(
+    encoders: Mapping[str, Encoder], suffixes: dict[str, str], found: Sequence[feature_cache.Twin]
+) -> dict[str, float]:
     """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
     seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
     indexes = [shards.index(twin.path) for twin in found if twin.encoders]
@@ -64,7 +65,7 @@ def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[feature_cac
         reading = raw.seconds + time.perf_counter() - began
         stored = {name: data for name, data in members.items() if isinstance(data, feature_codec.Stored)}
         for name, data in stored.items():
-            kind, began = modality_of(name, suffixes()), time.perf_counter()
+            kind, began = modality_of(name, suffixes), time.perf_counter()
             with suppress(BadSample):
                 feature_codec.load(data, encoders[kind].tokens, encoders[kind].width)
             seconds[kind] += reading / len(stored) + time.perf_counter() - began
@@ -76,12 +77,15 @@ def seconds_to_read(encoders: Mapping[str, Encoder], found: Sequence[feature_cac
     return {kind: seconds[kind] / count for kind, count in counts.items() if count}
 
 
-def report(found: Mapping[str, feature_cache.Twin], encoders: Mapping[str, Encoder], precision: str) -> list[str]:
+def report(
+    found: Mapping[str, feature_cache.Twin], encoders: Mapping[str, Encoder], suffixes: dict[str, str], precision: str
+) -> list[str]:
     """Lines that say what twins hold, how exact it is, and whether reading them is cheaper than encoding.
 
     Args:
         found: The twin of each tar.
         encoders: Those that it was written with.
+        suffixes: Which modality a shard member holds.
         precision: What it was written as.
     """
     total: dict[str, Figures] = {}
@@ -91,7 +95,7 @@ def report(found: Mapping[str, feature_cache.Twin], encoders: Mapping[str, Encod
     threads, lines = torch.get_num_threads(), []
     torch.set_num_threads(1)  # as in the loader's workers
     try:
-        reading = seconds_to_read(encoders, list(found.values()))
+        reading = seconds_to_read(encoders, suffixes, list(found.values()))
     finally:
         torch.set_num_threads(threads)
     for kind, figures in total.items():

@@ -4,7 +4,8 @@
 
 A mask over a row of T tokens costs T² products, most of them masked: for rows of many short samples more than the rest
 of the layer. Here it is the sum of t² over the samples; there is no mask to keep, and nothing to see one another by.
-Samples of one length that stand side by side (`anymal.data.packing.Packer` sorts them) go through torch's kernel together.
+Samples of one length that stand side by side (`anymal.data.packing.Packer` sorts them) go through torch's kernel
+together.
 """
 
 from collections.abc import Sequence

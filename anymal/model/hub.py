@@ -1,4 +1,4 @@
-"""Why a model of the Hugging Face hub is not to be had, said at once: the libraries try five times, for each file."""
+"""What the hub says of a model: at once why it is not to be had (the libraries try five times), and its licence."""
 
 import functools
 from pathlib import Path
@@ -39,3 +39,17 @@ def _refused(name: str, file: str) -> str | None:
     except Exception as error:  # of the connection; the HTTP library's own, or HF_HUB_OFFLINE
         return f"there is no folder {name}, it is not in the hub's cache, and the hub cannot be reached: {error}"
     return None
+
+
+def license_of(name: str) -> str:
+    """The licence that the model card (README.md) of a hub name or local folder states, or ``"unknown"``."""
+    from huggingface_hub import ModelCard
+
+    path = Path(name)
+    if (path.is_dir() and not (path / "README.md").is_file()) or unavailable(name, "README.md"):
+        return "unknown"
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else name)
+    except Exception:  # no network, no card, or YAML that does not parse: the licence is not known then
+        return "unknown"
+    return str(card.data.license or "unknown")

@@ -140,7 +140,8 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 
     Args:
         llm: The LLM, with or without LoRA.
-        recompute: Whether decoder layers keep less for the backward pass, as `anymal.model.activation_checkpointing` may have told them.
+        recompute: Whether decoder layers keep less for the backward pass, as `anymal.model.activation_checkpointing`
+        may have told them.
             Set on the layers alone, not on the dropouts inside them.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -224,3 +225,24 @@ def load_lora(llm: nn.Module, folder: Path, config: LoraConfig) -> nn.Module:
             f"model.lora.rank={config.rank} and model.lora.alpha={config.alpha:g}; set them alike"
         )
     return wrapped
+
+
+def device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if on_gpu() else "cpu")
+
+
+@bars_on_terminals_only()
+def read_config(name: str) -> Any:
+    """The LLM's transformers config, from a folder or hub name.
+
+    Raises:
+        UserError: There is none.
+    """
+    require_llm(name)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.llm.name={name}: no config of a causal LM is to be had: {error}") from error

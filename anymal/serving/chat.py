@@ -1,25 +1,9 @@
-"""Answer a prompt with media, given in the order in which the LLM shall read them; or, without a prompt, converse.
-
-    python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg --audio b.wav "What do you see and hear?"
-    python launch/chat.py checkpoint=runs/demo/finetune "Which is louder," --audio a.wav "or" --audio b.wav "?"
-    echo "What is this?" | python launch/chat.py checkpoint=runs/demo/finetune --image a.jpg
-    python launch/chat.py checkpoint=runs/demo/finetune
-    python launch/chat.py checkpoint=runs/mmit-lora draw=stabilityai/stable-diffusion-xl-base-1.0 "Draw me a cat."
-
-`--NAME FILE` is a medium of modality NAME; what has the form name=value is a setting; everything else is text. Without
-a text, standard input is the text, where it is a pipe or a file: any text can be given there, also one that looks like
-a setting. Media alone are a prompt, too. Where there is neither text nor medium, it converses: /help says how.
-
-With `draw`, what the answer holds between <h> and </h> is drawn (docs/evaluation.md says how a model learns that). An
-LLM or encoder that was moved since the training is named anew: model.llm.name=FOLDER,
-model.modalities.image.encoder=FOLDER.
-"""
+"""The program behind `anymal chat`: the command line → a prompt with media → the answer."""
 
 import contextlib
-import difflib
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +11,21 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-from anymal.adapters import MODALITIES
 from anymal.checkpoints import checkpoint
-from anymal.checkpoints.build import build, device, process_as_found, run_program
+from anymal.checkpoints.build import build
+from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import field_docs, parse_args
-from anymal.errors import UserError
+from anymal.errors import UserError, nearest
+from anymal.model.llm import device
+from anymal.model.registry import Registry
 from anymal.sample import TEXT, Part
 from anymal.serving.conversation import ContextTooLong, Conversation
 from anymal.serving.draw import Painter, split
 
 COMMANDS = ("reset", "help", "quit")
-HELP = f"""\
+HELP = """\
 Whatever you type is said to the model, together with all that was said before. A line that begins with / is a command:
-  {", ".join(f"/{name} FILE" for name in MODALITIES)}: the file is seen or heard before the next message;
+  {media}: the file is seen or heard before the next message;
       an empty line sends it without a word
   /reset: begin anew, with nothing said or attached
   /quit, or Ctrl-D: end
@@ -74,7 +60,7 @@ class ChatConfig:
     """Of the drawings."""
 
 
-def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
+def split_arguments(arguments: list[str], modalities: Collection[str]) -> tuple[list[Part], list[str]]:
     """The command line → the message's parts in order, and the settings.
 
     Raises:
@@ -86,7 +72,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[Part], list[str]]:
         if argument in ("-h", "--help"):
             settings.append(argument)
         elif argument.startswith("--"):
-            parts.append(medium(argument, argument[2:], next(remaining, "")))
+            parts.append(medium(argument, argument[2:], next(remaining, ""), modalities))
         elif re.match(r"[A-Za-z_][\w.]*=", argument):
             settings.append(_known(argument))
         else:
@@ -99,22 +85,19 @@ def _known(setting: str) -> str:
     name, names = re.split(r"[.=]", setting)[0], list(field_docs(ChatConfig))
     if name in names:
         return setting
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(names)}."
-    raise UserError(f"{setting}: there is no setting {name}; {hint} A text that looks so is given by standard input")
+    hint = nearest(name, names)
+    raise UserError(f"{setting}: there is no setting {name}; {hint} (a text that looks so is given by standard input)")
 
 
-def medium(asked: str, name: str, file: str) -> Part:
+def medium(asked: str, name: str, file: str, modalities: Collection[str]) -> Part:
     """A file as a medium of modality `name`; `asked` is how that was written.
 
     Raises:
         UserError: There is no such modality or file, or the file cannot be read.
     """
-    if name not in MODALITIES:
-        near = difflib.get_close_matches(name.partition("=")[0], MODALITIES, n=1)
-        hint = f" (did you mean --{near[0]} FILE?)" if near else ""
-        known = f"known are: {', '.join(MODALITIES)}{hint}"
-        raise UserError(f"{asked}: there is no such modality; {known}; a setting is written name=value, without --")
+    if name not in modalities:
+        hint = nearest(name.partition("=")[0], modalities)
+        raise UserError(f"{asked}: there is no such modality; {hint} A setting is written name=value, without --")
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"{asked} needs a file; {file!r} is none")
@@ -125,10 +108,10 @@ def medium(asked: str, name: str, file: str) -> Part:
 
 
 @process_as_found()
-def main() -> None:
+def main(usage: str, registry: Registry) -> None:
     """Read the command line, and answer or converse."""
-    parts, settings = split_arguments(sys.argv[1:])
-    config = parse_args(ChatConfig, __doc__, settings)
+    parts, settings = split_arguments(sys.argv[1:], registry.modalities)
+    config = parse_args(ChatConfig, usage, settings)
     converses = not parts and sys.stdin is not None and sys.stdin.isatty()
     if not converses and all(part.kind != TEXT for part in parts):
         parts += _standard_input()
@@ -137,7 +120,7 @@ def main() -> None:
     painter = _painter(config)
     folder = checkpoint.existing(config.checkpoint)
     overrides = [f"model.llm.bits={config.bits}"] if config.bits else []
-    built = build(checkpoint.recipe(folder, overrides, config.model), device(), start=folder)
+    built = build(checkpoint.recipe(folder, overrides, config.model), device(), registry, start=folder)
     conversation = Conversation(built=built, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
     del built
     if converses:
@@ -189,16 +172,16 @@ def converse(conversation: Conversation, painter: Painter | None, drawings: Path
 
 
 def _command(conversation: Conversation, name: str, file: str) -> None:
+    modalities = conversation.built.adapters
     if name == "help":
-        print(HELP)
+        print(HELP.format(media=", ".join(f"/{name} FILE" for name in modalities)))
     elif name == "reset":
         conversation.reset()
-    elif name in MODALITIES:
-        note = conversation.attach(medium(f"/{name}", name, file.strip().strip("'\"")))
+    elif name in modalities:
+        note = conversation.attach(medium(f"/{name}", name, file.strip().strip("'\""), modalities))
         _note(f"{conversation.attached[-1].member}: {note or 'attached'}")
     else:
-        near = difflib.get_close_matches(name, [*MODALITIES, *COMMANDS], n=1)
-        raise UserError(f"there is no /{name}; {f'did you mean /{near[0]}?' if near else '/help lists what there is'}")
+        raise UserError(f"there is no /{name}; {nearest(name, [*modalities, *COMMANDS])} /help says what each does")
 
 
 def _turn(conversation: Conversation, text: str, painter: Painter | None, drawings: Path) -> None:
@@ -246,7 +229,3 @@ def say(answer: str, painter: Painter | None, folder: Path) -> None:
     print(reply, flush=True)  # it stands, whatever comes of the drawing
     for path, prompt in zip(painter.draw(prompts, folder), prompts, strict=True):
         print(f"drawn: {path} ({prompt})")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anymal.checkpoints.networks import MASTER
 from anymal.config.schema import Config
 from anymal.errors import UserError
 from anymal.model.llm import on_gpu
@@ -27,8 +28,6 @@ from anymal.model.multimodal import AnyMAL, trainable
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
-MASTER = "master"
-"""``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
 
 
 def start_processes() -> tuple[int, int, torch.device]:

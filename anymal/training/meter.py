@@ -56,7 +56,8 @@ class Meter:
 
         Args:
             batch: What the model saw, T tokens of it.
-            per_group: [G, 2] from `anymal.model.loss.sums_per_group`: for each of ``batch.groups``, the summed loss (nats)
+            per_group: [G, 2] from `anymal.model.loss.sums_per_group`: for each of ``batch.groups``, the summed loss
+            (nats)
                 and the number of answer tokens.
             padding: How many of the T tokens are padding.
         """
@@ -92,9 +93,9 @@ class Meter:
             decoded media that are `anymal.sample.Noted`, if there are any), ``tokens_per_s``
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
-            together, as `anymal.model.flops` counts them: nothing recomputed), ``utilisation`` of the peak if it is known,
-            ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its process
-            without loader workers), and `also`.
+            together, as `anymal.model.flops` counts them: nothing recomputed), ``utilisation`` of the peak if it is
+            known, ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its
+            process without loader workers), and `also`.
         """
         ours = {
             "groups": {name: pair.tolist() for name, pair in self._per_group.items()},

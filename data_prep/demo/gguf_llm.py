@@ -16,8 +16,9 @@ import numpy as np
 from omegaconf import MISSING
 
 from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import is_done, run, whole_folder
+from anymal.data_prep.steps import run
 from anymal.errors import UserError
+from anymal.files import is_done, whole_folder
 
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",

@@ -3,8 +3,8 @@
     python data_prep/demo/instruments.py folder=data/demo/audio
 
 The instruments are recordings: those of the soundfont TimGM6mb (GPL-2.0) that the package pretty-midi ships. A clip is
-a phrase of random notes, made by playing the recordings at other speeds (`anymal.data_prep.demo.soundfont`), in the register of its
-family.
+a phrase of random notes, made by playing the recordings at other speeds (`anymal.data_prep.demo.soundfont`), in the
+register of its family.
 
 Held out are whole instruments: presets that share a recording are one instrument, and the seed draws a third of a
 family's for the test and a sixth, at least one, for validation. That is one to three instruments of a family for the
@@ -25,8 +25,9 @@ from omegaconf import MISSING
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder, read
 from anymal.data_prep.demo.soundfont import RATE, Soundfont
-from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.steps import mapped, run, worker_pool
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.files import is_done
 
 _DRUM_BANK = 128
 

@@ -4,9 +4,9 @@
     python data_prep/demo/models.py folder=models audio_seconds=3 cache=/some/folder
 
 Each becomes a folder in the usual format, once: ``folder/llm`` (SmolLM2-135M-Instruct), ``folder/image``
-(EfficientNet-Lite0, which `anymal.adapters.architectures.efficientnet_lite` adds to transformers' Auto classes; also used per frame for
-video), ``folder/audio`` (Whisper tiny.en). No IMU encoder is published in a form that could be loaded:
-``launch/pretrain_imu_encoder.py`` trains one. Second step of the demo, after `anymal.data_prep.demo.assets`.
+(EfficientNet-Lite0, which `anymal.adapters.architectures.efficientnet_lite` adds to transformers' Auto classes; also
+used per frame for video), ``folder/audio`` (Whisper tiny.en). No IMU encoder is published in a form that could be
+loaded: ``launch/pretrain_imu_encoder.py`` trains one. Second step of the demo, after `anymal.data_prep.demo.assets`.
 """
 
 import io
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo import ctranslate2_whisper, gguf_llm
 from anymal.data_prep.demo.assets import cache_folder, pins, read
-from anymal.data_prep.steps import is_done, run, whole_folder
+from anymal.data_prep.steps import run
+from anymal.files import is_done, whole_folder
 
 
 @dataclass(kw_only=True)

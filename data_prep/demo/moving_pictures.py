@@ -2,11 +2,11 @@
 
     python data_prep/demo/moving_pictures.py folder=data/demo/video
 
-The pictures are real (see `anymal.data_prep.demo.openmoji`), the motion is generated: a picture crosses a plain background to the
-left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video could be had from
-the package registry, so this is what the demo has, and what its report must say. Validation and test move pictures that
-no training shard holds, of images or of clips: the 28 and 42 that `anymal.data_prep.demo.openmoji` holds out with the same seed.
-The test's 336 clips move each of its 42 pictures eight times.
+The pictures are real (see `anymal.data_prep.demo.openmoji`), the motion is generated: a picture crosses a plain
+background to the left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video
+could be had from the package registry, so this is what the demo has, and what its report must say. Validation and test
+move pictures that no training shard holds, of images or of clips: the 28 and 42 that `anymal.data_prep.demo.openmoji`
+holds out with the same seed. The test's 336 clips move each of its 42 pictures eight times.
 """
 
 import io
@@ -23,8 +23,9 @@ from PIL import Image
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.data_prep.demo.openmoji import Picture, draw, light_colour, pictures, split
-from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.steps import mapped, run, worker_pool
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.files import is_done
 
 MOTIONS = {
     "moving left": (-1, 0, 0),

@@ -10,8 +10,8 @@ Held out are whole pictures that share no word of their name with any other pict
 face was trained, nor one car where its oncoming twin was. The seed draws them: of each kind four for validation and six
 for test, 28 and 42 objects in all. Each is drawn some times over, so the test's 336 samples are of 42 objects, and an
 interval that counts samples is too narrow for what other objects would give. Few buildings, plants and hands have names
-of their own (12 or 13), so the objects that two seeds hold out overlap. `anymal.data_prep.demo.moving_pictures` moves the same
-pictures and keeps the same split.
+of their own (12 or 13), so the objects that two seeds hold out overlap. `anymal.data_prep.demo.moving_pictures` moves
+the same pictures and keeps the same split.
 """
 
 import functools
@@ -30,8 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder, read
-from anymal.data_prep.steps import is_done, mapped, run, worker_pool
+from anymal.data_prep.steps import mapped, run, worker_pool
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.files import is_done
 
 KINDS = {
     "animal": "animal-mammal animal-bird animal-bug animal-marine animal-reptile animal-amphibian",

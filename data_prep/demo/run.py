@@ -1,16 +1,4 @@
-"""The whole pipeline on real data, on a machine without a GPU: `make demo`.
-
-    python launch/demo.py
-    python launch/demo.py seed=1
-
-Runs the programs that a real run uses, one after another, each as you would start it by hand (the commands are
-printed): download, convert, prepare, train the IMU encoder, stage 1, stage 2, evaluate, report. What is done already is
-not done again. Downloads, models and data go to ANYMAL_CACHE (~/.cache/anymal/demo by default), results to runs/demo.
-
-All that was chosen was chosen by the validation splits; the evaluation reports the test splits, a sample of each that
-`seed` draws. Another seed holds other things out (`anymal.data_prep.demo.data`); its data and results have folders of their
-own.
-"""
+"""The program behind `make demo`: the programs that a real run uses, one after another, as subprocesses."""
 
 import json
 import os
@@ -21,7 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.checkpoints.build import run_program
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.evaluation.tables import print_table
@@ -101,9 +88,9 @@ def run_folder(seed: int) -> Path:
     return Path(f"runs/demo-{seed}" if seed else "runs/demo")
 
 
-def main() -> int:
+def main(usage: str) -> int:
     """Run the steps; the first that fails ends the demo with its exit code."""
-    settings = parse_args(Settings, __doc__)
+    settings = parse_args(Settings, usage)
     cache, began, folder = cache_folder(), time.monotonic(), run_folder(settings.seed)
     steps = commands(cache, settings)
     environment = os.environ | {"ANYMAL_CACHE": str(cache)}
@@ -120,7 +107,3 @@ def main() -> int:
     print("\n" + print_table(json.loads((folder / "evaluation.json").read_text())))
     print(f"\nDone in {minutes}:{seconds:02d}. Pictures: {folder / 'report.html'}")
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from anymal.config.command_line import parse_args
 from anymal.data_prep.demo.assets import cache_folder, read
-from anymal.data_prep.steps import is_done, run
+from anymal.data_prep.steps import run
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 from anymal.errors import UserError
+from anymal.files import is_done
 
 EXERCISES = {
     "PEN": "pendulum swing",

@@ -2,9 +2,9 @@
 
     file.sf2 ──Soundfont──▶ zones of a preset (which recording for which keys) ──play──▶ waveform at 16 kHz
 
-Used by `anymal.data_prep.demo.instruments`. Of the format (SoundFont Technical Specification 2.04) it reads what decides how a note
-sounds: recordings with their loops, key and velocity ranges, tuning, and the volume envelope; modulators, filters,
-effects and what a preset adds to its instruments' settings are left out.
+Used by `anymal.data_prep.demo.instruments`. Of the format (SoundFont Technical Specification 2.04) it reads what
+decides how a note sounds: recordings with their loops, key and velocity ranges, tuning, and the volume envelope;
+modulators, filters, effects and what a preset adds to its instruments' settings are left out.
 """
 
 import itertools

@@ -24,9 +24,11 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import is_done, run
+from anymal.data.quarantine import Quarantine
+from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
-from anymal.errors import BadSample, Quarantine, UserError
+from anymal.errors import BadSample, UserError
+from anymal.files import is_done
 
 MARKER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -166,5 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{written} conversations in {folder}{skipped}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from anymal.adapters.projectors import build_projector
 from anymal.adapters.projectors.abstractor import Abstractor, ChannelNorm, ResidualBlock
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from toys import build_projector
 
 
 def _with_honeybees_norms(block: nn.Module) -> nn.Module:

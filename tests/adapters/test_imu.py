@@ -161,7 +161,7 @@ def test_imu_encoder_is_trained_and_loads(tmp_path, capsys):
     window = decoded(encoder.decode, npy(motion()))
     assert encoder(window[None]).shape == (1, 7, 16)
     before = (out / "model.safetensors").read_bytes()
-    main([f"shards={tmp_path / 'train.tar'}", f"out={out}"])
+    main("", [f"shards={tmp_path / 'train.tar'}", f"out={out}"])
     assert "is there already" in capsys.readouterr().out
     assert (out / "model.safetensors").read_bytes() == before
 

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import tiny_encoders as tiny
 from anymal.adapters.imu.modality import IMUOptions, load_imu_encoder
 from anymal.adapters.imu.published import TRUNKS, load_trunk
-from anymal.adapters.pretrained import shapes_only
 from anymal.errors import BadSample, UserError
+from anymal.model.fake_tensors import shapes_only
 from tiny_imu_trunks import STATE_DICTS, imagebind, imu2clip, onellm
 
 SAMPLES = {"imagebind": 160, "onellm": 40, "imu2clip": 1000}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_projectors import _linear, _norm
 
-from anymal.adapters.projectors import build_projector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from toys import build_projector
 
 PARTS = [(9, 6), (36, 10)]  # 3 x 3 queries, 6 wide, and a map of 6 x 6, 10 wide: 2 x 2 cells to each
 

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny_encoders as tiny
-from anymal.adapters import build_adapters, load_encoder
+from anymal.adapters import REGISTRY
 from anymal.adapters.image.modality import ImageOptions, load_image_encoder
 from anymal.adapters.image.pictures import Pixels, pixels_for, square
-from anymal.adapters.pretrained import shapes_only
+from anymal.checkpoints.build import build_adapters, load_encoder
 from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
 from anymal.config.settings import load
 from anymal.data.feature_codec import identity
 from anymal.errors import UserError
 from anymal.modality import parts
+from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import forward_flops
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -259,7 +260,7 @@ model:
       projector: {{kind: mining, tokens: 0}}
 data: {{shards: none}}
 """)
-    adapter = build_adapters(load(Config, recipe).model.modalities, llm_width=24)["image"]
+    adapter = build_adapters(REGISTRY, load(Config, recipe).model.modalities, llm_width=24)["image"]
     medium = adapter.decode(tiny.picture())
     assert adapter.encoder.parts == ((64, 16), (256, 60))
     assert adapter.projector(adapter.encoder(medium[None])).shape == (1, 64, 24) == (1, adapter.tokens, 24)
@@ -296,14 +297,14 @@ def test_identity_tells_trees_apart(tmp_path):
 def test_video_takes_a_composition_of_maps(tmp_path):
     tree = {"channels": [tiny.clip(tmp_path / "a"), tiny.dinov2(tmp_path / "b")]}
     options = {"frames": 2, "pool": 4}
-    encoder = load_encoder("video", ModalityConfig(encoder=tree, options=options))
+    encoder = load_encoder(REGISTRY, "video", ModalityConfig(encoder=tree, options=options))
     clips = encoder.decode(tiny.clip_bytes())
     assert (clips.dtype, tuple(clips.shape)) == (torch.uint8, (2, 3, 32, 32))
     assert encoder(clips[None]).shape == (1, 2 * 4, 32)
     with pytest.raises(UserError, match="of one kind"):
-        load_encoder("video", ModalityConfig(encoder={"append": tree["channels"]}))
+        load_encoder(REGISTRY, "video", ModalityConfig(encoder={"append": tree["channels"]}))
     with pytest.raises(UserError, match="one hub name or local folder"):
-        load_encoder("audio", ModalityConfig(encoder=tree))
+        load_encoder(REGISTRY, "audio", ModalityConfig(encoder=tree))
 
 
 @pytest.mark.parametrize(
@@ -414,8 +415,8 @@ def _on_shapes(tree, **projector):
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes_only(fake):
         if not projector:
-            return load_encoder("image", config)
-        adapter = build_adapters({"image": config}, llm_width=4096)["image"]
+            return load_encoder(REGISTRY, "image", config)
+        adapter = build_adapters(REGISTRY, {"image": config}, llm_width=4096)["image"]
     with fake:
         features = adapter.encoder(torch.zeros(1, *adapter.encoder.shape, dtype=torch.uint8))
         assert adapter.projector(features).shape == (1, adapter.tokens, 4096)
@@ -461,7 +462,7 @@ def test_mini_gemini_mines_a_map_of_36864_positions(real):
 def test_an_encoder_of_flexible_resolution_is_refused(tmp_path):
     tree = {"name": tiny.siglip2(tmp_path)}
     with pytest.raises(UserError, match="flexible resolution has no place in a composition"):
-        load_encoder("image", ModalityConfig(encoder=tree))
+        load_encoder(REGISTRY, "image", ModalityConfig(encoder=tree))
 
 
 def test_pixels_as_timms_processor_says():

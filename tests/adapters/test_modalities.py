@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from anymal.adapters import MODALITIES, PROJECTORS, build_adapters, describe_options
-from anymal.adapters.pretrained import shapes_only
-from anymal.adapters.projectors import OPTIONS as PROJECTOR_OPTIONS
+from anymal.adapters import MODALITIES, PROJECTORS, REGISTRY
+from anymal.checkpoints.build import build_adapters
 from anymal.config.command_line import field_docs
 from anymal.config.schema import ModalityConfig, ProjectorConfig
 from anymal.config.settings import options
 from anymal.errors import BadSample, UserError
+from anymal.model.fake_tensors import shapes_only
 from tiny_encoders import ENCODERS, MEDIA, OPTIONS, decoded, hostile
 
 CASES = [(name, kind) for name in MODALITIES for kind in ENCODERS[name]]
@@ -161,7 +161,7 @@ def test_adapters_are_built_from_a_recipe(tmp_path):
         )
         for (name, makers), kind in zip(ENCODERS.items(), itertools.cycle(["linear", "mlp", "resampler"]))
     }
-    adapters = build_adapters(recipe, llm_width=24, embedding_std=0.1, llm_layers=4)
+    adapters = build_adapters(REGISTRY, recipe, llm_width=24, embedding_std=0.1, llm_layers=4)
     assert list(adapters) == list(recipe)
     for name, adapter in adapters.items():
         features = adapter.encoder(decoded(adapter.decode, MEDIA[name]())[None])
@@ -171,28 +171,28 @@ def test_adapters_are_built_from_a_recipe(tmp_path):
 
 def test_mistakes_in_a_recipe_are_named(tmp_path):
     with pytest.raises(UserError, match=r"model.modalities.imgae: .* did you mean image\?"):
-        build_adapters({"imgae": ModalityConfig(encoder="x")}, 8)
+        build_adapters(REGISTRY, {"imgae": ModalityConfig(encoder="x")}, 8)
     wrong = ModalityConfig(encoder="x", options={"max_pixel": 3})
     with pytest.raises(UserError, match=r"model.modalities.image.options: .*did you mean max_pixels\?"):
-        build_adapters({"image": wrong}, 8)
+        build_adapters(REGISTRY, {"image": wrong}, 8)
 
 
 def test_options_are_described():
-    text = "\n".join(describe_options())
+    text = "\n".join(REGISTRY.describe())
     for name, modality in MODALITIES.items():
         for field in fields(modality.options):
             assert f"model.modalities.{name}.options.{field.name}" in text
     for kind in PROJECTORS:
         assert f"  {kind}: " in text
-    for cls in PROJECTOR_OPTIONS.values():
-        documented = field_docs(cls)
-        for field in fields(cls):
+    for kind in PROJECTORS.values():
+        documented = field_docs(kind.options)
+        for field in fields(kind.options):
             assert f"model.modalities.NAME.projector.options.{field.name} " in text
             assert documented[field.name].split()[0] in text
 
 
 def test_listing_the_modalities_imports_no_heavy_library():
-    program = "import adapters, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
+    program = "import anymal.adapters, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["transformers", "torchaudio", "av", "soundfile", "PIL"]
     ran = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

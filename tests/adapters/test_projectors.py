@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from anymal.adapters import build_adapters
-from anymal.adapters.pretrained import shapes_only
-from anymal.adapters.projectors import PROJECTORS, build_projector
+from anymal.adapters import REGISTRY
+from anymal.adapters.projectors import PROJECTORS
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.adapters.projectors.resampler import Resampler
+from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
+from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import forward_flops
 from tiny_encoders import siglip
+from toys import build_projector
 
 # No gradient reaches these: softmax does not see what all keys have in common, and one key leaves it no choice.
 UNSEEN = {"qformer": r"\.key\.bias$"}
@@ -166,7 +168,7 @@ def test_is_made_and_run_without_weights(kind, tmp_path):
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recipe = {"image": ModalityConfig(encoder=siglip(tmp_path), projector=config)}
     with shapes_only(fake):
-        adapter = build_adapters(recipe, llm_width=24)["image"]
+        adapter = build_adapters(REGISTRY, recipe, llm_width=24)["image"]
     assert adapter.encoder.tokens == count
     assert all(isinstance(p, FakeTensor) for p in adapter.projector.parameters())
     with fake:

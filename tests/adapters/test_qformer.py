@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from anymal.adapters.pretrained import new_tensors, shapes_only
-from anymal.adapters.projectors import build_projector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.model.fake_tensors import new_tensors, shapes_only
+from toys import build_projector
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 QFORMER = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}

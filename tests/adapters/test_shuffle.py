@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from anymal.adapters.projectors import build_projector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from toys import build_projector
 
 
 def _build(features: int, **settings):

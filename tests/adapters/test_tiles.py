@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.adapters.image.tiles import any_resolution, area_preserving, cut, grid_rule, largest_grid
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config
@@ -131,7 +132,9 @@ def built(tiny_llm, tmp_path, kind: str, *more: str, max_tokens: int = 400):
     where = f"model.modalities.{kind}"
     given = [f"model.llm.name={tiny_llm}", f"{where}.encoder={tiny_encoders.clip(tmp_path / kind)}", "data.shards=x"]
     given += [f"{where}.projector.tokens=8", f"data.max_tokens={max_tokens}", "model.llm.bits=32"]
-    return build(load(Config, None, [*given, *(f"{where}.options.{text}" for text in more)]), torch.device("cpu"))
+    return build(
+        load(Config, None, [*given, *(f"{where}.options.{text}" for text in more)]), torch.device("cpu"), REGISTRY
+    )
 
 
 def asked(*media: Part) -> Sample:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint, checksums, retention
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config
@@ -114,7 +115,7 @@ def test_half_of_a_lora_is_refused_with_and_without_a_manifest(run, caplog):
     (latest / "manifest.json").unlink()
     assert checkpoint.existing(run) == latest and "has no manifest.json" in caplog.text
     with pytest.raises(UserError, match=rf"{LORA} is not the LoRA of this LLM: \d+ of {len(held)} tensors are missing"):
-        build(checkpoint.recipe(latest), torch.device("cpu"), start=latest)
+        build(checkpoint.recipe(latest), torch.device("cpu"), REGISTRY, start=latest)
 
 
 def test_older_checkpoints_have_no_manifest_and_load(run, resumed, caplog):

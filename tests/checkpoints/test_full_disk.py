@@ -11,7 +11,8 @@ import pytest
 from anymal.checkpoints import checkpoint, lock
 from anymal.config.schema import RunConfig
 from anymal.data import shards
-from anymal.errors import Quarantine, UserError
+from anymal.data.quarantine import Quarantine
+from anymal.errors import UserError
 from anymal.files import append_line, write_whole, writing
 from anymal.training.tracking import Tracker
 from small_runs import losses, make_encoders, pretrain_here, settings, write_pairs

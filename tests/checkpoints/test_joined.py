@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_mix import make_checkpoint
 
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
 from anymal.checkpoints.joined import find_start
@@ -17,7 +17,7 @@ from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.errors import UserError
 from anymal.training.run import run_stages
 from conftest import make_llm
-from small_runs import make_encoders, pretrain_here, settings, write_pairs
+from small_runs import make_checkpoint, make_encoders, pretrain_here, settings, write_pairs
 
 CPU = torch.device("cpu")
 KINDS = ["image", "imu"]
@@ -61,26 +61,31 @@ def test_runs_of_stage_1_are_joined_in_one_stage_2(tiny_llm, encoders, shards, a
     expected = {kind: projectors(run)[kind] for kind, run in apart.items()}
     for places in (apart, list(apart.values())):
         config = joined(tiny_llm, encoders, tmp_path / "run", places)
-        model = build(config, CPU, start=find_start(config), partly=True).model
+        model = build(config, CPU, REGISTRY, start=find_start(config), partly=True).model
         for kind in KINDS:
             held = model.projectors[kind].state_dict()
             assert held.keys() == expected[kind].keys()
             assert all(torch.equal(held[name], weight) for name, weight in expected[kind].items())
     given = {"train": "[projectors,lora]", "optim__lr": 0, "optim__steps": 1}
     config = joined(tiny_llm, encoders, tmp_path / "run", apart, shards, **given)
-    assert run_stages([config]) == 0
+    assert run_stages([config], REGISTRY) == 0
     after = projectors(tmp_path / "run")
     assert all(torch.equal(after[kind][name], w) for kind in KINDS for name, w in expected[kind].items())
     a, b = (checkpoint.existing(run) for run in apart.values())
     assert f"starting from {a} and {b}, projectors: image, imu" in capsys.readouterr().out
     assert load(Config, tmp_path / "run" / "recipe.yaml").model.checkpoint == {k: str(p) for k, p in apart.items()}
-    build(checkpoint.recipe(checkpoint.existing(tmp_path / "run")), CPU, start=checkpoint.existing(tmp_path / "run"))
+    build(
+        checkpoint.recipe(checkpoint.existing(tmp_path / "run")),
+        CPU,
+        REGISTRY,
+        start=checkpoint.existing(tmp_path / "run"),
+    )
 
 
 def test_a_modality_may_start_fresh(tiny_llm, encoders, apart, tmp_path):
     config = joined(tiny_llm, encoders, tmp_path / "run", f"{{image: {apart['image']}, imu: null}}")
     assert list(find_start(config).modalities) == ["image"]
-    build(config, CPU, start=find_start(config), partly=True)
+    build(config, CPU, REGISTRY, start=find_start(config), partly=True)
 
 
 def test_which_modality_is_whose_must_be_said(tiny_llm, encoders, apart, tmp_path):
@@ -125,14 +130,14 @@ def test_only_the_same_llm_is_joined(tiny_llm, encoders, tmp_path):
     c = make_checkpoint(other, encoders, tmp_path / "c", 1, "train=[projectors]", kinds=["imu"])
 
     config = joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": b})
-    build(config, CPU, start=find_start(config))
+    build(config, CPU, REGISTRY, start=find_start(config))
     said = rf"{a} was trained with {tiny_llm}, {c} with {other}; .* cannot be joined \(launch/mix\.py"
     with pytest.raises(UserError, match=said):
         find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": c}))
     config = joined(other, encoders, tmp_path / "run", {"image": a, "imu": b})
     said = r"a/.*/adapters/image: this projector was trained on an LLM with other weights than model\.llm\.name has now"
     with pytest.raises(UserError, match=said):
-        build(config, CPU, start=find_start(config))
+        build(config, CPU, REGISTRY, start=find_start(config))
 
 
 def test_two_loras_or_trained_llms_are_not_joined(tiny_llm, encoders, tmp_path):
@@ -163,7 +168,7 @@ def test_a_trained_encoder_comes_with_its_modality_and_stays(tiny_llm, encoders,
     a = make_checkpoint(tiny_llm, encoders, tmp_path / "a", 0, "train=[projectors,encoders]", kinds=["image"])
     b = make_checkpoint(tiny_llm, encoders, tmp_path / "b", 1, "train=[projectors,encoders]", kinds=["imu"])
     config = joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": b}, shards, optim__steps=1)
-    assert run_stages([config]) == 0
+    assert run_stages([config], REGISTRY) == 0
     latest = checkpoint.existing(tmp_path / "run")
     for kind, origin in (("image", a), ("imu", b)):
         files = sorted((origin / "encoders" / kind).glob("*.safetensors"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import lock
 from anymal.config.schema import Config
 from anymal.config.settings import load
@@ -201,12 +202,12 @@ def test_a_run_takes_the_lock_before_it_loads_anything_and_gives_it_back(tiny_ll
     other = holding(tmp_path / "run")
     try:
         with pytest.raises(UserError, match="is in use"):
-            run_stage(load(Config, None, [text.replace(str(tiny_llm), "/nowhere") for text in given]))
+            run_stage(load(Config, None, [text.replace(str(tiny_llm), "/nowhere") for text in given]), REGISTRY)
         assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.LOCK]
     finally:
         other.kill()
         other.join()
-    assert run_stage(config) == 0
+    assert run_stage(config, REGISTRY) == 0
     assert lock.holder(tmp_path / "run") is None
 
 
@@ -214,7 +215,7 @@ _RANK = """
 import sys
 import torch.distributed
 from anymal.errors import UserError
-from anymal.checkpoints.build import run_program
+from anymal.config.command_line import run_program
 from anymal.training.run import _on_rank_0
 
 rank = int(sys.argv[1])

@@ -9,18 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import anymal  # noqa: F401  before anything imports transformers
 import anymal.checkpoints.mix
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
 from anymal.checkpoints.mix import Mix, hollow_llm, mix_checkpoints, mix_llms
-from anymal.config.schema import Config
-from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.model.multimodal import select_trainable, trainable
 from conftest import make_llm
-from small_runs import python, settings
+from small_runs import make_checkpoint, python
 
 CPU = torch.device("cpu")
 KINDS = ["image", "imu"]
@@ -33,22 +30,6 @@ def encoders(tmp_path_factory) -> Path:
     tiny_encoders.clip(folder / "image")
     tiny_encoders.imu(folder / "imu")
     return folder
-
-
-def make_checkpoint(llm: Path, encoders: Path, run: Path, seed: int, *overrides: str, kinds=KINDS) -> Path:
-    """A checkpoint as training writes it, with random weights."""
-    given = ["model.llm.bits=32", "train=[projectors,lora]", "model.lora.rank=4", "model.lora.alpha=8", *overrides]
-    more = {name.replace(".", "__"): value for name, value in (override.split("=") for override in given)}
-    config = load(Config, None, settings(llm, encoders, run, "none.tar", list(kinds), **more))
-    built = build(config, CPU, train=config.train)
-    select_trainable(built.model, config.train)
-    trained = trainable(built.model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.normal_(generator=generator)
-    state = checkpoint.TrainingState(step=3)
-    return checkpoint.save(built.model, trained, {}, state, config, built.adapters, built.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +45,7 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     """ΔW of every layer, as PEFT gives it in the model that the checkpoint makes."""
     from peft.tuners.lora import LoraLayer
 
-    llm = build(checkpoint.recipe(folder), CPU, start=folder).model.llm
+    llm = build(checkpoint.recipe(folder), CPU, REGISTRY, start=folder).model.llm
     return {n: m.get_delta_weight("default").detach() for n, m in llm.named_modules() if isinstance(m, LoraLayer)}
 
 
@@ -98,7 +79,7 @@ def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
     ]
     said = python("launch/mix.py", f"a={tmp_path / 'a'}", f"b={made[1]}", f"out={tmp_path / 'out'}").stdout
     assert said.startswith(f"{tmp_path / 'out'}: 0.5 · ") and not (tmp_path / "out" / "lora").exists()
-    build(checkpoint.recipe(tmp_path / "out"), CPU, start=checkpoint.existing(tmp_path / "out"))
+    build(checkpoint.recipe(tmp_path / "out"), CPU, REGISTRY, start=checkpoint.existing(tmp_path / "out"))
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
@@ -119,7 +100,7 @@ def test_trained_networks_are_mixed_too(tiny_llm, encoders, tmp_path):
         assert out and any(not torch.equal(first[name], second[name]) for name in out)
         for name, tensor in out.items():
             torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
-    built = build(checkpoint.recipe(tmp_path / "out"), CPU, start=tmp_path / "out")
+    built = build(checkpoint.recipe(tmp_path / "out"), CPU, REGISTRY, start=tmp_path / "out")
     mixed = {name.removeprefix("vision_model."): w for name, w in tensors(tmp_path / "out/encoders/image").items()}
     assert all(torch.equal(w, mixed[name]) for name, w in built.model.encoders["image"].network.named_parameters())
     shutil.rmtree(b / "encoders")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset as wds
-from test_mix import make_checkpoint
 
 import anymal.checkpoints.mix
 import anymal.evaluation.run
 import anymal.serving.chat
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
 from anymal.checkpoints.joined import find_start
@@ -22,7 +22,7 @@ from anymal.config.settings import load
 from anymal.errors import UserError
 from anymal.model.llm import load_llm
 from conftest import make_llm
-from small_runs import settings
+from small_runs import make_checkpoint, settings
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def names(folder: Path) -> list[str]:
 def program(module, monkeypatch, *arguments: str) -> None:
     """What the program does, in this process."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
-    module.main()
+    module.main("") if module is anymal.checkpoints.mix else module.main("", REGISTRY)
 
 
 def test_chat_and_evaluate_take_the_new_place(moved, monkeypatch, tmp_path, capsys):
@@ -82,7 +82,7 @@ def test_another_than_the_one_that_moved_is_refused(moved, place, what):
     given = names(moved["new"])
     given[place] = names(moved["other"])[place]
     with pytest.raises(UserError, match=f"this projector was trained on {what} with other weights"):
-        build(checkpoint.recipe(moved["a"], given), CPU, start=moved["a"])
+        build(checkpoint.recipe(moved["a"], given), CPU, REGISTRY, start=moved["a"])
 
 
 def test_mix_takes_the_new_place_and_hands_it_on(moved, monkeypatch, tmp_path):
@@ -92,7 +92,7 @@ def test_mix_takes_the_new_place_and_hands_it_on(moved, monkeypatch, tmp_path):
     program(anymal.checkpoints.mix, monkeypatch, *given, *names(moved["new"]))
     described = json.loads((tmp_path / "out" / "adapters" / "image" / "adapter_config.json").read_text())
     assert (described["llm"], described["encoder"]) == (str(moved["new"] / "llm"), str(moved["new"] / "image"))
-    build(checkpoint.recipe(tmp_path / "out"), CPU, start=tmp_path / "out")
+    build(checkpoint.recipe(tmp_path / "out"), CPU, REGISTRY, start=tmp_path / "out")
 
 
 def test_checkpoints_from_before_and_after_a_move_are_mixed(moved, monkeypatch, tmp_path):
@@ -105,7 +105,7 @@ def test_checkpoints_from_before_and_after_a_move_are_mixed(moved, monkeypatch, 
 def test_a_next_stage_names_the_new_place(moved, tmp_path):
     config = load(Config, None, settings(moved["new"] / "llm", moved["new"], tmp_path / "run", "x", ["image"]))
     config.model.checkpoint, config.model.lora.rank, config.model.lora.alpha = str(moved["a"]), 4, 8
-    build(config, CPU, start=find_start(config))
+    build(config, CPU, REGISTRY, start=find_start(config))
 
 
 def test_networks_that_were_trained_need_not_be_where_they_came_from(tmp_path):
@@ -116,10 +116,10 @@ def test_networks_that_were_trained_need_not_be_where_they_came_from(tmp_path):
     folder = make_checkpoint(llm, tmp_path / "old", tmp_path / "run", 0, trained, kinds=["image"])
     shutil.copytree(tmp_path / "old", tmp_path / "new")
     with pytest.raises(UserError, match=r"model\.llm\.name is .*new/llm, but .* was trained from .*old/llm"):
-        build(checkpoint.recipe(folder, names(tmp_path / "new")), CPU, start=folder)
+        build(checkpoint.recipe(folder, names(tmp_path / "new")), CPU, REGISTRY, start=folder)
     shutil.rmtree(tmp_path / "old")
-    build(checkpoint.recipe(folder), CPU, start=folder)
-    build(checkpoint.recipe(folder, names(tmp_path / "new")), CPU, start=folder)
+    build(checkpoint.recipe(folder), CPU, REGISTRY, start=folder)
+    build(checkpoint.recipe(folder, names(tmp_path / "new")), CPU, REGISTRY, start=folder)
 
 
 def test_an_llm_is_known_at_every_precision(tiny_llm, tmp_path):

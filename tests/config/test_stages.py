@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file
 
 import tiny_encoders
-from anymal.adapters import load_encoder
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
-from anymal.checkpoints.build import build
+from anymal.checkpoints.build import build, load_encoder
 from anymal.checkpoints.networks import _renamed, _save_encoder, load_bare
 from anymal.config.schema import Config, ModalityConfig
 from anymal.config.settings import load
@@ -111,7 +111,7 @@ def stages_of(arguments: list[str], *more: str) -> list[Config]:
 
 def names(config: Config, **more) -> tuple[set[str], set[str]]:
     """The trainable parameters of a built stage, and all by the part they belong to."""
-    model = build(config, CPU, train=config.train, **more).model
+    model = build(config, CPU, REGISTRY, train=config.train, **more).model
     select_trainable(model, config.train)
     return set(trainable(model)), {name for name, _ in model.named_parameters()}
 
@@ -146,7 +146,7 @@ def test_of_an_encoder_learns_what_its_features_depend_on(recipe, encoders):
     # CLIP's last but one layer is used; the last of three, and what comes after it, are not
     assert passed_by and all(".layers.2." in name or "post_layernorm" in name for name in passed_by)
     assert not any("audio" in name for name in every if "encoder" in name)
-    model = build(stage, CPU, train=stage.train).model
+    model = build(stage, CPU, REGISTRY, train=stage.train).model
     select_trainable(model, stage.train)
     assert model.trained_encoders["image"].network.training and not model.encoders["audio"].network.training
     assert all(p.dtype == torch.float32 for p in trainable(model).values())
@@ -158,7 +158,7 @@ def test_batch_norm_keeps_its_statistics_and_learns_its_weights(recipe, encoders
     EfficientNetLiteModel(EfficientNetLiteConfig(num_classes=2)).save_pretrained(tmp_path / "lite")
     shutil.copy(encoders / "image" / "preprocessor_config.json", tmp_path / "lite")
     (stage,) = stages_of(recipe("train: [encoders]\n"), f"model.modalities.image.encoder={tmp_path / 'lite'}")
-    model = build(stage, CPU, train=stage.train).model
+    model = build(stage, CPU, REGISTRY, train=stage.train).model
     select_trainable(model, stage.train)
     encoder = model.trained_encoders["image"]
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -225,12 +225,12 @@ def test_a_trained_encoder_is_a_folder_like_any_other(tmp_path, kind, name):
     """One that cannot be (of several networks, or from a file) is its weights alone, for the recipe's encoder."""
     source = tiny_encoders.ENCODERS[kind][name](tmp_path / "source")
     options = {"rate": 50} if kind == "imu" else {}
-    first = load_encoder(kind, ModalityConfig(encoder=source, options=options))
+    first = load_encoder(REGISTRY, kind, ModalityConfig(encoder=source, options=options))
     folder = tmp_path / "checkpoint" / "encoders" / kind
     _save_encoder(first, changed(first), folder)
     if getattr(first, "savable", False):
         source = str(folder)
-    again = load_encoder(kind, ModalityConfig(encoder=source, options=options))
+    again = load_encoder(REGISTRY, kind, ModalityConfig(encoder=source, options=options))
     load_bare({kind: again}, {kind: tmp_path / "checkpoint"})
     same(again, first, tiny_encoders.MEDIA[kind]())
 
@@ -258,7 +258,7 @@ def test_an_expert_that_was_trained_in_a_tree_of_its_own_can_be_named_in_another
     def encoder(name: str):
         leaf = {"name": name, "size": 48}
         tree_of = {"leaf": leaf, "channels": {"channels": [leaf], "grid": 6}}
-        return load_encoder("image", ModalityConfig(encoder=tree_of[tree]))
+        return load_encoder(REGISTRY, "image", ModalityConfig(encoder=tree_of[tree]))
 
     source = tiny_encoders.clip(tmp_path / "clip")
     first = encoder(source)
@@ -273,9 +273,9 @@ def test_an_expert_that_was_trained_in_a_tree_of_its_own_can_be_named_in_another
 
 @pytest.mark.parametrize(("kind", "options"), [("image", {"tiles": "2x2"}), ("video", {"frames": 2, "views": True})])
 def test_an_encoder_of_views_can_be_saved(tmp_path, kind, options):
-    first = load_encoder(kind, ModalityConfig(encoder=tiny_encoders.clip(tmp_path / "clip"), options=options))
+    first = load_encoder(REGISTRY, kind, ModalityConfig(encoder=tiny_encoders.clip(tmp_path / "clip"), options=options))
     _save_encoder(first, changed(first), tmp_path / "saved")
-    again = load_encoder(kind, ModalityConfig(encoder=str(tmp_path / "saved"), options=options))
+    again = load_encoder(REGISTRY, kind, ModalityConfig(encoder=str(tmp_path / "saved"), options=options))
     pixels = torch.randn(1, *first.shape)
     with torch.no_grad():
         assert torch.equal(again(pixels), first(pixels))
@@ -293,7 +293,7 @@ def cut_after(run: Path, step: int) -> None:
 
 def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, encoders):
     given = recipe(EAGLE, optim__steps=4, run__save_every=2, run__samples=1, optim__lr=1e-3)
-    assert run_stages(stages_of(given)) == 0
+    assert run_stages(stages_of(given), REGISTRY) == 0
     run = tmp_path / "run"
     curve = losses(run / "joint")
     assert sorted(curve) == [1, 2, 3, 4]
@@ -305,7 +305,7 @@ def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, enco
     assert learns - {"llm", "projectors"} and not {n for n in every - learns if not n.startswith("trained_encoders.")}
 
     def weights(folder: Path) -> dict[str, torch.Tensor]:
-        encoder = load_encoder("image", ModalityConfig(encoder=str(folder)))
+        encoder = load_encoder(REGISTRY, "image", ModalityConfig(encoder=str(folder)))
         return dict(encoder.named_parameters())
 
     stages = [encoders / "image", aligned / "encoders" / "image", latest / "encoders" / "image"]
@@ -319,16 +319,16 @@ def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, enco
     # Killed in the last stage, and started again: what is done is passed over, the rest goes on exactly.
     stamp = (run / "align-clip" / "metrics.jsonl").stat().st_mtime_ns
     cut_after(run / "joint", 2)
-    assert run_stages(stages_of(given)) == 0
+    assert run_stages(stages_of(given), REGISTRY) == 0
     assert losses(run / "joint") == curve
     assert (run / "align-clip" / "metrics.jsonl").stat().st_mtime_ns == stamp
 
     # The answerer of a checkpoint has the trained networks; a later, frozen stage hands them on.
-    answering = build(checkpoint.recipe(latest, ["model.llm.bits=4"]), CPU, start=latest).model
+    answering = build(checkpoint.recipe(latest, ["model.llm.bits=4"]), CPU, REGISTRY, start=latest).model
     assert torch.equal(dict(answering.encoders["image"].named_parameters())[first], after[first])
     last = load(Config, run / "joint" / "recipe.yaml", ["train=[projectors]", f"run.dir={run}/last", "optim.steps=1"])
     last.model.checkpoint = str(run / "joint")
-    assert run_stages([last]) == 0
+    assert run_stages([last], REGISTRY) == 0
     kept = checkpoint.existing(run / "last") / "llm" / "model.safetensors"
     assert kept.samefile(checkpoint.existing(run / "joint") / "llm" / "model.safetensors")
 
@@ -337,29 +337,31 @@ def test_a_projector_stays_with_the_encoder_that_it_was_trained_on(recipe, tmp_p
     """An expert that is trained further after the stage that took it, under the same name."""
     given = recipe(EAGLE, optim__steps=2, run__samples=0, optim__lr=1e-3)
     align, combine, joint = stages_of(given)
-    assert run_stages([align, combine]) == 0
+    assert run_stages([align, combine], REGISTRY) == 0
     align.optim.steps, combine.optim.steps = 3, 3
-    assert run_stages([align]) == 0
+    assert run_stages([align], REGISTRY) == 0
     said = r"adapters/image: this projector was trained on .* other weights than model\.modalities\.image\.encoder"
     for later in (combine, joint):
         with pytest.raises(UserError, match=said):
-            run_stages([later])
+            run_stages([later], REGISTRY)
     with pytest.raises(UserError, match=said):
         latest = checkpoint.existing(tmp_path / "run/combine")
-        build(checkpoint.recipe(latest), CPU, start=latest)
+        build(checkpoint.recipe(latest), CPU, REGISTRY, start=latest)
 
 
 def test_modalities_that_are_new_in_a_stage_start_fresh_and_the_others_go_on(recipe, tmp_path, capsys):
     given = recipe(ONELLM, optim__steps=1)
     text = (tmp_path / "recipe.yaml").read_text().replace("audio", "imu").split("  - name: motion")[0]
     (tmp_path / "recipe.yaml").write_text(text.replace('/imu",', '/imu", options: {rate: 50},'))
-    assert run_stages(stages_of(given, "optim.lr=0")) == 0
+    assert run_stages(stages_of(given, "optim.lr=0"), REGISTRY) == 0
     first, second = (checkpoint.existing(tmp_path / "run" / name) / "adapters" for name in ("image", "sound"))
     assert [sorted(p.name for p in folder.iterdir()) for folder in (first, second)] == [["image"], ["image", "imu"]]
     assert (first / "image/model.safetensors").read_bytes() == (second / "image/model.safetensors").read_bytes()
     assert f"starting from {first.parent}, projectors: image; imu (new here)" in capsys.readouterr().out
     (tmp_path / "recipe.yaml").write_text(text.split("  - name: sound")[0])
-    assert run_stages(stages_of(given, f"model.checkpoint={second.parent}", f"run.dir={tmp_path / 'less'}")) == 0
+    assert (
+        run_stages(stages_of(given, f"model.checkpoint={second.parent}", f"run.dir={tmp_path / 'less'}"), REGISTRY) == 0
+    )
     assert "projectors: image; imu (left behind, since the recipe lacks them)" in capsys.readouterr().out
 
 
@@ -370,7 +372,7 @@ def test_tiles_may_come_and_go_between_stages(recipe, encoders, tmp_path):
     text = "train: [projectors]\nstages:\n"
     for name, image in (("a", plain), ("b", tiled), ("c", plain)):
         text += f"  - {{name: {name}, model: {{modalities: {{image: {image}}}}}}}\n"
-    assert run_stages(stages_of(recipe(text, optim__steps=1))) == 0
+    assert run_stages(stages_of(recipe(text, optim__steps=1)), REGISTRY) == 0
     held = [load_file(checkpoint.existing(tmp_path / "run" / n) / "adapters/image/model.safetensors") for n in "abc"]
     assert ["skip" in weights for weights in held] == [False, True, False]
 
@@ -378,11 +380,13 @@ def test_tiles_may_come_and_go_between_stages(recipe, encoders, tmp_path):
 def test_another_encoder_than_the_checkpoint_was_trained_from_is_refused(recipe, encoders, tmp_path):
     image = f"model.modalities.image.encoder={encoders / 'image'}"
     given = recipe("train: [encoders]\n", optim__steps=1)
-    assert run_stages(stages_of(given, image)) == 0
+    assert run_stages(stages_of(given, image), REGISTRY) == 0
     other = tiny_encoders.clip(tmp_path / "other", seed=1)
     start = f"model.checkpoint={tmp_path / 'run'}"
     with pytest.raises(UserError, match=r"encoder is .*other, but .*encoders/image was trained from"):
-        run_stages(stages_of(given, f"model.modalities.image.encoder={other}", start, f"run.dir={tmp_path / 'x'}"))
+        run_stages(
+            stages_of(given, f"model.modalities.image.encoder={other}", start, f"run.dir={tmp_path / 'x'}"), REGISTRY
+        )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import webdataset as wds
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data import shards
@@ -76,9 +77,9 @@ def test_evaluation_ignores_them_too(tmp_path):
         for i in range(3):
             tar.write({"__key__": f"{i}", "png": b"a picture", "mp4": b"a clip", "txt": "x"})
     config = evaluate.EvaluateConfig(checkpoint="none", sets={"a": str(tmp_path)}, workers=0)
-    found = list(evaluate.held_out(config, "a", ["image"], evaluate.unchanged, 0))
+    found = list(evaluate.held_out(config, REGISTRY, "a", ["image"], evaluate.unchanged, 0))
     assert [([part.kind for part in one.media()], one.ignored) for one in found] == [(["image"], ["video"])] * 3
-    kept = evaluate.write_media(config, "a", ["image"], tmp_path / "media" / "a")
+    kept = evaluate.write_media(config, REGISTRY, "a", ["image"], tmp_path / "media" / "a")
     assert sorted(name for names in kept.values() for name in names) == [f"media/a/000{i}-0.png" for i in range(3)]
 
 
@@ -86,15 +87,18 @@ def test_chat_says_it_too(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "long.wav").write_bytes(tiny_encoders.sound(2.0))
     arguments = [f"checkpoint={trained[0]}", "max_new_tokens=1", "--audio", str(tmp_path / "long.wav"), "what is it?"]
     monkeypatch.setattr("sys.argv", ["chat.py", *arguments])
-    chat.main()
+    chat.main("", REGISTRY)
     assert f"long.wav: {CROPPED}" in capsys.readouterr().err
 
 
 def test_encoding_features_says_it_too(trained):
     config = load(Config, trained[0] / "recipe.yaml")
-    encode, paths = Encode(config.data, frozen_encoders(config), torch.device("cpu")), shards.expand(config.data.shards)
+    encode, paths = (
+        Encode(config.data, frozen_encoders(config, REGISTRY), REGISTRY.suffixes(), torch.device("cpu")),
+        shards.expand(config.data.shards),
+    )
     encode_all(encode, paths)
-    said = "\n".join(report(encode.found(paths), encode.encoders, encode.precision))
+    said = "\n".join(report(encode.found(paths), encode.encoders, encode.suffixes, encode.precision))
     assert "audio: 10 media (8 cropped or filled up), 0 bad" in said and "image: 10 media, 0 bad" in said
 
 

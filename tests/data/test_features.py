@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from anymal.adapters import load_encoder
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import ModalityConfig
 from anymal.data import feature_codec
 from anymal.data.packing import pack
@@ -73,7 +74,9 @@ def test_hostile_features_are_bad_samples(what):
 
 def test_identity_changes_with_all_that_features_depend_on(tmp_path):
     def of(folder: Path, name: str = "image", **options) -> str:
-        return feature_codec.identity(load_encoder(name, ModalityConfig(encoder=str(folder), options=options)))
+        return feature_codec.identity(
+            load_encoder(REGISTRY, name, ModalityConfig(encoder=str(folder), options=options))
+        )
 
     clip(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")
@@ -86,15 +89,17 @@ def test_identity_changes_with_all_that_features_depend_on(tmp_path):
     )
     same = of(tmp_path / "a")
     assert of(tmp_path / "elsewhere") == same == of(tmp_path / "a", layer=-2)
-    encoder = load_encoder("image", ModalityConfig(encoder=str(tmp_path / "a")))
+    encoder = load_encoder(REGISTRY, "image", ModalityConfig(encoder=str(tmp_path / "a")))
     assert feature_codec.identity(encoder.to(torch.bfloat16)) == same
     others = [of(tmp_path / f"other-{what}") for what in ("weights", "architecture", "processor")]
     others += [of(tmp_path / "a", layer=-1), of(tmp_path / "a", max_pixels=10), of(tmp_path / "a", "video")]
     others += [of(tmp_path / "a", "video", frames=8), of(tmp_path / "a", "video", pool=4)]
     assert len({same, *others}) == 1 + len(others)
     program = (
-        "from anymal import features; from adapters import load_encoder; from anymal.config.schema import ModalityConfig;"
-        f"print(features.identity(load_encoder('image', ModalityConfig(encoder={str(tmp_path / 'a')!r}))))"
+        "from anymal.adapters import REGISTRY; from anymal.checkpoints.build import load_encoder;"
+        "from anymal.config.schema import ModalityConfig; from anymal.data import feature_codec;"
+        f"encoder = ModalityConfig(encoder={str(tmp_path / 'a')!r});"
+        "print(feature_codec.identity(load_encoder(REGISTRY, 'image', encoder)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split()[-1] == same

@@ -10,13 +10,13 @@ import pytest
 import torch
 import webdataset as wds
 
-from anymal.adapters import load_encoder
-from anymal.adapters.pretrained import license_of
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import Config, LLMConfig, ModalityConfig
 from anymal.config.settings import load
 from anymal.errors import UserError
-from anymal.estimation.fake_llm import read_config
-from anymal.model.llm import load_llm
+from anymal.model.hub import license_of
+from anymal.model.llm import load_llm, read_config
 from anymal.training.run import run_stage
 from small_runs import make_encoders, settings, write_pairs
 
@@ -35,7 +35,7 @@ def stage(tiny_llm, files, tmp_path):
     """Run a stage in this process; returns the run's folder."""
 
     def run(name: str = "run", **more) -> Path:
-        run_stage(load(Config, None, settings(tiny_llm, files[0], tmp_path / name, files[1], KINDS, **more)))
+        run_stage(load(Config, None, settings(tiny_llm, files[0], tmp_path / name, files[1], KINDS, **more)), REGISTRY)
         return tmp_path / name
 
     return run
@@ -119,7 +119,7 @@ def test_a_gated_model_says_so_at_once(hub, status):
     for load_it in (
         lambda: load_llm(LLMConfig(name=name), torch.device("cpu")),
         lambda: read_config(name),
-        lambda: load_encoder("image", ModalityConfig(encoder=name)),
+        lambda: load_encoder(REGISTRY, "image", ModalityConfig(encoder=name)),
     ):
         with pytest.raises(UserError, match=said) as raised:
             load_it()
@@ -144,6 +144,6 @@ def test_without_a_network_nothing_is_tried_for_a_minute(hub):
     with pytest.raises(UserError, match=r"some/llm, it is not in the hub's cache, and the hub cannot be reached: "):
         load_llm(LLMConfig(name="some/llm"), torch.device("cpu"))
     with pytest.raises(UserError, match=re.escape("give model.modalities.NAME.encoder=FOLDER")):
-        load_encoder("image", ModalityConfig(encoder="some/encoder"))
+        load_encoder(REGISTRY, "image", ModalityConfig(encoder="some/encoder"))
     assert license_of("some/llm") == "unknown"
     assert time.monotonic() - began < 5

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config, DataConfig
 from anymal.config.settings import load
@@ -151,7 +152,7 @@ def real(tiny_llm, tmp_path_factory):
     """A model with real adapters, and four samples of each modality and of none, tokenised."""
     folder = tmp_path_factory.mktemp("packing")
     arguments = settings(tiny_llm, make_encoders(folder / "encoders"), folder / "run", "x", KINDS)
-    built = build(load(Config, None, arguments), torch.device("cpu"))
+    built = build(load(Config, None, arguments), torch.device("cpu"), REGISTRY)
     select_trainable(built.model, ["projectors"])
     made = []
     for n in range(16):

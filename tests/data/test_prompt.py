@@ -8,9 +8,9 @@ import torch
 
 from anymal.config.schema import PromptConfig
 from anymal.data import feature_codec
-from anymal.data.prompt import IGNORED, Prepare, Prompt
+from anymal.data.prompt import Prepare, Prompt
 from anymal.errors import BadSample, UserError
-from anymal.sample import Message, Part, Sample
+from anymal.sample import IGNORED, Message, Part, Sample
 from toys import medium, sample, text, toy_model
 
 

@@ -17,8 +17,9 @@ from anymal.config.schema import DataConfig, DatasetConfig
 from anymal.data import shards
 from anymal.data.loader import RawSample
 from anymal.data.pool import in_order
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import merge_bookmarks, samples_once, walk
-from anymal.errors import BadSample, BudgetExceeded, Quarantine, UserError
+from anymal.errors import BadSample, BudgetExceeded, UserError
 from anymal.sample import Batch, Sample, Tokens
 from streams import (
     SUFFIXES,

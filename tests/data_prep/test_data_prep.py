@@ -20,9 +20,10 @@ from anymal.data_prep.demo import conversations, instruments, moving_pictures, o
 from anymal.data_prep.demo import data as demo_data
 from anymal.data_prep.demo import run as demo
 from anymal.data_prep.sources import llava
-from anymal.data_prep.steps import is_done, whole_folder, worker_pool
+from anymal.data_prep.steps import worker_pool
 from anymal.data_prep.write import QUESTION, SPLITS, labelled_sample, read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
+from anymal.files import is_done, whole_folder
 
 SUFFIXES = {"jpg": "image", "flac": "audio", "imu.npy": "imu", "mp4": "video"}
 
@@ -128,7 +129,7 @@ def test_only_the_pinned_wheel_is_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pinned is"):
         demo_assets.read("some-package", "some/data.bin", tmp_path)
     file.unlink()
-    with pytest.raises(UserError, match="python data_prep/demo_assets"):
+    with pytest.raises(UserError, match="python data_prep/demo/assets"):
         demo_assets.read("some-package", "some/data.bin", tmp_path)
 
 

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.config.stages import load_untrained
 from anymal.errors import UserError
-from anymal.estimation.fake_llm import config_of, int8_bytes, nf4_bytes, read_config, stored_bytes
+from anymal.estimation.fake_llm import config_of, int8_bytes, nf4_bytes, stored_bytes
 from anymal.estimation.fake_step import Rehearsal, Workload
 from anymal.estimation.predict import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
+from anymal.model.llm import read_config
 from anymal.model.multimodal import select_trainable
 from conftest import make_llm
 from small_runs import make_encoders, python
@@ -57,7 +59,7 @@ def _measured(config: Config, batch) -> int:
     """Peak bytes of a forward and backward pass of the real model, by torch's own profiler, weights included."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = build(config, torch.device("cpu")).model
+    model = build(config, torch.device("cpu"), REGISTRY).model
     select_trainable(model, config.train)
     held = stored_bytes(nn.ModuleList([part for _, part in model.parts()]))
     gc.collect()
@@ -74,7 +76,7 @@ def _measured(config: Config, batch) -> int:
 @pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"]])
 def test_the_estimate_is_what_is_allocated(folders, overrides):
     config = _config(folders, *overrides)
-    rehearsal = Rehearsal(config, gpu=False)
+    rehearsal = Rehearsal(config, REGISTRY, gpu=False)
     held = rehearsal.held()
     step = max(peak.total() for peak in rehearsal.peaks(WORK, 6).values())
     estimated = held.body + held.embeddings_and_head + held.encoders + 4 * held.trained + step
@@ -84,16 +86,16 @@ def test_the_estimate_is_what_is_allocated(folders, overrides):
 @pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=full", "train=[projectors,lora]"]])
 def test_two_depths_tell_of_a_third(folders, monkeypatch, overrides):
     config = _config(folders, *overrides)
-    drawn_out = predict(Rehearsal(config, gpu=True), WORK, 4, world=1)
+    drawn_out = predict(Rehearsal(config, REGISTRY, gpu=True), WORK, 4, world=1)
     monkeypatch.setattr("anymal.estimation.fake_step.DEPTHS", (9, 9))  # deeper than the LLM: it is run as it is
-    whole = Rehearsal(config, gpu=True)
+    whole = Rehearsal(config, REGISTRY, gpu=True)
     assert whole._depths == (6,)
     assert drawn_out.total == pytest.approx(predict(whole, WORK, 4, world=1).total, rel=0.01)
 
 
 def test_recomputing_and_zero_take_less(folders):
     def total(world: int, *more: str, zero: int = 0) -> int:
-        return predict(Rehearsal(_config(folders, *more, zero=zero), gpu=True), WORK, 8, world=world).total
+        return predict(Rehearsal(_config(folders, *more, zero=zero), REGISTRY, gpu=True), WORK, 8, world=world).total
 
     kept = total(1)
     assert total(1, "model.llm.checkpointing=full") < 0.8 * kept
@@ -101,7 +103,7 @@ def test_recomputing_and_zero_take_less(folders):
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(folders):
-    rehearsal = Rehearsal(_config(folders), gpu=True)
+    rehearsal = Rehearsal(_config(folders), REGISTRY, gpu=True)
     room = predict(rehearsal, WORK, 30, world=1).total
     most = largest_batch(rehearsal, WORK, room, world=1)
     assert 29 <= most <= 30
@@ -111,7 +113,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(folders):
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_a_gpu_is_rehearsed_at_every_precision(folders, bits):
     """With key heads that several query heads share: at 32 bits the GPU's kernel is one that cannot share them."""
-    rehearsal = Rehearsal(_config(folders, f"model.llm.bits={bits}"), gpu=True)
+    rehearsal = Rehearsal(_config(folders, f"model.llm.bits={bits}"), REGISTRY, gpu=True)
     assert all(peak.total() > 0 for peak in rehearsal.peaks(WORK, 6).values())
 
 
@@ -165,7 +167,7 @@ def test_an_architecture_stands_for_files_that_are_gated(folders):
     config = _estimated(folders, "gpu_gb=2")
     by_name = read_config(str(folders / "llm"))
     totals = [
-        predict(Rehearsal(config, gpu=True, llm_config=llm), WORK, 2, world=1)
+        predict(Rehearsal(config, REGISTRY, gpu=True, llm_config=llm), WORK, 2, world=1)
         for llm in (llm_config_of(config), by_name)
     ]
     assert totals[0] == totals[1]
@@ -175,7 +177,7 @@ def test_an_architecture_stands_for_files_that_are_gated(folders):
 def test_hours_count_what_is_recomputed(folders):
     def seconds(mode: str) -> dict[str, float]:
         config = _estimated(folders, f"model.llm.checkpointing={mode}", "tflops=1e-6", "run.peak_tflops=1e-6")
-        lines = arithmetic(Rehearsal(config, gpu=True, llm_config=llm_config_of(config)), WORK, 2, config)
+        lines = arithmetic(Rehearsal(config, REGISTRY, gpu=True, llm_config=llm_config_of(config)), WORK, 2, config)
         rows = re.findall(r"^ +(floor|and with|at)(?:.*?)  +([\d.]+) ", "\n".join(lines), re.MULTILINE)
         return {name: float(number) for name, number in rows}
 
@@ -202,7 +204,7 @@ def test_an_architecture_that_is_none_is_refused(given, said):
 def test_media_in_views_take_what_the_context_allows(folders):
     where = "model.modalities.image"
     tiles = [f"{where}.options.tiles=area", f"{where}.options.max_tiles=16", "data.max_tokens=60"]
-    rehearsal = Rehearsal(_config(folders, *tiles), gpu=False)
+    rehearsal = Rehearsal(_config(folders, *tiles), REGISTRY, gpu=False)
     tiled = Workload(tokens=48, answers=12, media=["image"])
     assert rehearsal.rows(tiled, 1) == [(12 + 12 * 4, 12 * ["image"])]
     assert rehearsal.mean_tokens(tiled) == rehearsal.batch(tiled, 1).ids.numel() == 60
@@ -223,11 +225,11 @@ def test_encoders_that_are_yet_to_be_trained_are_estimated_by_what_they_are_made
     given = [f"model.llm.name={folders}/llm", f"run.dir={tmp_path}", "stage=combine"]
     (combine,) = load_untrained(EstimateConfig, recipe, given)
     assert combine.model.modalities["image"].encoder == {"channels": [f"{folders}/image"]}
-    assert Rehearsal(combine, gpu=False).held().encoders > 0
+    assert Rehearsal(combine, REGISTRY, gpu=False).held().encoders > 0
 
 
 def test_a_network_that_needs_numbers_is_refused(folders, tmp_path):
     flexible = f"model.modalities.image.encoder={tiny_encoders.siglip2(tmp_path)}"
     given = [f"model.llm.name={folders / 'llm'}", flexible, "model.modalities.image.projector.tokens=4"]
     with pytest.raises(UserError, match=r"SigLIP 2 of flexible resolution does.*another encoder"):
-        Rehearsal(load(Config, None, given), gpu=False).peaks(WORK, 2)
+        Rehearsal(load(Config, None, given), REGISTRY, gpu=False).peaks(WORK, 2)

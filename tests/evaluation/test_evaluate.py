@@ -163,8 +163,8 @@ def test_a_seeded_sample_is_drawn_from_all_of_a_sorted_set(tmp_path):
     import webdataset as wds
 
     from anymal.config.schema import DataConfig
+    from anymal.data.quarantine import Quarantine
     from anymal.data.stream import samples_once
-    from anymal.errors import Quarantine
 
     with wds.TarWriter(str(tmp_path / "sorted.tar")) as tar:
         for i in range(60):

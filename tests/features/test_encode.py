@@ -14,17 +14,18 @@ import torch
 import webdataset as wds
 
 import anymal.model.multimodal
-from anymal.adapters import MODALITIES, build_adapters
+from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints import checkpoint
-from anymal.checkpoints.build import suffixes
+from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data import feature_cache, feature_codec, shards
 from anymal.data.packing import pack
 from anymal.data.prompt import prepare
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
-from anymal.errors import BadSample, Quarantine, UserError
+from anymal.errors import BadSample, UserError
 from anymal.features.encode import Encode, encode_all, encode_stage, frozen_encoders
 from anymal.features.report import report
 from anymal.model.llm import load_llm
@@ -50,11 +51,11 @@ def write_twins(config: Config) -> list[str]:
     """Encode all that the recipe's data lack; what the report says."""
     made, paths = encode_of(config), shards.expand(config.data.shards)
     encode_all(made, paths)
-    return report(made.found(paths), made.encoders, made.precision)
+    return report(made.found(paths), made.encoders, made.suffixes, made.precision)
 
 
 def encode_of(config: Config) -> Encode:
-    return Encode(config.data, frozen_encoders(config), CPU)
+    return Encode(config.data, frozen_encoders(config, REGISTRY), REGISTRY.suffixes(), CPU)
 
 
 def samples_of(path: str) -> list[tuple[str, dict[str, bytes]]]:
@@ -71,7 +72,7 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_twins(tiny_llm, e
     more = {"optim__steps": 6, "run__save_every": 3, "data__batch_size": 10}
 
     def run(name: str, **also) -> dict[int, float]:
-        run_stage(recipe(tiny_llm, encoders, tmp_path / name, data, kinds, **more, **also))
+        run_stage(recipe(tiny_llm, encoders, tmp_path / name, data, kinds, **more, **also), REGISTRY)
         return losses(tmp_path / name)
 
     whole = run("whole")
@@ -104,7 +105,7 @@ def test_some_tars_have_twins_and_others_not(tiny_llm, encoders, tmp_path):
     found = {}
     for wanted in ("never", "auto"):
         more = {"data__features": wanted, "data__batch_size": 6, "optim__steps": 5}
-        run_stage(recipe(tiny_llm, encoders, tmp_path / wanted, data, ["image"], **more))
+        run_stage(recipe(tiny_llm, encoders, tmp_path / wanted, data, ["image"], **more), REGISTRY)
         found[wanted] = losses(tmp_path / wanted)
     assert found["auto"] == found["never"]
     mixed = list(zip(range(8), stream_of(tiny_llm, encoders, data, "auto"), strict=False))
@@ -132,21 +133,21 @@ def test_each_stage_is_encoded_with_the_weights_that_it_loads(tiny_llm, encoders
 
     def encode_stages() -> list[str]:
         for number, stage in enumerate(stages):
-            encode_stage(stage, stages[:number], CPU)
+            encode_stage(stage, REGISTRY, stages[:number], CPU)
         return sorted(folder.name for folder in Path(data, "features").iterdir())
 
     assert len(encode_stages()) == 1
     said = capsys.readouterr().out
     assert said.index("its encoder learns") < said.index("yet to be trained by an earlier stage")
-    run_stages([config_of(stage) for stage in stages])
+    run_stages([config_of(stage) for stage in stages], REGISTRY)
     assert len(encode_stages()) == 2
     monkeypatch.setattr(anymal.model.multimodal, "run_encoder", None)
     raw = losses(tmp_path / "run/tune")
     shutil.rmtree(tmp_path / "run/tune")
-    run_stages([config_of(stages[2])])
+    run_stages([config_of(stages[2])], REGISTRY)
     assert losses(tmp_path / "run/tune") == raw
     with pytest.raises(UserError, match="holds no checkpoint"):
-        frozen_encoders(load_stages(Recipe, path, [*given, "model.checkpoint=nowhere", "stage=tune"])[0])
+        frozen_encoders(load_stages(Recipe, path, [*given, "model.checkpoint=nowhere", "stage=tune"])[0], REGISTRY)
 
 
 ALIGNED = """
@@ -168,16 +169,16 @@ def test_an_encoder_that_an_earlier_stage_trains_is_encoded_once_it_is_there(
     tokens = {"model__modalities__image__projector__tokens": 4}
     given = settings(tiny_llm, encoders, tmp_path / "run", data, [], optim__steps=1, **tokens)
     align, combine = load_stages(Recipe, path, given)
-    assert frozen_encoders(combine, [align]) == {}
+    assert frozen_encoders(combine, REGISTRY, [align]) == {}
     assert "yet to be trained by an earlier stage" in capsys.readouterr().out
-    run_stages([config_of(align)])
-    assert list(frozen_encoders(combine, [align])) == ["image"]
+    run_stages([config_of(align)], REGISTRY)
+    assert list(frozen_encoders(combine, REGISTRY, [align])) == ["image"]
 
 
 def test_media_in_views_are_passed_over(tiny_llm, encoders, tmp_path, capsys):
     data = write_pairs(tmp_path / "data", ["image", "imu"], shards=1, per_shard=4)
     tiles = {"model__modalities__image__options__tiles": "2x2"}
-    found = frozen_encoders(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"], **tiles))
+    found = frozen_encoders(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"], **tiles), REGISTRY)
     assert list(found) == ["imu"]
     assert "image: how many views" in capsys.readouterr().out
 
@@ -193,10 +194,10 @@ def stream_of(tiny_llm, encoders, data, wanted: str, *, log: Path | None = None,
         )
         for kind in kinds
     }
-    adapters = build_adapters(modalities, 64)
+    adapters = build_adapters(REGISTRY, modalities, 64)
     return Stream(
         DataConfig(shards=str(data), batch_size=4, workers=0, features=wanted),
-        suffixes=suffixes(),
+        suffixes=REGISTRY.suffixes(),
         modalities=list(kinds),
         prepare=prepare(tokenizer, adapters, PromptConfig(), 2048),
         collate=pack,
@@ -350,8 +351,8 @@ def test_every_modality(tiny_llm, name, tmp_path):
 def test_a_file_is_claimed_by_one_process_and_free_when_that_dies(tmp_path):
     path = str(tmp_path / "x.partial")
     program = (
-        "import sys, time; from anymal import twins\n"
-        "with twins.claim(sys.argv[1], wait=False) as file:\n"
+        "import sys, time; from anymal.data import feature_cache\n"
+        "with feature_cache.claim(sys.argv[1], wait=False) as file:\n"
         "    file.write(b'half'); file.flush(); print('mine', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -31,7 +31,7 @@ def _moving(kind: str, **options) -> bytes:
 
 def opens(data: bytes) -> bool:
     """Whether Pillow reads the header."""
-    from anymal.adapters.image.modality import FORMATS
+    from anymal.adapters.image.read import FORMATS
 
     Image.open(io.BytesIO(data), formats=FORMATS)
     return True

@@ -24,12 +24,14 @@ from fuzz_bytes import Case
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 import tiny_encoders
-from anymal.adapters import MODALITIES, build_adapters
+from anymal.adapters import MODALITIES, REGISTRY
+from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.data import manifest, prompt, shards
 from anymal.data.loader import Bad, Reader, Ticket, load, prepared
 from anymal.data.prompt import Prepare
-from anymal.errors import Quarantine, UserError
+from anymal.data.quarantine import Quarantine
+from anymal.errors import UserError
 from anymal.sample import Features, Tokens
 from conftest import make_llm
 
@@ -73,7 +75,7 @@ def _profile(folder: Path, encoders: dict[str, str], template: str, **options: d
         name: ModalityConfig(encoder=encoder, projector=ProjectorConfig(tokens=4), options=options.get(name, {}))
         for name, encoder in encoders.items()
     }
-    adapters = build_adapters(configs, llm_width=16)
+    adapters = build_adapters(REGISTRY, configs, llm_width=16)
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
     made = prompt.prepare(tokenizer, adapters, PromptConfig(template=template), MAX_TOKENS)
     return Profile(prepare=made, shapes={name: tuple(adapter.encoder.shape) for name, adapter in adapters.items()})

@@ -13,8 +13,10 @@ import torch
 import webdataset as wds
 
 import tiny_encoders
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint, precision
-from anymal.checkpoints.build import build, run_program
+from anymal.checkpoints.build import build
+from anymal.config.command_line import run_program
 from anymal.config.schema import LoraConfig
 from anymal.errors import UserError
 from anymal.model.generate import embed_prompt, generate
@@ -43,7 +45,7 @@ def test_chat_answers_interleaved_prompts(trained, tmp_path):
     said = python("launch/chat.py", f"checkpoint={trained}", "bits=32", "max_new_tokens=8", *media).stdout
 
     folder = checkpoint.existing(trained)
-    built = build(checkpoint.recipe(folder, ["model.llm.bits=32"]), torch.device("cpu"), start=folder)
+    built = build(checkpoint.recipe(folder, ["model.llm.bits=32"]), torch.device("cpu"), REGISTRY, start=folder)
     parts = [("image", picture), ("text", "and"), ("imu", motion), ("text", "what is this?")]
     message = Message(role="user", parts=[Part(kind=kind, content=content) for kind, content in parts])
     asked = built.prepare.decode(Sample(key="k", shard="s", messages=[message]))
@@ -163,10 +165,10 @@ MODALITY = Modality(
 def test_a_new_modality_is_one_file_and_one_line(tiny_llm, tmp_path):
     """Copied packages, one file added, one line added: train, and see a hostile medium refused."""
     for package in ("anymal", "adapters", "launch", "data_prep"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "adapters" / "smell.py").write_text(SMELL)
     registry = tmp_path / "adapters" / "__init__.py"
-    registry.write_text(registry.read_text().replace('    "imu",\n', '    "imu",\n    "smell",\n'))
+    registry.write_text(registry.read_text().replace('    "imu.modality",\n', '    "imu.modality",\n    "smell",\n'))
     rng = np.random.default_rng(0)
     with wds.TarWriter(str(tmp_path / "smells.tar")) as tar:
         for i in range(40):

@@ -5,6 +5,7 @@ import torch
 from torch.profiler import profile
 
 import tiny_llms
+from allocated import kept_bytes
 from anymal.config.schema import Config, LLMConfig, LoraConfig
 from anymal.config.settings import load
 from anymal.data.packing import pack
@@ -12,7 +13,6 @@ from anymal.errors import UserError
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.llm import add_lora, load_llm, set_frozen_mode
 from anymal.model.multimodal import AnyMAL, select_trainable, trainable
-from benchmarks.allocated import kept_bytes
 from toys import medium, sample, text, toy_adapters, toy_model
 
 MODES = ("none", "selective", "full")

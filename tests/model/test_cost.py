@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stand_ins
 import tiny_encoders
-from anymal.adapters import load_encoder
+from anymal.adapters import REGISTRY
+from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
 from anymal.data.packing import pack
-from anymal.data.prompt import IGNORED
 from anymal.model.flops import Cost, forward_flops, llm_cost
 from anymal.model.llm import add_lora, load_llm
-from anymal.sample import Tokens
+from anymal.sample import IGNORED, Tokens
 from anymal.training.meter import Meter
 from conftest import make_llm
 from toys import toy_model
@@ -79,7 +79,7 @@ def test_a_batch_costs_what_its_samples_and_media_do(tiny_llm):
 
 def test_an_encoder_is_counted_on_shapes(tmp_path):
     from anymal.adapters.image.modality import ImageOptions, load_image_encoder
-    from anymal.adapters.projectors import build_projector
+    from toys import build_projector
 
     encoder = load_image_encoder(tiny_encoders.clip(tmp_path), ImageOptions())
     picture = torch.randn(1, 3, tiny_encoders.SIZE, tiny_encoders.SIZE)
@@ -100,7 +100,7 @@ def test_an_encoder_is_counted_on_shapes(tmp_path):
 def test_pix2struct_is_counted_though_it_looks_into_a_mask(tmp_path):
     folder = stand_ins.make("google/pix2struct-large", tmp_path / "pix2struct", narrow=True)
     tree = {"channels": [{"name": folder, "size": 720}], "grid": 32}
-    encoder = load_encoder("image", ModalityConfig(encoder=tree))
+    encoder = load_encoder(REGISTRY, "image", ModalityConfig(encoder=tree))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(torch.zeros(1, *encoder.shape, dtype=torch.uint8))
     assert forward_flops(encoder, (1, *encoder.shape), torch.uint8) == counter.get_total_flops() > 0

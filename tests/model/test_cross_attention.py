@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_llms
-from anymal.adapters.projectors import build_projector
+from anymal.adapters import REGISTRY
 from anymal.adapters.projectors.cross import GatedCrossAttention
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config, LLMConfig, LoraConfig, ProjectorConfig, PromptConfig
 from anymal.config.settings import load
 from anymal.data.packing import pack
-from anymal.data.prompt import IGNORED, Prompt
+from anymal.data.prompt import Prompt
 from anymal.errors import UserError
 from anymal.estimation.fake_step import Rehearsal, Workload
 from anymal.modality import Adapter, Modality
@@ -29,9 +29,9 @@ from anymal.model.flops import Cost
 from anymal.model.generate import embed_prompt, generate, log_likelihoods
 from anymal.model.llm import add_lora, load_llm
 from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
-from anymal.sample import Part, Tokens, Views
+from anymal.sample import IGNORED, Part, Tokens, Views
 from small_runs import deepspeed, go_back, losses, make_encoders, pretrain_here, settings, write_pairs
-from toys import ToyEncoder, ToyOptions, ToyProjector, medium, sample, text
+from toys import ToyEncoder, ToyOptions, ToyProjector, build_projector, medium, sample, text
 
 CPU = torch.device("cpu")
 SAMPLES = [
@@ -385,7 +385,7 @@ def recipe(tiny_llm, tmp_path_factory) -> Config:
 
 
 def test_what_is_saved_is_what_is_loaded(recipe):
-    built = build(recipe, CPU)
+    built = build(recipe, CPU, REGISTRY)
     with torch.no_grad():
         for parameter in built.model.projectors.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -393,7 +393,7 @@ def test_what_is_saved_is_what_is_loaded(recipe):
     folder = checkpoint.save(
         built.model, weights, {}, checkpoint.TrainingState(step=1), recipe, built.adapters, built.tokenizer
     )
-    again = build(checkpoint.recipe(folder), CPU, start=folder)
+    again = build(checkpoint.recipe(folder), CPU, REGISTRY, start=folder)
     assert not again.model.projectors["image"].last_only
     assert any("bridges.1.key_value" in name for name in weights)
     assert fingerprint(again.model.projectors) == fingerprint(built.model.projectors)
@@ -401,7 +401,7 @@ def test_what_is_saved_is_what_is_loaded(recipe):
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_recipe_with_it_is_rehearsed(recipe, mode):
-    rehearsal = Rehearsal(recipe, gpu=True).with_checkpointing(mode)
+    rehearsal = Rehearsal(recipe, REGISTRY, gpu=True).with_checkpointing(mode)
     work = Workload(tokens=48, answers=12)
     assert max(peak.total() for peak in rehearsal.peaks(work, 4).values()) > 0
     flops, _ = rehearsal.flops(work, 4)

@@ -10,13 +10,13 @@ from torch import nn
 from torch.profiler import profile
 
 import tiny_llms
+from allocated import peak_bytes
 from anymal.config.schema import LoraConfig
 from anymal.data.packing import pack
 from anymal.model import loss
 from anymal.model.llm import add_lora
 from anymal.model.loss import Head, chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.model.multimodal import AnyMAL, select_trainable, trainable
-from benchmarks.allocated import peak_bytes
 from tiny_llms import VOCABULARY, WIDTH
 from toys import medium, sample, text, toy_adapters, toy_model
 

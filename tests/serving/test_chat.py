@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mix import make_checkpoint
 
 import tiny_encoders
+from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import Built, build
 from anymal.config.schema import PromptConfig
@@ -30,7 +30,7 @@ from anymal.sample import TEXT, Message, Part, Sample
 from anymal.serving import chat
 from anymal.serving.conversation import ContextTooLong, Conversation
 from anymal.serving.draw import Painter
-from small_runs import ROOT, environment, make_encoders
+from small_runs import ROOT, environment, make_checkpoint, make_encoders
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def trained(tiny_llm, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(trained) -> Built:
-    return build(checkpoint.recipe(trained), CPU, start=trained)
+    return build(checkpoint.recipe(trained), CPU, REGISTRY, start=trained)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_context_beyond_the_llms_is_said(trained, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     described = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 60}
     (folder / "config.json").write_text(json.dumps(described))
-    short = build(checkpoint.recipe(trained, [f"model.llm.name={folder}"]), CPU, start=trained)
+    short = build(checkpoint.recipe(trained, [f"model.llm.name={folder}"]), CPU, REGISTRY, start=trained)
     conversation = Conversation(built=short, max_new_tokens=100)
     list(conversation.ask([text("what is this? it is a dog")]))
     assert conversation.cut == "the LLM reads 60 tokens"
@@ -170,25 +170,25 @@ def test_a_context_beyond_the_llms_is_said(trained, tmp_path):
         ("temprature=0.7", r"no setting temprature; did you mean temperature\? .*standard input"),
         ("modle.llm.name=x", r"no setting modle; did you mean model\?"),
         ("x=3", r"no setting x; known are: checkpoint, .*standard input"),
-        ("--image=a.jpg", r"no such modality; .*did you mean --image FILE\?.*without --"),
+        ("--image=a.jpg", r"no such modality; did you mean image\?.*without --"),
         ("--imu", "'what is this' is none"),
     ],
 )
 def test_what_is_no_setting_is_refused(argument, said):
     with pytest.raises(UserError, match=said):
-        chat.split_arguments([argument, "what is this", "checkpoint=x"])
+        chat.split_arguments([argument, "what is this", "checkpoint=x"], MODALITIES)
 
 
 def test_texts_that_only_hold_an_equals_sign_are_texts():
     given = ["what is x=3?", "2=2", "=", "temperature=1", "model.llm.name=x"]
-    parts, settings = chat.split_arguments(given)
+    parts, settings = chat.split_arguments(given, MODALITIES)
     assert [part.content for part in parts] == given[:3] and settings == given[3:]
 
 
 def run_main(monkeypatch, stdin: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    chat.main()
+    chat.main("", REGISTRY)
 
 
 def test_standard_input_is_the_prompt_where_no_text_is_given(trained, picture, monkeypatch, capsys):
@@ -199,7 +199,7 @@ def test_standard_input_is_the_prompt_where_no_text_is_given(trained, picture, m
     written = capsys.readouterr().out
     run_main(monkeypatch, "", *given)
     alone = capsys.readouterr().out
-    built = build(checkpoint.recipe(trained), CPU, start=trained)
+    built = build(checkpoint.recipe(trained), CPU, REGISTRY, start=trained)
     medium = Part(kind="image", content=picture.read_bytes())
     for shown, more in ((piped, [text("x=3, or not?")]), (written, [text("is it?")]), (alone, [])):
         assert shown == "".join(Conversation(built=built, max_new_tokens=8).ask([medium, *more])) + "\n"
@@ -221,7 +221,21 @@ def test_a_conversation_in_the_terminal(built, picture, tmp_path, monkeypatch, c
     assert said_in(conversation) == ["what?", first]
     hello, *shown = out.split("> ")
     assert "/help" in hello
-    assert shown == [f"{first}\n", "", "", "", f"{second}\n", "", "", "", "", "", f"{first}\n", chat.HELP + "\n", ""]
+    assert shown == [
+        f"{first}\n",
+        "",
+        "",
+        "",
+        f"{second}\n",
+        "",
+        "",
+        "",
+        "",
+        "",
+        f"{first}\n",
+        chat.HELP.format(media="/image FILE, /imu FILE") + "\n",
+        "",
+    ]
     for message in ("none.png' is none", "bad.png: ", "the reserved token", "/reset?", "'audio', which the model"):
         assert message in err
     assert "/image FILE" in chat.HELP and "/audio FILE" in chat.HELP

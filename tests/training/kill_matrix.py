@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path[:0] = map(str, Path(__file__).parents[:3])
 
 import deepspeed  # noqa: F401  this and the next are imported by each run: here once for all of them
 import torch
@@ -40,6 +40,7 @@ import webdataset as wds
 
 import anymal.training.loop
 import anymal.training.run
+from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.training.engine import gather
@@ -104,7 +105,7 @@ def _rank(rank: int, world: int, port: int, given: list[str], log: Path) -> None
     anymal.training.loop.Meter = Witness
     code = 1
     with contextlib.suppress(SystemExit):
-        code = anymal.training.run.run_stage(load(Config, None, given, ["train=[projectors]"]))
+        code = anymal.training.run.run_stage(load(Config, None, given, ["train=[projectors]"]), REGISTRY)
     os._exit(code)
 
 

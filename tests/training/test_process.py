@@ -12,15 +12,16 @@ import pytest
 import torch
 import webdataset as wds
 
-import anymal.checkpoints.build
+import anymal.config.command_line
 from anymal import signals
 from anymal.checkpoints import checkpoint
 from anymal.config.schema import DataConfig, LLMConfig, RunConfig
 from anymal.config.settings import load
 from anymal.data import manifest
 from anymal.data.feature_cache import Twin
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import samples_once
-from anymal.errors import Quarantine, UserError
+from anymal.errors import UserError
 from anymal.features.report import report
 from anymal.model.llm import load_llm
 from anymal.training.tracking import Tracker
@@ -154,7 +155,7 @@ def test_programs_add_no_filter_of_warnings_and_register_once():
     filters, registered = list(warnings.filters), atexit._ncallbacks()
     for _ in range(2):
         with pytest.raises(SystemExit):
-            anymal.checkpoints.build.run_program(lambda: 0)
+            anymal.config.command_line.run_program(lambda: 0)
     assert warnings.filters == filters and atexit._ncallbacks() == registered
 
 
@@ -171,7 +172,7 @@ def test_a_report_that_fails_leaves_the_threads(tmp_path):
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError, match="cannot be read"):
-            report({gone.path: gone}, {}, "bf16")
+            report({gone.path: gone}, {}, {}, "bf16")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -10,13 +10,15 @@ import webdataset as wds
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anymal import adapters
+import anymal.adapters
+from anymal.adapters import REGISTRY
 from anymal.adapters.projectors import PROJECTORS
 from anymal.checkpoints import checkpoint
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.errors import UserError
 from anymal.modality import Modality
+from anymal.model.registry import ProjectorKind
 from anymal.training.run import run_stage
 from small_runs import deepspeed, go_back, losses, settings
 from streams import listed
@@ -36,7 +38,7 @@ class ExpEncoder(ToyEncoder):
 class SteepProjector(nn.Module):
     """A linear layer, and nothing but an infinite gradient for what is larger than 50."""
 
-    def __init__(self, config, fit):
+    def __init__(self, config, options, fit):
         super().__init__()
         self.tokens, self.linear = 3, nn.Linear(4, fit.llm_width)
         self.zero = nn.Parameter(torch.zeros(1))
@@ -52,7 +54,7 @@ TOY = Modality(name="toy", suffixes=("toy.bin",), options=ToyOptions, load=lambd
 def toy(monkeypatch):
     """The recipe's modality `toy`: one number."""
     monkeypatch.setitem(anymal.adapters.MODALITIES, "toy", TOY)
-    monkeypatch.setitem(PROJECTORS, "steep", SteepProjector)
+    monkeypatch.setitem(PROJECTORS, "steep", ProjectorKind(make=SteepProjector))
 
 
 def write(folder: Path, bad: bytes, *numbers: int) -> str:
@@ -70,7 +72,9 @@ def run(tiny_llm, tmp_path):
     """Run stage 1 over a folder; returns the run's folder."""
 
     def start(name: str, shards: str, **more) -> Path:
-        run_stage(load(Config, None, given(tiny_llm, tmp_path / name, shards, **more), ["train=[projectors]"]))
+        run_stage(
+            load(Config, None, given(tiny_llm, tmp_path / name, shards, **more), ["train=[projectors]"]), REGISTRY
+        )
         return tmp_path / name
 
     return start
@@ -139,7 +143,7 @@ def test_samples_are_tried_with_the_memory_of_training(tiny_llm, tmp_path, train
     config = load(Config, None, given(tiny_llm, tmp_path / "run", shards, **more), [f"train=[projectors,{train}]"])
     hook = nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        run_stage(config)
+        run_stage(config, REGISTRY)
     finally:
         hook.remove()
     assert listed(tmp_path / "run" / "quarantine.jsonl") and modes == {True}
@@ -148,11 +152,12 @@ def test_samples_are_tried_with_the_memory_of_training(tiny_llm, tmp_path, train
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from anymal import adapters
+import anymal.adapters
 from anymal.training.run import main
+sys.path.insert(0, {here!r})
 from test_recovery import TOY
 anymal.adapters.MODALITIES["toy"] = TOY
-sys.exit(main("", ["train=[projectors]"]))
+sys.exit(main("", anymal.adapters.REGISTRY, ["train=[projectors]"]))
 """
 
 
@@ -162,7 +167,7 @@ def test_ranks_do_a_step_again_together(tiny_llm, tmp_path):
     hostile = write(tmp_path / "hostile", np.float32(OVERFLOWS).tobytes(), 5)
     broken = write(tmp_path / "broken", b"no number", 5)
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent)))
     stages = [
         {"name": name, "engine": {"zero": zero}, "data": {"shards": shards}, "model": {"checkpoint": None}}
         for name, zero, shards in (("zero1", 1, hostile), ("zero3", 3, hostile), ("wanted", 1, broken))

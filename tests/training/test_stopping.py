@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from anymal import signals
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.training.run import main
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
@@ -62,7 +63,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
     sender = threading.Thread(target=send)
     sender.start()
     with piped() as pipe:
-        assert main("", ["train=[projectors]"], start(tmp_path)) == 1
+        assert main("", REGISTRY, ["train=[projectors]"], start(tmp_path)) == 1
         assert os.path.samestat(os.fstat(1), os.fstat(pipe))
     sender.join()
     assert_saved(tmp_path)
@@ -100,11 +101,11 @@ def interrupt_twice(number: int) -> None:
 UNDER_A_LAUNCHER = """
 import os
 from anymal import signals
-stopping.note_signals()
+signals.note_signals()
 if pid := os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-stopping.note_signals()
-os._exit(stopping.asked())
+signals.note_signals()
+os._exit(signals.asked())
 """
 
 

@@ -77,9 +77,12 @@ dist.destroy_process_group()  # left to the interpreter's end, gloo's threads no
 """
 
 
+HERE = Path(__file__).parents[:2]
+
+
 def test_meter_adds_up_over_ranks_that_saw_different_groups(tmp_path):
     (tmp_path / "tests_batch.py").write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_tracking import _batch as batch\n"
+        f"import sys; sys.path[:0] = {list(map(str, HERE))!r}\nfrom test_tracking import _batch as batch\n"
     )
     (tmp_path / "rank.py").write_text(_RANK)
     command = [sys.executable, str(tmp_path / "rank.py")]

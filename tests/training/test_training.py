@@ -13,13 +13,15 @@ import pytest
 import torch
 import transformers
 
+from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
-from anymal.checkpoints.build import build, suffixes
+from anymal.checkpoints.build import build
 from anymal.config.schema import Config, DataConfig
 from anymal.config.settings import load
 from anymal.data.packing import pack
+from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
-from anymal.errors import Quarantine, UserError
+from anymal.errors import UserError
 from anymal.model.multimodal import fingerprint, select_trainable, trainable
 from anymal.sample import Batch, Sample, Tokens
 from anymal.training.engine import deepspeed_config, learning_rate
@@ -59,7 +61,7 @@ def stage(tiny_llm, encoders, shards, tmp_path):
     def run(name: str = "run", start: str = "pretrain", **more) -> Path:
         defaults = ["train=[projectors]"] if start == "pretrain" else ["train=[projectors,lora]"]
         arguments = settings(tiny_llm, encoders, tmp_path / name, shards, KINDS, **more)
-        run_stage(load(Config, None, arguments, defaults))
+        run_stage(load(Config, None, arguments, defaults), REGISTRY)
         return tmp_path / name
 
     return run
@@ -88,9 +90,9 @@ def test_both_stages_change_what_they_train_and_nothing_else(stage, tiny_llm):
     first = stage("first", optim__steps=3)
     second = stage("second", start="finetune", optim__steps=3, model__checkpoint=first, model__lora__rank=4)
     device = torch.device("cpu")
-    fresh = build(checkpoint.recipe(checkpoint.existing(first)), device)
-    before = build(checkpoint.recipe(checkpoint.existing(first)), device, start=checkpoint.existing(first))
-    after = build(checkpoint.recipe(checkpoint.existing(second)), device, start=checkpoint.existing(second))
+    fresh = build(checkpoint.recipe(checkpoint.existing(first)), device, REGISTRY)
+    before = build(checkpoint.recipe(checkpoint.existing(first)), device, REGISTRY, start=checkpoint.existing(first))
+    after = build(checkpoint.recipe(checkpoint.existing(second)), device, REGISTRY, start=checkpoint.existing(second))
     assert fingerprint(before.model.llm) == fingerprint(fresh.model.llm)
     assert fingerprint(before.model.projectors) != fingerprint(fresh.model.projectors)
     assert fingerprint(after.model.projectors) != fingerprint(before.model.projectors)
@@ -109,14 +111,14 @@ def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders,
     arguments = settings(tiny_llm, encoders, tmp_path, shards, KINDS, optim__steps=3, model__llm__bits=bits)
     config = load(Config, None, arguments, ["train=[projectors]"])
     _, _, device = start_processes()
-    built = build(config, device)
+    built = build(config, device, REGISTRY)
     select_trainable(built.model, config.train)
     frozen = {"llm": built.model.llm, **built.model.encoders}
     before = {name: fingerprint(module) for name, module in frozen.items()}
     learnt = {name: p.detach().clone() for name, p in trainable(built.model).items()}
     engine = make_engine(built.model, config)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": suffixes(), "prepare": built.prepare, "collate": pack, "quarantine": quarantine}
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "collate": pack, "quarantine": quarantine}
     stream = Stream(config.data, **parts, seed=0)
     with Tracker(config.run, {}, rank=0, steps=3) as tracker:
         train(engine, stream, config=config, start=0, rank=0, tracker=tracker, save=lambda *_: None)
@@ -297,7 +299,7 @@ def seen_by_ranks(shards: str) -> list[set[str]]:
     found = []
     for rank in range(2):
         quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-        parts = {"suffixes": suffixes(), "prepare": key_only, "collate": keys_only, "quarantine": quarantine}
+        parts = {"suffixes": REGISTRY.suffixes(), "prepare": key_only, "collate": keys_only, "quarantine": quarantine}
         stream = Stream(
             DataConfig(shards=shards, shuffle=0, workers=0, batch_size=2), **parts, seed=0, rank=rank, world=2
         )
@@ -347,7 +349,7 @@ def test_kill_minus_nine_then_the_same_command_goes_on_bit_for_bit(tiny_llm, enc
 
 @pytest.mark.slow
 def test_killed_at_random_moments_packed_blended_on_two_ranks(tmp_path):
-    """A small part of what ``python tests/training/kill_matrix.py`` does: two workers, two ranks, packing, two datasets."""
+    """A small part of what tests/training/kill_matrix.py does: two workers, two ranks, packing, two datasets."""
     done = python("tests/training/kill_matrix.py", "--kills", "2", "--last", "1")
     assert "kills=2 equal=2" in done.stdout and done.stdout.rstrip().endswith("goal=met")
 

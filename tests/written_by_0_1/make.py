@@ -12,16 +12,17 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import launch.encode
 import numpy as np
 import torch
 import webdataset as wds
 from anymal.stream import merge_bookmarks
 
 import conftest
+import launch.encode
 import streams
 import tiny_encoders
 from adapters import load_encoder
+from anymal.adapters import REGISTRY
 from anymal.config import ModalityConfig
 from anymal.features import identity
 from small_runs import ROOT, go_back, losses, pretrain_here
@@ -146,7 +147,7 @@ def make_identities() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         for name, (modality, make, options) in test.ENCODERS.items():
             config = ModalityConfig(encoder=make(Path(folder) / name.replace(" ", "/")), options=options)
-            found[name] = identity(test.with_plain_weights(load_encoder(modality, config)))
+            found[name] = identity(test.with_plain_weights(load_encoder(REGISTRY, modality, config)))
     return found
 
 

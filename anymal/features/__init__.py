@@ -1,0 +1,7 @@
+"""Encode once, train many times: fills the feature cache that `anymal.data.feature_cache` reads.
+
+    tar ──decode──▶ frozen encoder ──▶ features ──feature_codec──▶ FOLDER/features/IDENTITY.PRECISION/NAME.tar
+
+`encode` is the program: processes on any number of machines share the work, tar by tar. `report` says how exact the
+cached features are, and whether reading them pays.
+"""

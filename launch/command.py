@@ -1,0 +1,63 @@
+"""The console script `anymal`: a command for each program, all in one grammar.
+
+    anymal COMMAND [RECIPE or SOURCE] name=value …        anymal COMMAND --help lists every setting
+
+``deepspeed`` and ``torchrun`` start the same programs as files: launch/pretrain.py is ``anymal pretrain``.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "pretrain": "anymal.launch.pretrain",
+    "finetune": "anymal.launch.finetune",
+    "evaluate": "anymal.launch.evaluate",
+    "report": "anymal.launch.report",
+    "chat": "anymal.launch.chat",
+    "estimate": "anymal.launch.estimate",
+    "encode": "anymal.launch.encode",
+    "mix": "anymal.launch.mix",
+    "llava": "anymal.data_prep.sources.llava",
+    "negatives": "anymal.data_prep.negatives",
+    "pretrain-imu-encoder": "anymal.launch.pretrain_imu_encoder",
+    "demo": "anymal.launch.demo",
+    "doctor": "anymal.launch.doctor",
+}
+"""The module of each command; it has a function `start`."""
+
+
+def start() -> None:
+    """Run the command that is named on the command line, as if its program had been started."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(f"anymal {importlib.metadata.version('anymal')}")
+    elif name in COMMANDS:
+        sys.argv = [f"anymal {name}", *rest]
+        importlib.import_module(COMMANDS[name]).start()
+    else:
+        from anymal.errors import nearest
+
+        print(f"error: {name!r} is no command; {nearest(name, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def overview() -> str:
+    """What ``anymal --help`` prints: a line for each command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items()]
+    usage = "anymal COMMAND [RECIPE or SOURCE] name=value …        COMMAND --help lists every setting"
+    recipes = ", ".join(sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.yaml")))
+    return "\n".join([usage, "", *lines, "", f"Recipes that come with it: {recipes}"])
+
+
+def _summary(module: str) -> str:
+    """The first line of a module's docstring. Read, not imported: an import of all would take seconds."""
+    found = importlib.util.find_spec(module)
+    source = Path(found.origin).read_text() if found and found.origin else ""
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
