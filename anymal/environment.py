@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 
+def installed_version(distribution: str) -> str:
+    """The version of a distribution; empty where there is none, or half of one. Imports nothing of it."""
+    try:
+        return importlib.metadata.version(distribution) or ""
+    except Exception:  # of an installation that was interrupted, it depends on Python's version which
+        return ""
+
+
 def versions_differ() -> bool:
     """Whether torch is a CPU build (its version ends in ``+cpu``) and torchaudio is not. Imports neither."""
-    try:
-        torch_version = importlib.metadata.version("torch")
-        torchaudio_version = importlib.metadata.version("torchaudio")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return torch_version.endswith("+cpu") and not torchaudio_version.endswith("+cpu")
+    torch_version, torchaudio_version = installed_version("torch"), installed_version("torchaudio")
+    return torch_version.endswith("+cpu") and torchaudio_version != "" and not torchaudio_version.endswith("+cpu")
 
 
 def make_torchaudio_importable() -> bool:

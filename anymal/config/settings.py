@@ -2,7 +2,8 @@
 
 A run is stated by one YAML recipe; dotted overrides follow it on the command line:
 
-    python launch/pretrain.py launch/recipes/demo.yaml optim.lr=1e-3 train=[projectors,lora]
+    anymal pretrain launch/recipes/demo-pretrain.yaml optim.lr=1e-3 train=[projectors,lora]
+    anymal pretrain demo-pretrain optim.lr=1e-3                # the same one: it comes with the package
 
 OmegaConf merges and checks them against dataclasses such as `anymal.config.schema.Config`; unknown keys are errors that
 name the nearest one.
@@ -22,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from anymal.errors import UserError, alternatives, nearest
 
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+"""Those that come with the package."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BEFORE_HOST = re.compile(r"(?<=://)([^/\s]*@|[^/:\[\s]*:(?!\d*([/?#]|$))\S*@)")  # user:password@, with any / in it
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW", re.IGNORECASE)  # what names itself a secret in the environment
@@ -43,7 +46,7 @@ def load(
 
     Args:
         schema: A dataclass.
-        recipe: A YAML file.
+        recipe: A YAML file, or the name of one that comes with the package.
         overrides: They beat all else.
         defaults: Overrides that the recipe beats.
         part: A name for messages, and settings that beat the recipe's: those of a stage.
@@ -63,9 +66,8 @@ def load(
             times = given.count(name)
             raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
     if recipe is not None:
-        if not Path(recipe).is_file():
-            raise UserError(f"there is no recipe {recipe}")
-        sources.append((str(recipe), lambda: OmegaConf.load(recipe)))
+        file = find_recipe(recipe)
+        sources.append((str(recipe), lambda: OmegaConf.load(file)))
     if part is not None:
         sources.append((part[0], lambda: OmegaConf.create(part[1])))
     for override in overrides:
@@ -94,6 +96,21 @@ def load(
             return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_reason(error)}") from error
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, given by its path or, like ``eagle-x4``, by the name of one that comes with the package.
+
+    Raises:
+        UserError: There is none; of those that come with the package, the nearest is named.
+    """
+    own = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) in own:
+        return own[str(recipe)]
+    hint = nearest(Path(recipe).stem, sorted(own), "those that come with AnyMAL:")
+    raise UserError(f"there is no recipe {recipe}; {hint}")
 
 
 def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """LLaVA-style JSON and its folder of images → conversation shards.
 
-    python data_prep/sources/llava.py json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
-    python data_prep/sources/llava.py json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
+    anymal llava json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
+    anymal llava json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
 
 The format of LLaVA's training data, which many sets share: a JSON list (or JSON Lines) of records
 
