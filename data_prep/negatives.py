@@ -1,4 +1,4 @@
-"""Pictures whose objects are known → yes/no questions about what is there and what is not.
+"""Pictures whose objects are known → yes/no questions about them.
 
     anymal negatives shards=data/coco out=data/coco-negatives questions=6
     anymal negatives shards=data/laion synonyms=objects.txt out=data/laion-negatives ways=[adversarial]
@@ -34,14 +34,13 @@ from typing import Any, Literal, get_args
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.config.schema import DataConfig
 from anymal.data import shards
 from anymal.data.loader import RawSample
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import walk
 from anymal.data_prep.objects import Names, read_table
-from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, UserError
 from anymal.evaluation.metrics import words
@@ -257,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start() -> None:
     """Run the program, for the command line."""
-    run(main)
+    run_program(main)
 
 
 if __name__ == "__main__":

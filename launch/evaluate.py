@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out shards, beside a blank and a shuffled control.
+"""Score a checkpoint on held-out data, beside a blank and a shuffled control.
 
     anymal evaluate checkpoint=runs/demo/finetune sets.image=data/demo/image/test sets.imu=data/demo/imu/test
     anymal evaluate checkpoint=runs/demo/finetune sets.image=data/demo/image/test 'bits=[4,16,32]'

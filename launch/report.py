@@ -1,4 +1,4 @@
-"""A run's results as one page that can be mailed, and as a table for the terminal.
+"""A run's results as one page that can be mailed, and as a table.
 
     anymal report runs/demo        # writes runs/demo/report.html
 

@@ -23,9 +23,8 @@ from typing import Any
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data.quarantine import Quarantine
-from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, UserError
 from anymal.files import is_done
@@ -170,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start() -> None:
     """Run the program, for the command line."""
-    run(main)
+    run_program(main)
 
 
 if __name__ == "__main__":
