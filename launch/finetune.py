@@ -1,4 +1,4 @@
-"""Stage 2: projectors and LoRA learn from conversations interleaved with media.
+"""Stage 2: projectors and LoRA learn from conversations with media.
 
     anymal finetune demo-finetune      # one process, a CPU will do
     deepspeed launch/finetune.py mmit-lora data.shards=...
