@@ -167,6 +167,8 @@ class AudioEncoder(Encoder):
         license: The weights' licence.
     """
 
+    decode: AudioDecoder
+
     def __init__(self, network: nn.Module, family: str, decode: AudioDecoder, license: str):
         super().__init__()
         self.network, self.family, self.decode, self.license = network, family, decode, license

@@ -19,8 +19,7 @@ class Encoder(nn.Module):
     """A frozen pretrained network that owns its preprocessing, width and token count.
 
     Called with [N, ...] decoded media, it gives [N, tokens, width] features. It is differentiable, for runs in which it
-    learns. Any other ``nn.Module`` that has these attributes will do; of those below `license` it may lack all but
-    `decode`.
+    learns. Any other ``nn.Module`` will do that has the attributes down to `decode`; it may lack those after it.
     """
 
     width: int
@@ -42,6 +41,8 @@ class Encoder(nn.Module):
 
     parts: tuple[tuple[int, int], ...]
     """(tokens, width) of each kind of its features, where there are several. See `parts`."""
+    skips: bool
+    """Whether some views of a medium may be skipped, since there is nothing to see."""
 
     @property
     def savable(self) -> bool:
@@ -62,12 +63,11 @@ class Projector(nn.Module):
     tokens: int
     """K, the embeddings of one medium, or of a view of it."""
     skip: nn.Parameter
-    """[D], what stands where a view was skipped. Only where the encoder's media can have such."""
-
+    """[D], what stands where a view was skipped. Only where the encoder has `Encoder.skips`."""
     bridges: nn.ModuleDict
     """Only where it also speaks to the LLM between its layers (`anymal.model.cross_attention`): the cross-attention
-    blocks, by the number of the decoder layer that each stands before; (hidden states [S, D], latents [N, R, C],
-    their `anymal.model.cross_attention.MediaSpan`) → [S, D]."""
+    blocks, by the number of the decoder layer that each stands before. Each is called with hidden states [S, D],
+    latents [N, R, C] and the media spans of the S tokens, and gives [S, D]."""
     context: nn.Module
     """Only beside `bridges`: [N, tokens, width] → latents [N, R, C]."""
     last_only: bool

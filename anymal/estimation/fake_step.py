@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -278,11 +278,11 @@ class FakeStep:
             for parameter in trainable(model).values():
                 hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
 
-        def left_llm(*_: Any) -> None:
+        def left_llm(_: Tensor) -> None:
             tracker.phase = "projectors backward"
 
-        def embed(*arguments: Any) -> tuple[Tensor, Tensor]:
-            row, absent = type(model).embed(model, *arguments)
+        def embed(batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            row, absent = type(model).embed(model, batch, features)
             if row.requires_grad:
                 row.register_hook(left_llm)
             return row, absent

@@ -108,7 +108,7 @@ def _resident_by_part(resident: ResidentMemory, config: Config, world: int) -> C
 
 
 def _during(resident: ResidentMemory, config: Config, world: int) -> Counter:
-    """Gradients beside the activations: in ZeRO's bucket, and of earlier micro-batches."""
+    """Gradients beside the activations: in ZeRO's bucket, and with gradient accumulation of earlier micro-batches."""
     if not config.engine.zero:  # they are among what the step keeps, unless they were there before
         return Counter({"gradients": 4 * resident.trained if config.optim.accumulate > 1 else 0})
     kept = 4 * resident.trained / world if config.optim.accumulate > 1 else 0

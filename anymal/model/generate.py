@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from anymal.sample import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,16 @@ class Said:
     """Without special tokens and outer spaces."""
     cut: bool
     """Whether it had no end before ``max_new_tokens``."""
+
+
+class Streamer(Protocol):
+    """Takes token ids as they come, as transformers' own streamers do."""
+
+    def put(self, value: Tensor, /) -> None:
+        """Some more of them; what it raises ends the generation."""
+
+    def end(self) -> None:
+        """There will be no more."""
 
 
 @torch.no_grad()
@@ -75,7 +84,7 @@ def generate(
     prompts: Sequence[Embedded],
     *,
     max_new_tokens: int,
-    streamer: "BaseStreamer | None" = None,
+    streamer: Streamer | None = None,
     **sampling: Any,
 ) -> list[Said]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
@@ -85,8 +94,7 @@ def generate(
         tokenizer: The LLM's.
         prompts: From `embed_prompt`; they may differ in T.
         max_new_tokens: The longest answer.
-        streamer: A streamer of transformers, for one prompt alone: its ``put`` gets every token id as it comes. What it
-            raises ends the generation.
+        streamer: For one prompt alone: gets every token id as it comes.
         sampling: Passed on to transformers' ``generate``.
 
     Returns:

@@ -127,10 +127,14 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (incoming,), (gradient,) = grad_outputs, ctx.saved_tensors
-        return gradient * incoming.to(gradient.dtype), None, None
+        return _known_gradient(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _known_gradient(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * incoming.to(gradient.dtype), None, None
 
 
 def chunked_loss(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
