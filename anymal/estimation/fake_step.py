@@ -231,7 +231,7 @@ class FakeStep:
             ) from error
         peaks = {}
         for phase in PHASES:
-            labels = set().union(*(run[phase] for run in runs.values()))
+            labels = sorted(set().union(*(run[phase] for run in runs.values())))  # the same table in every process
             peaks[phase] = Counter(
                 {
                     label: round(self._extrapolated({depth: run[phase][label] for depth, run in runs.items()}))

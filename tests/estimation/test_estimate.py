@@ -114,7 +114,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(folders):
 def test_a_step_on_a_gpu_is_run_on_fake_tensors_at_every_precision(folders, bits):
     """With key heads that several query heads share: at 32 bits the GPU's kernel is one that cannot share them."""
     fake_step = FakeStep(_config(folders, f"model.llm.bits={bits}"), REGISTRY, gpu=True)
-    assert all(peak.total() > 0 for peak in fake_step.peaks(WORK, 6).values())
+    peaks = fake_step.peaks(WORK, 6)
+    assert all(peak.total() > 0 for peak in peaks.values())
+    assert all(list(peak) == sorted(peak) for peak in peaks.values()), "in an order that no hash seed changes"
 
 
 @pytest.mark.parametrize(
