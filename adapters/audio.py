@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Noted
 
@@ -157,7 +157,7 @@ class AudioDecoder:
         return made[self.field][0].float()
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """A frozen audio network. Its features come in the order of time.
 
     Args:
@@ -166,6 +166,8 @@ class AudioEncoder(nn.Module):
         decode: Its decoding.
         license: The weights' licence.
     """
+
+    decode: AudioDecoder
 
     def __init__(self, network: nn.Module, family: str, decode: AudioDecoder, license: str):
         super().__init__()

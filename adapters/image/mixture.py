@@ -26,6 +26,7 @@ from anymal.adapters.image.pictures import FITS, SquareDecoder
 from anymal.adapters.pretrained import save_network
 from anymal.config.settings import options
 from anymal.errors import UserError, nearest
+from anymal.modality import Encoder
 
 
 @dataclass(kw_only=True)
@@ -97,7 +98,7 @@ class Append(nn.Module):
         return torch.cat([F.pad(one, (0, self.width - one.shape[-1])) for one in features], 1)
 
 
-class Mixture(nn.Module):
+class Mixture(Encoder):
     """A frozen composition of image encoders, with its decoding.
 
     Args:

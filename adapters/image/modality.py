@@ -22,7 +22,7 @@ from anymal.adapters.image.read import read_image
 from anymal.adapters.image.tiles import cut, grid_rule, largest_grid
 from anymal.adapters.pretrained import call, load_network, save_network
 from anymal.errors import UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
@@ -123,7 +123,7 @@ class TilesDecoder:
         return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Encoder):
     """A frozen vision network that gives patch features: class and register tokens are dropped.
 
     Args:

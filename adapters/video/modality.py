@@ -21,7 +21,7 @@ from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOpti
 from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
-from anymal.modality import Modality, parts
+from anymal.modality import Encoder, Modality, parts
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
@@ -104,7 +104,7 @@ class FrameViewsDecoder:
         return Viewable(choices=tuple(range(len(frames), 0, -1)), views=views)
 
 
-class FramesEncoder(nn.Module):
+class FramesEncoder(Encoder):
     """A frozen image encoder applied to each frame; tokens are the frames' features, one frame after the other."""
 
     def __init__(self, encoder: ImageEncoder, decode: VideoDecoder, pool: int):
@@ -132,7 +132,7 @@ class FramesEncoder(nn.Module):
         self.encoder.save_pretrained(folder, {n.removeprefix("encoder."): tensor for n, tensor in weights.items()})
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(Encoder):
     """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
 
     def __init__(self, network: nn.Module, decode: VideoDecoder, pool: int, license: str):
