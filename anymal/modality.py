@@ -21,21 +21,32 @@ class Encoder(Protocol):
     """Channels of a feature."""
     tokens: int
     """Features of one medium, before the projector."""
-    shape: tuple[int, ...]
-    """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
-    savable: bool
-    """Whether its ``save_pretrained(folder, weights)`` writes a folder that the modality's loader takes. It may lack
-    the attribute; once trained, it is then saved as its weights alone."""
-    decode: Callable[[bytes], Tensor | Noted | Viewable]
-    """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 
-    A medium of which something was left out, or to which something was added, is a `Noted`: a run counts them.
-    If that is a `Viewable`, it has an attribute ``most_views``: the most views of any medium.
-    Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
-    with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
-    """
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
+        ...
+
+    @property
+    def savable(self) -> bool:
+        """Whether its ``save_pretrained(folder, weights)`` writes a folder that the modality's loader takes.
+
+        It may lack the attribute; once trained, it is then saved as its weights alone.
+        """
+        ...
+
+    @property
+    def decode(self) -> Callable[[bytes], Tensor | Noted | Viewable]:
+        """Turns the bytes of one shard member into the encoder's input for one medium, or what is cut into views of it.
+
+        A medium of which something was left out, or to which something was added, is a `Noted`: a run counts them.
+        If that is a `Viewable`, it has an attribute ``most_views``: the most views of any medium.
+        Runs in loader workers, so it must be picklable and must not hold the weights. Raises `anymal.errors.BadSample`
+        with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
+        """
+        ...
 
     def __call__(self, media: Tensor) -> Tensor:
         """[N, ...] decoded media → [N, tokens, width] features.
@@ -70,7 +81,7 @@ class Modality:
     """Endings of the shard members that hold it, longest first, without the leading dot: ``("imu.npy",)``."""
     options: type
     """A keyword-only dataclass of its decoding settings, a docstring under each field (shown by ``--help``)."""
-    load: Callable[[Any, object], Encoder]
+    load: Callable[[Any, Any], Encoder]
     """(hub name, local folder or a composition's mapping; options) → the encoder, on the CPU in fp32, in eval mode."""
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import load_config, load_network, save_network
+from anymal.adapters.pretrained import is_savable, load_config, load_network, save_network
 from anymal.adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
 from anymal.modality import Modality
@@ -141,7 +141,7 @@ def read_recording(data: bytes, max_samples: int, scale: tuple[float, float] = (
     if not np.isfinite(recording).all():
         raise BadSample(f"{int((~np.isfinite(recording)).sum())} of {recording.size} values are NaN or infinite")
     with np.errstate(over="ignore"):  # what becomes infinite is refused like all that is too large
-        recording *= np.repeat(np.float32(scale), 3)
+        recording *= np.repeat(np.array(scale, np.float32), 3)
     _check_units(recording, in_g=scale[0] != 1)
     return recording
 
@@ -192,7 +192,7 @@ class IMUEncoder(nn.Module):
     @property
     def savable(self) -> bool:
         """Whether it came from a folder, not from a file of somebody else's format."""
-        return hasattr(self.network, "saved_as")
+        return is_savable(self.network)
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
