@@ -1,8 +1,8 @@
 """One encoder of a composition: canonical pictures → a map of features. `anymal.adapters.image.mixture` joins several.
 
 Any vision network of transformers that takes ``pixel_values``: CLIP, SigLIP, DINOv2 (a class token and patches),
-ConvNeXt, SAM's image encoder (a map). Two that do not are made to: Pix2Struct, which wants its patches cut, and BLIP-2,
-of which vision tower and Q-Former are kept and give their queries, which form no map.
+ConvNeXt, SAM's image encoder (a map). Two that do not are wrapped: `Patches` cuts the patches for Pix2Struct; `Queries`
+is BLIP-2's vision tower and Q-Former, whose features form no map.
 
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of its map
 """
@@ -48,7 +48,7 @@ class LeafConfig:
 
     def __post_init__(self):
         if self.stages and self.layer:
-            raise UserError("stages takes the maps of all stages; layer has no place beside it")
+            raise UserError("stages takes the maps of all stages, and layer takes one: set only one of them")
         if self.layer > 0 or self.size < 0 or self.unshuffle < 1:
             raise UserError(
                 f"layer is {self.layer}, size {self.size} and unshuffle {self.unshuffle}; layer counts from the end, "

@@ -1,4 +1,4 @@
-"""Compositions of image encoders: a tree in the recipe → one encoder. In place of a name in ``encoder``.
+"""Compositions of image encoders: the recipe's ``encoder`` is a tree in place of a name → one encoder.
 
     node  =  NAME
           |  {name: NAME, size: 448, layer: -2, ...}          one encoder                       (LeafConfig)
@@ -149,7 +149,7 @@ class Mixture(nn.Module):
         return self.tree(pictures)
 
 
-def load_mixture(tree: Any, *, max_pixels: int) -> Mixture:
+def load_mixture(tree: object, *, max_pixels: int) -> Mixture:
     """A composition of image encoders as a recipe states it; frozen, in fp32 on the CPU.
 
     Raises:
@@ -158,18 +158,18 @@ def load_mixture(tree: Any, *, max_pixels: int) -> Mixture:
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"encoder is {tree!r}; it is a name, or a mapping with name, channels or append")
-    tree = dict(tree)
-    fit = tree.pop("fit", FITS[0])
+    node = dict(tree)
+    fit = node.pop("fit", FITS[0])
     if fit not in FITS:
         raise UserError(f"encoder.fit is {fit!r}; it is {' or '.join(FITS)}")
-    root = _node(tree, "encoder")
+    root = _node(node, "encoder")
     return Mixture(root, SquareDecoder(size=root.size, fit=fit, max_pixels=max_pixels))
 
 
 _KINDS = {"name": LeafConfig, "channels": ChannelsConfig, "append": AppendConfig}
 
 
-def _node(tree: Any, where: str) -> Leaf | Channels | Append:
+def _node(tree: object, where: str) -> Leaf | Channels | Append:
     tree = {"name": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, Mapping):
         raise UserError(f"{where} is {tree!r}; it is a name, or a mapping with name, channels or append")

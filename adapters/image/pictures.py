@@ -90,7 +90,7 @@ class Pixels:
             pixels = F.interpolate(pixels, (self.size, self.size), mode=self.mode, align_corners=False, antialias=True)
         if not self.mean:
             return pixels
-        channels = (pixels.clamp(0, 255) * self.scale).unbind(1)  # bicubic goes beyond the values that it is given
+        channels = (pixels.clamp(0, 255) * self.scale).unbind(1)  # bicubic filters overshoot
         return torch.stack([(c - mean) / std for c, mean, std in zip(channels, self.mean, self.std, strict=True)], 1)
 
 
@@ -100,7 +100,7 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
     Args:
         processor: An image processor of transformers; which attributes it has depends on the encoder.
         size: Side of its square; 0 takes the processor's own.
-        where: The place in the recipe, for errors.
+        where: The key in the recipe, for errors.
 
     Raises:
         UserError: The processor does not say its size, or has none.
@@ -120,7 +120,7 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
     cropped = processor.crop_size if getattr(processor, "do_center_crop", False) else None
     sizes = cropped or processor.size
     if sizes is None:
-        raise UserError(f"{where}: an encoder of flexible resolution has no place in a composition")
+        raise UserError(f"{where}: an encoder of flexible resolution cannot be part of a composition")
     named = [sizes[key] for key in ("height", "shortest_edge", "longest_edge") if sizes[key]]
     if not size and not named:
         raise UserError(f"{where}: its image processor names no size in pixels; set size")

@@ -42,7 +42,7 @@ ONE_G = (0.8, 1.3)
 """m/s²: a recording whose median lies between these, all in one direction, is in g. On Earth gravity alone is 9.8; and
 without it, motion goes to and fro: its mean over seconds is a change of speed over a time, and comes to nothing."""
 MAX_MEDIAN = 50.0
-"""m/s²: nobody stands five times gravity for half of a recording. Such a one is in m/s² and taken for g, or in mg."""
+"""m/s²: nobody bears five times gravity for half of a recording. It is in m/s² and taken for g, or in mg."""
 
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ def read_recording(data: bytes, max_samples: int, scale: tuple[float, float] = (
     A pickled array is refused, not opened.
 
     Raises:
-        BadSample: Anything else; the message says what was found and what is wanted.
+        BadSample: Anything else; the message says what it is and what is wanted.
     """
     stream = io.BytesIO(data)
     try:

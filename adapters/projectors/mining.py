@@ -11,7 +11,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.parts import check_tokens
+from anymal.adapters.projectors.fit import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
@@ -70,8 +70,8 @@ def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
     """Mini-Gemini's mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
 
     Raises:
-        UserError: The parts are not a square of queries and a square map with M x M cells to each, or `config.tokens`
-            is neither 0 nor the number of queries.
+        UserError: The encoder does not give a square of queries and a square map with M x M cells to each, or
+            `config.tokens` is neither 0 nor the number of queries.
     """
     counts = [count for count, _ in fit.parts]
     rows = [math.isqrt(count) for count in counts]
