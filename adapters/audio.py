@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Noted
 
@@ -163,7 +163,7 @@ class AudioDecoder:
         return outputs[self.field][0].float()
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """A frozen audio network. Its features come in the order of time.
 
     Args:
@@ -172,6 +172,9 @@ class AudioEncoder(nn.Module):
         decode: Its decoding.
         license: The weights' licence.
     """
+
+    decode: AudioDecoder
+    savable = True
 
     def __init__(self, network: "PreTrainedModel", family: str, decode: AudioDecoder, license: str):
         super().__init__()
@@ -195,8 +198,6 @@ class AudioEncoder(nn.Module):
         config = self.network.config
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         return features[:, 2:].unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
-
-    savable = True
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""

@@ -12,7 +12,7 @@ docs/encoders.md.
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of a map
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from anymal.adapters.image.pictures import FITS, SquareDecoder
 from anymal.adapters.pretrained import is_savable, save_network
 from anymal.config.settings import options
 from anymal.errors import UserError, nearest
-from anymal.sample import Viewable
+from anymal.modality import Encoder
 
 
 @dataclass(kw_only=True)
@@ -104,18 +104,13 @@ class Append(nn.Module):
         return torch.cat([F.pad(one, (0, self.width - one.shape[-1])) for one in features], 1)
 
 
-class Mixture(nn.Module):
+class Mixture(Encoder):
     """A frozen composition of image encoders, with its decoding.
 
     Args:
         tree: The outermost node.
         decode: Its decoding.
     """
-
-    decode: Callable[[bytes], Tensor | Viewable]
-    """Its own decoding; with tiles, one that makes views (`anymal.adapters.image.modality.with_tiles`)."""
-    skips: bool
-    """With tiles: whether some views of a picture may hold nothing but padding."""
 
     def __init__(self, tree: Leaf | Channels | Append, decode: SquareDecoder):
         super().__init__()

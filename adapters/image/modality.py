@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymal.adapters.image.backbone import default_layer, output_of
 from anymal.adapters.image.mixture import Mixture, load_mixture
@@ -25,7 +25,7 @@ from anymal.adapters.image.read import read_image
 from anymal.adapters.image.tiles import Colour, Grid, Size, cut, grid_rule, largest_grid
 from anymal.adapters.pretrained import load_image_processor, load_network, save_network
 from anymal.errors import UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
@@ -124,7 +124,7 @@ class TilesDecoder:
         return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Encoder):
     """A frozen vision network that gives patch features: class and register tokens are dropped.
 
     Args:
@@ -135,10 +135,6 @@ class ImageEncoder(nn.Module):
         license: The weights' licence.
     """
 
-    decode: Callable[[bytes], Tensor | Viewable]
-    """Its own decoding; with tiles, one that makes views (`with_tiles`)."""
-    skips: bool
-    """With tiles: whether some views of a picture may hold nothing but padding."""
     savable = True
 
     def __init__(self, network: "PreTrainedModel", decode: ImageDecoder, layer: int, license: str):

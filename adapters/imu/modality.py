@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from anymal.adapters.pretrained import is_savable, load_config, load_network, save_network
 from anymal.adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Noted
 
@@ -174,7 +174,7 @@ def _check_units(recording: np.ndarray, *, in_g: bool) -> None:
         )
 
 
-class IMUEncoder(nn.Module):
+class IMUEncoder(Encoder):
     """The frozen IMU network with its decoding."""
 
     def __init__(self, network: nn.Module, decode: IMUDecoder, license: str):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anymal.adapters.projectors.fit import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
+from anymal.modality import Projector
 from anymal.model.registry import Fit
 
 
@@ -23,7 +24,7 @@ class EachOptions:
     """Put a learned embedding before and after the others (SPHINX: 257 + 32 + 2 = 291 tokens a view)."""
 
 
-class EachProjector(nn.Module):
+class EachProjector(Projector):
     """One embedding for each feature: LayerNorm and a linear layer or an mlp of its own for each kind.
 
     SPHINX has the linear layer first and the LayerNorm behind it; here it stands before, as in all our projectors, so
@@ -67,7 +68,7 @@ class EachProjector(nn.Module):
         return torch.cat(embeddings, dim=1)
 
 
-def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> nn.Module:
+def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> Projector:
     """``layers: 1`` is SPHINX's linear layer; more make an mlp of inner width `config.width`, or the LLM's.
 
     Raises:

@@ -15,10 +15,11 @@ from anymal.adapters.projectors.fit import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit, NoOptions
 
 
-class MiningProjector(nn.Module):
+class MiningProjector(Projector):
     """Every query attends only to those M x M features of the map that show the same patch of the picture.
 
     Each φ is a LayerNorm and a linear layer to C, one each for queries, keys and values. What is gathered is added to
@@ -66,7 +67,7 @@ class MiningProjector(nn.Module):
         return maps.unflatten(1, (rows, cell, rows, cell)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
+def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
     """Mini-Gemini's mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
 
     Raises:

@@ -16,6 +16,7 @@ from anymal.adapters.pretrained import load_config, load_weights, quiet
 from anymal.adapters.projectors.fit import asked_tokens, inner_width, scaled_linear
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.fake_tensors import without_weights
 from anymal.model.registry import Fit
 
@@ -40,7 +41,7 @@ class QFormerOptions:
             raise UserError("cross_attention_frequency must be at least 1, and feed_forward cannot be negative")
 
 
-class QFormer(nn.Module):
+class QFormer(Projector):
     """K learned queries gather from T features, through layers of self- and cross-attention.
 
     Around transformers' `Blip2QFormerModel`: LayerNorm on the features; an embedding for each of the T positions, which
@@ -87,7 +88,7 @@ class QFormer(nn.Module):
         return self.network(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
 
-def qformer(config: ProjectorConfig, options: QFormerOptions, fit: Fit) -> nn.Module:
+def qformer(config: ProjectorConfig, options: QFormerOptions, fit: Fit) -> Projector:
     """BLIP-2's Q-Former: learned queries attend to the features.
 
     It has `config.layers` layers of `config.heads` heads; its inner width is `config.width`, or the encoder's (BLIP-2:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anymal.adapters.projectors.fit import grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit
 
 
@@ -28,7 +29,7 @@ class PixelShuffleOptions:
             raise UserError(f"factor is {self.factor}; it must be at least 1")
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(Projector):
     """Space to depth, LayerNorm, then a linear layer or an mlp. A token is a cell, in reading order, nothing pooled.
 
     Args:
@@ -57,7 +58,7 @@ class PixelShuffle(nn.Module):
         return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fit) -> nn.Module:
+def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fit) -> Projector:
     """Space to depth, then linear layers: InternVL's (2 layers) and Idefics3's (1).
 
     It has `config.layers` layers, of inner width `config.width` or the LLM's.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from anymal.adapters.image.mixture import Mixture
 from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
@@ -24,7 +24,7 @@ from anymal.adapters.image.pictures import SquareDecoder
 from anymal.adapters.pretrained import load_config, load_image_processor, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
-from anymal.modality import Modality, parts
+from anymal.modality import Encoder, Modality, parts
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
@@ -103,7 +103,7 @@ class FrameViewsDecoder:
         return Viewable(choices=tuple(range(len(frames), 0, -1)), views=views)
 
 
-class FramesEncoder(nn.Module):
+class FramesEncoder(Encoder):
     """A frozen image encoder applied to each frame; tokens are the frames' features, one frame after the other."""
 
     def __init__(self, encoder: ImageEncoder | Mixture, decode: VideoDecoder, pool: int):
@@ -131,7 +131,7 @@ class FramesEncoder(nn.Module):
         self.encoder.save_pretrained(folder, {n.removeprefix("encoder."): tensor for n, tensor in weights.items()})
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(Encoder):
     """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
 
     savable = True

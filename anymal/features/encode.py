@@ -27,7 +27,7 @@ from anymal.errors import BadSample, UserError
 from anymal.features.report import Figures, report
 from anymal.modality import Encoder
 from anymal.model.llm import device
-from anymal.model.multimodal import place_encoder, run_encoder
+from anymal.model.multimodal import freeze_encoder, run_encoder
 from anymal.model.registry import Registry
 from anymal.sample import Noted, with_note
 
@@ -116,7 +116,7 @@ class Encode:
         self.precision = "bf16" if data.features in ("auto", "never") else data.features
         self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
-            place_encoder(encoder, place)
+            freeze_encoder(encoder, place)
 
     def twin(self, tar: str, listed: dict[str, list[str]] | None = None) -> feature_cache.Twin | None:
         """The twin that makes encoding the tar needless."""
