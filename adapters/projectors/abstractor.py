@@ -33,14 +33,14 @@ class AbstractorOptions:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place: [N, C, h, w] → the same.
+    """LayerNorm over the channels at each position: [N, C, h, w] → the same.
 
     Not the BatchNorm of RegNet: a medium's embeddings must not depend on what else is in its batch.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, h, w] → [N, C, h, w]."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 def _convolution(before: int, after: int, side: int = 1, groups: int = 1) -> nn.Sequential:

@@ -74,11 +74,11 @@ def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fi
             f"projector.options.factor is {options.factor}, but the encoder's features form a grid of {side} x {side}, "
             f"which has no whole number of cells of {options.factor} x {options.factor}"
         )
-    made = (side // options.factor) ** 2
-    if config.tokens not in (0, made):
+    tokens = (side // options.factor) ** 2
+    if config.tokens not in (0, tokens):
         raise UserError(
-            f"projector.tokens is {config.tokens}, but pixel_shuffle by {options.factor} makes {made} of {features} "
-            f"features; write {made}, or 0 for as many as there are"
+            f"projector.tokens is {config.tokens}, but pixel_shuffle by {options.factor} makes {tokens} of {features} "
+            f"features; write {tokens}, or 0 for as many as there are"
         )
     inner = (config.width or fit.llm_width,) * (config.layers - 1)
     sizes = {"width": width, "side": side, "llm_width": fit.llm_width, "factor": options.factor}
