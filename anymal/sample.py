@@ -195,17 +195,17 @@ class Batch:
     """[1, T] int64, counting from zero again with every sample: what transformers tells samples apart by."""
     lengths: list[int]
     """Tokens of each sample, T in all: what `anymal.model.attention` tells them apart by."""
-    rows: Tensor
+    answer_positions: Tensor
     """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
     targets: Tensor
     """[A] int64, the answer tokens."""
-    group_of_row: Tensor
+    answer_groups: Tensor
     """[A] int64, index into `groups` for each answer token."""
     groups: list[str]
     """Names under which losses are reported."""
     media: dict[str, Tensor | PartlyEncoded]
     """For each modality present, [N, ...] what its encoder takes; or less, where features were read."""
-    slots: dict[str, Tensor]
+    media_positions: dict[str, Tensor]
     """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
     counts: dict[str, Tensor]
     """For each modality present, [N] int64: the number of tokens K of each medium."""
@@ -213,7 +213,7 @@ class Batch:
     """For each modality with skipped views, int64: the positions (in T) of their embeddings."""
     keys: list[str]
     """The samples' keys, for error messages."""
-    stands: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    media_starts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
     first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU
     would be waited for."""

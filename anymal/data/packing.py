@@ -92,12 +92,12 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     Raises:
         ValueError: Media of one modality differ in shape, or a sample holds more runs than media. Names the key.
     """
-    ids, positions, rows, targets, group_of_row, groups = [], [], [], [], [], []
+    ids, positions, answer_positions, targets, answer_groups, groups = [], [], [], [], [], []
     media: dict[str, list[torch.Tensor | Features]] = {}
-    slots: dict[str, list[int]] = {}
+    media_positions: dict[str, list[int]] = {}
     counts: dict[str, list[int]] = {}
     skips: dict[str, list[int]] = {}
-    stands: dict[str, list[tuple[int, int]]] = {}
+    media_starts: dict[str, list[tuple[int, int]]] = {}
     for sample in samples:
         start, group = len(ids), sample.group()
         if group not in groups:
@@ -106,9 +106,9 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         positions += range(len(sample.ids))
         # The label at t is predicted from t-1; the first token of a sample has nothing before it.
         answered = [t for t, label in enumerate(sample.labels) if label != IGNORED and t > 0]
-        rows += [start + t - 1 for t in answered]
+        answer_positions += [start + t - 1 for t in answered]
         targets += [sample.labels[t] for t in answered]
-        group_of_row += [groups.index(group)] * len(answered)
+        answer_groups += [groups.index(group)] * len(answered)
         if len(sample.runs) != len(sample.media):
             raise ValueError(f"sample {sample.key!r}: {len(sample.runs)} placeholder runs, {len(sample.media)} media")
         for (modality, first, length), medium in zip(sample.runs, sample.media, strict=True):
@@ -119,12 +119,12 @@ def pack(samples: Sequence[Tokens]) -> Batch:
                     f"sample {sample.key!r}: {modality} of shape {list(medium.shape)}, but {list(alike.shape)} before"
                 )
             known.append(medium)
-            slots.setdefault(modality, []).extend(range(start + first, start + first + length))
+            media_positions.setdefault(modality, []).extend(range(start + first, start + first + length))
             counts.setdefault(modality, []).append(length)
         for modality, place in sample.skips:
             skips.setdefault(modality, []).append(start + place)
         for (modality, first, _), view in zip(sample.runs, _numbers_of_views(sample), strict=True):
-            known = stands.setdefault(modality, [])
+            known = media_starts.setdefault(modality, [])
             known.append((start + first, len(known) - view))
 
     def long(values: list[int]) -> torch.Tensor:
@@ -134,16 +134,16 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         ids=long(ids)[None],
         positions=long(positions)[None],
         lengths=[len(sample.ids) for sample in samples],
-        rows=long(rows),
+        answer_positions=long(answer_positions),
         targets=long(targets),
-        group_of_row=long(group_of_row),
+        answer_groups=long(answer_groups),
         groups=groups,
         media={name: _stack(items) for name, items in media.items()},
-        slots={name: long(items) for name, items in slots.items()},
+        media_positions={name: long(items) for name, items in media_positions.items()},
         counts={name: long(items) for name, items in counts.items()},
         skips={name: long(items) for name, items in skips.items()},
         keys=[sample.key for sample in samples],
-        stands=stands,
+        media_starts=media_starts,
         decoded=dict(Counter(medium for sample in samples for medium in sample.decoded)),
         ignored=dict(Counter(modality for sample in samples for modality in sample.ignored)),
     )

@@ -201,7 +201,7 @@ class Cost:
         tokens = batch.ids.numel()
         media = sum(self._held_flops(name, held) for name, held in batch.media.items())
         needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
-        for name in self.bridges.keys() & batch.stands.keys():
-            row = looks(batch.lengths, batch.stands[name], last_only=True)
+        for name in self.bridges.keys() & batch.media_starts.keys():
+            row = looks(batch.lengths, batch.media_starts[name], last_only=True)
             needed = needed + self.bridges[name] * sum(look.tokens for look in row if look.first < look.last)
         return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)
