@@ -80,7 +80,7 @@ def with_note(decoded: "Tensor | Noted | Viewable") -> "tuple[Tensor | Viewable,
 
 @dataclass(frozen=True, kw_only=True)
 class Viewable:
-    """A decoded medium that can be shown in more or fewer views; `anymal.data.budget` says in how many."""
+    """A decoded medium that can be shown in more or fewer views; `anymal.data.view_budget` says in how many."""
 
     choices: tuple[int, ...]
     """The possible numbers of views, the largest first."""
@@ -110,16 +110,6 @@ class Message:
     """Texts and media in the order in which the LLM reads them."""
 
 
-def told(messages: list[Message], instruction: str) -> list[Message]:
-    """The messages, with `instruction` (if any) after the media wherever a user sent media without a word."""
-    added = [Part(kind=TEXT, content=instruction)] if instruction else []
-    wordless = [message.role == "user" and all(part.kind != TEXT for part in message.parts) for message in messages]
-    return [
-        Message(role=message.role, parts=[*message.parts, *added] if silent else message.parts)
-        for message, silent in zip(messages, wordless, strict=True)
-    ]
-
-
 @dataclass(kw_only=True)
 class Sample:
     """A conversation with typed parts. A media-caption pair is one with one medium and one answer."""
@@ -130,6 +120,9 @@ class Sample:
     """The tar that it came from."""
     messages: list[Message]
     """The conversation."""
+    instruction: str = ""
+    """What a user who sends media without a word is taken to say, as its dataset words it; empty: as
+    ``prompt.instruction`` does. `anymal.data.prompt` puts it in."""
     options: list[str] = field(default_factory=list)
     """The possible answers, if this is a closed question; the last message's text is the right one."""
     ignored: list[str] = field(default_factory=list)

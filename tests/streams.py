@@ -64,7 +64,14 @@ def collate(tokens: list[Tokens]) -> Batch:
     media = {"array": torch.cat([medium.flatten() for t in tokens for medium in t.media]) if tokens else empty}
     rest = dict.fromkeys(("ids", "positions", "answer_positions", "targets", "answer_groups"), empty)
     return Batch(
-        media=media, lengths=[], groups=[], media_positions={}, counts={}, skips={}, keys=[t.key for t in tokens], **rest
+        media=media,
+        lengths=[],
+        groups=[],
+        media_positions={},
+        counts={},
+        skips={},
+        keys=[t.key for t in tokens],
+        **rest,
     )
 
 

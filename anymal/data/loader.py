@@ -19,7 +19,7 @@ from anymal.data import feature_codec, manifest, pool, shards
 from anymal.data.manifest import Shard
 from anymal.data.parse import parse
 from anymal.errors import BadSample, UserError, shortened
-from anymal.sample import Sample, told
+from anymal.sample import Sample
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
 _SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
@@ -113,7 +113,7 @@ def prepared(
         BadSample: It does not parse. And whatever `prepare` raises.
     """
     sample = parse(raw.shard, raw.key, raw.members, suffixes, modalities)
-    return prepare(replace(sample, messages=told(sample.messages, raw.instruction)))
+    return prepare(replace(sample, instruction=raw.instruction))
 
 
 class Reader:

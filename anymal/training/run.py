@@ -27,7 +27,7 @@ from anymal.config.schema import Config
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data.feature_codec import identity
 from anymal.data.packing import pack
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream, samples_once, tars
 from anymal.errors import UserError

@@ -22,7 +22,7 @@ from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data import feature_cache, feature_codec, shards
 from anymal.data.packing import pack
-from anymal.data.prompt import prepare
+from anymal.data.prepare import prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import BadSample, UserError

@@ -27,9 +27,9 @@ import tiny_encoders
 from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.data import manifest, prompt, shards
+from anymal.data import manifest, shards
 from anymal.data.loader import Bad, Reader, Ticket, load, prepared
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare, prepare
 from anymal.data.quarantine import Quarantine
 from anymal.errors import UserError
 from anymal.sample import Features, Tokens
@@ -77,7 +77,7 @@ def _profile(folder: Path, encoders: dict[str, str], template: str, **options: d
     }
     adapters = build_adapters(REGISTRY, configs, llm_width=16)
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
-    made = prompt.prepare(tokenizer, adapters, PromptConfig(template=template), MAX_TOKENS)
+    made = prepare(tokenizer, adapters, PromptConfig(template=template), MAX_TOKENS)
     return Profile(prepare=made, shapes={name: tuple(adapter.encoder.shape) for name, adapter in adapters.items()})
 
 
