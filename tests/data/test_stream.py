@@ -356,7 +356,7 @@ def test_workers_pass_on_every_tensor():
         torch.tensor(3.5, dtype=torch.float64),
     ]
     value = {"a": tensors, "b": [("x", tensors[0])], "c": np.arange(3)}
-    options = {"processes": 1, "size": 2, "ahead": 2, "timeout": 60, "dead": None, "name": str}
+    options = {"processes": 1, "chunk": 2, "prefetch": 2, "timeout": 60, "on_crash": None, "name": str}
     (_, back), (_, plain) = in_order([value, [1, "x"]].__getitem__, range(2), **options)
     for one, two in zip(tensors, back["a"], strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)
