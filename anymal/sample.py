@@ -1,6 +1,6 @@
 """The values that travel from a shard to the loss.
 
-    raw tar members ──stream──▶ Sample ──prompt──▶ Tokens ──packing──▶ Batch ──model──▶ loss
+    tar members ──parse──▶ Sample ──prepare──▶ Tokens ──packing──▶ Batch ──model──▶ loss
 
 Legend of shapes, used everywhere:
     B  samples in a micro-batch        T  tokens of a micro-batch, all its samples end to end
@@ -183,9 +183,9 @@ class Batch:
     """A micro-batch: B samples end to end in one row of T tokens. Nothing is padding."""
 
     ids: Tensor
-    """[1, T] int64 token ids, zero where a medium stands."""
+    """[1, T] int64 token ids; zero where a medium stands, whose embeddings replace the token embeddings there."""
     positions: Tensor
-    """[1, T] int64, counting from zero again with every sample: what transformers tells samples apart by."""
+    """[1, T] int64 position ids, from zero again with every sample: transformers tells samples apart by them."""
     lengths: list[int]
     """Tokens of each sample, T in all: what `anymal.model.attention` tells them apart by."""
     answer_positions: Tensor
@@ -213,13 +213,13 @@ class Batch:
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
     decoded: dict[tuple[str, str], int] = field(default_factory=dict)
-    """How many media of each modality were decoded, with which note."""
+    """By modality and note: how many media were decoded."""
     ignored: dict[str, int] = field(default_factory=dict)
     """How many members were left out of each modality that the run does not have."""
     bookmark: dict = field(default_factory=dict)
-    """Where the stream stands after this batch, as plain JSON."""
+    """Where the stream stands after this batch (the dataloader's state), as plain JSON."""
 
-    def to(self, device: Any) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """A copy with every tensor on `device`. Copies to a GPU are queued there; nobody waits for them."""
         queued = torch.device(device).type == "cuda"
 

@@ -176,10 +176,25 @@ class Writer:
         self.tar.addfile(entry, io.BytesIO(data))
         shards.forget_members(self.tar)
 
-    def finish(self, tar: str, encoders: Mapping[str, str], precision: str, **also: Any) -> None:
-        """Say of which tar and by which encoders these are the features, and put everything on disk."""
+    def finish(
+        self,
+        tar: str,
+        encoders: Mapping[str, str],
+        precision: str,
+        *,
+        looked_for: Sequence[str],
+        media: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Say of which tar and by which encoders these are the features, and put everything on disk.
+
+        Args:
+            tar: The original.
+            encoders, looked_for, media: As in `FeatureTar.header`.
+            precision: One of `anymal.data.feature_codec.PRECISIONS`.
+        """
         self.tar.close()
-        header = json.dumps(_expected(tar, encoders, precision) | also).encode()
+        header = _expected(tar, encoders, precision) | {"looked_for": looked_for, "media": media}
+        header = json.dumps(header).encode()
         if len(header) > HEADER_SIZE:
             raise ValueError(f"the header of a feature tar takes {len(header)} bytes; {HEADER_SIZE} are reserved")
         self.file.seek(shards.BLOCK)

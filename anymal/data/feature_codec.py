@@ -134,7 +134,7 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------- identity
 
 
-def identity(encoder: Any) -> str:
+def identity(encoder: object) -> str:
     """16 hex digits over all that the features of a medium depend on: weights, settings, decoding, `VERSION`.
 
     It is the same in every process, for a copy of the encoder's folder elsewhere, and whether the encoder is on a GPU
@@ -144,12 +144,12 @@ def identity(encoder: Any) -> str:
     return hashlib.sha256((plain + _weights(encoder)).encode()).hexdigest()[:16]
 
 
-def weights_digest(encoder: Any) -> str:
+def weights_digest(encoder: object) -> str:
     """16 hex digits over the weights alone, compared as `identity` does."""
     return hashlib.sha256(_weights(encoder).encode()).hexdigest()[:16]
 
 
-def _weights(encoder: Any) -> str:
+def _weights(encoder: object) -> str:
     """The digest of every tensor by its name."""
     weights = sorted(encoder.state_dict().items()) if isinstance(encoder, nn.Module) else []
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
@@ -164,7 +164,7 @@ def _digest(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """What an encoder or its decoding consists of, weights left out, as JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -10,7 +10,7 @@ Workers keep nothing, so how many there are changes nothing, and none of their s
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -56,7 +56,7 @@ class Request:
     instruction: str = ""
     """What the user says after media without a word, in place of prompt.instruction; empty leaves that."""
     refused: str = ""
-    """Why it is not to be used, if its loss told so; it is not read then."""
+    """Why it is not to be used, if its loss was not finite; it is not read then."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ def read_sample(
 
 
 def prepared(
-    suffixes: dict[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Result], raw: RawSample
+    suffixes: Mapping[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Result], raw: RawSample
 ) -> Result:
     """What `prepare` makes of a sample, once it is parsed (see `anymal.data.parse.parse`).
 

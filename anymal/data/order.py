@@ -23,6 +23,8 @@ from anymal.errors import UserError
 VERSION = 2  # of the order and of the bookmarks: a change of either must refuse older bookmarks
 LONGEST_CYCLE = 10_000
 PENDING = "held"  # what bookmarks call the pending positions since version 0.1, so that old and new ones load
+Bookmark = dict[str, Any]
+"""A bookmark, or one rank's piece of it: plain JSON, as `merge_bookmarks` describes it."""
 _CYCLE, _SHARDS, _SAMPLES, _CHOICE, ONCE = range(5)  # tells apart the random numbers of permutations and of `choice`
 
 
@@ -171,7 +173,7 @@ class RankSampler:
         UserError: The bookmark is no merged bookmark, or belongs to other data, another seed, shuffle or ratio.
     """
 
-    def __init__(self, order: Order, *, rank: int, world: int, bookmark: dict[str, Any] | None):
+    def __init__(self, order: Order, *, rank: int, world: int, bookmark: Bookmark | None):
         if not 0 <= rank < world:
             raise UserError(f"rank {rank} is not one of {world}")
         self.rank, self.world, self.identity = rank, world, order.identity()
@@ -206,7 +208,7 @@ class RankSampler:
         self.pending = sorted([*pending, *unread])
         self.position = max(self.position, position + self.world)
 
-    def piece(self) -> dict[str, Any]:
+    def piece(self) -> Bookmark:
         """This rank's part of a bookmark, as plain JSON."""
         return {
             "rank": self.rank,
@@ -228,7 +230,7 @@ def _members(ranges: Sequence[Sequence[int]], rank: int, world: int, start: int)
     return members
 
 
-def merge_bookmarks(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_bookmarks(pieces: Sequence[Bookmark]) -> Bookmark:
     """The ranks' pieces → a bookmark that does not depend on how many ranks there were.
 
     Returns:
@@ -257,7 +259,7 @@ def merge_bookmarks(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": done, PENDING: pending}
 
 
-def _check(bookmark: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check(bookmark: Bookmark, identity: dict[str, Any]) -> None:
     """Refuse a bookmark whose positions would mean other samples here, and say what differs."""
     if "next" not in bookmark or bookmark.get("version") != VERSION:
         raise UserError(

@@ -10,7 +10,7 @@ it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from anymal.config.schema import DataConfig, DatasetConfig
 from anymal.data import feature_cache, manifest, shards
 from anymal.data.loader import Bad, RawSample, Reader, Request, load, prepared
 from anymal.data.manifest import Shard
-from anymal.data.order import ONCE, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
+from anymal.data.order import ONCE, Bookmark, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
 from anymal.data.packing import Item, Packer
 from anymal.data.quarantine import Quarantine
 from anymal.errors import UserError, shortened
@@ -64,7 +64,7 @@ class Stream:
         self,
         data: DataConfig,
         *,
-        suffixes: dict[str, str],
+        suffixes: Mapping[str, str],
         modalities: Collection[str] | None = None,
         prepare: Callable[[Sample], Tokens],
         collate: Callable[[list[Tokens]], Batch],
@@ -72,7 +72,7 @@ class Stream:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        bookmark: dict[str, Any] | None = None,
+        bookmark: Bookmark | None = None,
         refused: Sequence[list[Any]] = (),
         encoders: dict[str, str] | None = None,
     ):
@@ -96,7 +96,7 @@ class Stream:
         self._refused: dict[tuple[int, int, int], str] = {(d, s, i): reason for d, s, i, reason in refused}
 
     @property
-    def bookmark(self) -> dict[str, Any]:
+    def bookmark(self) -> Bookmark:
         """This rank's piece of a bookmark after the last batch (`merge_bookmarks` joins the pieces of all ranks)."""
         return self.sampler.piece()
 
@@ -112,7 +112,7 @@ class Stream:
         """
         self._refused |= {self.order.locate(position): reason for position, reason in reasons.items()}
 
-    def rewind(self, bookmark: dict[str, Any]) -> None:
+    def rewind(self, bookmark: Bookmark) -> None:
         """Let a new iteration begin at a merged bookmark; one that is under way must not be used any more."""
         rank, world = self.sampler.rank, self.sampler.world
         self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
@@ -164,7 +164,7 @@ class Stream:
 def samples_once(
     data: DataConfig,
     *,
-    suffixes: dict[str, str],
+    suffixes: Mapping[str, str],
     modalities: Collection[str] | None = None,
     prepare: Callable[[Sample], Result],
     quarantine: Quarantine,

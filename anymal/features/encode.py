@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,7 @@ class Reader:
 
     tar: shards.Index
     """The tar."""
-    suffixes: dict[str, str]
+    suffixes: Mapping[str, str]
     """Which modality a member holds."""
     decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
     """By modality; members of other modalities are copied."""
@@ -115,7 +115,9 @@ class Encode:
         device: What the encoders run on.
     """
 
-    def __init__(self, data: DataConfig, encoders: dict[str, Encoder], suffixes: dict[str, str], device: torch.device):
+    def __init__(
+        self, data: DataConfig, encoders: dict[str, Encoder], suffixes: Mapping[str, str], device: torch.device
+    ):
         self.data, self.encoders, self.suffixes, self.device = data, encoders, suffixes, device
         self.precision = data.features if data.features in feature_codec.PRECISIONS else "bf16"
         self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}

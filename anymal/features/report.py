@@ -53,7 +53,7 @@ class Figures:
 
 
 def seconds_to_read(
-    encoders: Mapping[str, Encoder], suffixes: dict[str, str], feature_tars: Sequence[feature_cache.FeatureTar]
+    encoders: Mapping[str, Encoder], suffixes: Mapping[str, str], feature_tars: Sequence[feature_cache.FeatureTar]
 ) -> dict[str, float]:
     """Modality → seconds for reading one medium's features, over about `REREAD` samples of all feature tars."""
     seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
@@ -82,7 +82,7 @@ def seconds_to_read(
 def report(
     feature_tars: Mapping[str, feature_cache.FeatureTar],
     encoders: Mapping[str, Encoder],
-    suffixes: dict[str, str],
+    suffixes: Mapping[str, str],
     precision: str,
 ) -> list[str]:
     """Lines that say what feature tars hold, how exact it is, and whether reading them is cheaper than encoding.
