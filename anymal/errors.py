@@ -1,7 +1,7 @@
-"""What can go wrong with one sample, and how much of it a run puts up with.
+"""The errors that all rooms share, and the words in which they are told.
 
-A worker that meets a bad sample raises `BadSample`; the stream turns it into a line of ``quarantine.jsonl`` and goes
-on with the next one, until the `Quarantine`'s budget is spent.
+`UserError` is for whoever started the run. A loader worker that meets a bad sample raises `BadSample`; the stream turns
+it into a line of ``quarantine.jsonl``, until `anymal.data.quarantine` has too many and raises `BudgetExceeded`.
 """
 
 import difflib

@@ -1,6 +1,6 @@
 """The values that travel from a shard to the loss.
 
-    raw tar members ──stream──▶ Sample ──prompt──▶ Tokens ──packing──▶ Batch ──model──▶ loss
+    tar members ──parse──▶ Sample ──prepare──▶ Tokens ──packing──▶ Batch ──model──▶ loss
 
 Legend of shapes, used everywhere:
     B  samples in a micro-batch        T  tokens of a micro-batch, all its samples end to end
@@ -80,7 +80,7 @@ def with_note(decoded: "Tensor | Noted | Viewable") -> "tuple[Tensor | Viewable,
 
 @dataclass(frozen=True, kw_only=True)
 class Viewable:
-    """A decoded medium that can be shown in more or fewer views; `anymal.data.budget` says in how many."""
+    """A decoded medium that can be shown in more or fewer views; `anymal.data.view_budget` says in how many."""
 
     choices: tuple[int, ...]
     """The possible numbers of views, the largest first."""
@@ -110,16 +110,6 @@ class Message:
     """Texts and media in the order in which the LLM reads them."""
 
 
-def told(messages: list[Message], instruction: str) -> list[Message]:
-    """The messages, with `instruction` (if any) after the media wherever a user sent media without a word."""
-    added = [Part(kind=TEXT, content=instruction)] if instruction else []
-    wordless = [message.role == "user" and all(part.kind != TEXT for part in message.parts) for message in messages]
-    return [
-        Message(role=message.role, parts=[*message.parts, *added] if silent else message.parts)
-        for message, silent in zip(messages, wordless, strict=True)
-    ]
-
-
 @dataclass(kw_only=True)
 class Sample:
     """A conversation with typed parts. A media-caption pair is one with one medium and one answer."""
@@ -130,6 +120,9 @@ class Sample:
     """The tar that it came from."""
     messages: list[Message]
     """The conversation."""
+    instruction: str = ""
+    """What a user who sends media without a word is taken to say, as its dataset words it; empty: as
+    ``prompt.instruction`` does. `anymal.data.prompt` puts it in."""
     options: list[str] = field(default_factory=list)
     """The possible answers, if this is a closed question; the last message's text is the right one."""
     ignored: list[str] = field(default_factory=list)
@@ -190,22 +183,22 @@ class Batch:
     """A micro-batch: B samples end to end in one row of T tokens. Nothing is padding."""
 
     ids: Tensor
-    """[1, T] int64 token ids, zero where a medium stands."""
+    """[1, T] int64 token ids; zero where a medium stands, whose embeddings replace the token embeddings there."""
     positions: Tensor
-    """[1, T] int64, counting from zero again with every sample: what transformers tells samples apart by."""
+    """[1, T] int64 position ids, from zero again with every sample: transformers tells samples apart by them."""
     lengths: list[int]
     """Tokens of each sample, T in all: what `anymal.model.attention` tells them apart by."""
-    rows: Tensor
+    answer_positions: Tensor
     """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
     targets: Tensor
     """[A] int64, the answer tokens."""
-    group_of_row: Tensor
+    answer_groups: Tensor
     """[A] int64, index into `groups` for each answer token."""
     groups: list[str]
     """Names under which losses are reported."""
     media: dict[str, Tensor | PartlyEncoded]
     """For each modality present, [N, ...] what its encoder takes; or less, where features were read."""
-    slots: dict[str, Tensor]
+    media_positions: dict[str, Tensor]
     """For each modality present, [sum of K] int64: the positions (in T) of its embeddings, medium after medium."""
     counts: dict[str, Tensor]
     """For each modality present, [N] int64: the number of tokens K of each medium."""
@@ -213,20 +206,20 @@ class Batch:
     """For each modality with skipped views, int64: the positions (in T) of their embeddings."""
     keys: list[str]
     """The samples' keys, for error messages."""
-    stands: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    media_starts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
     first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU
     would be waited for."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
     decoded: dict[tuple[str, str], int] = field(default_factory=dict)
-    """How many media of each modality were decoded, with which note."""
+    """By modality and note: how many media were decoded."""
     ignored: dict[str, int] = field(default_factory=dict)
     """How many members were left out of each modality that the run does not have."""
     bookmark: dict = field(default_factory=dict)
-    """Where the stream stands after this batch, as plain JSON."""
+    """Where the stream stands after this batch (the dataloader's state), as plain JSON."""
 
-    def to(self, device: Any) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """A copy with every tensor on `device`. Copies to a GPU are queued there; nobody waits for them."""
         queued = torch.device(device).type == "cuda"
 

@@ -34,7 +34,7 @@ from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.stages import Recipe, config_of, load_untrained
 from anymal.data.packing import pack
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import samples_once, unchanged
 from anymal.data_prep.demo.assets import cache_folder

@@ -17,7 +17,7 @@ import numpy as np
 
 from anymal.config.command_line import run_program
 from anymal.data import manifest
-from anymal.data.order import Counts, Order, Share, merge_bookmarks
+from anymal.data.order import Counts, Order, RankSampler, merge_bookmarks
 
 SHARDS, SAMPLES = 20_000, 10_000
 RANKS, FEWER, WORKERS, BATCH, SHUFFLE = 512, 384, 8, 16, 10_000
@@ -35,22 +35,22 @@ def bad(position: int) -> bool:
     return BAD[position % len(BAD)]
 
 
-def good_batches(share: Share, n: int) -> tuple[list[int], list[int]]:
+def good_batches(sampler: RankSampler, n: int) -> tuple[list[int], list[int]]:
     """The positions that a rank takes for `n` batches of good samples, bad ones left out; and how many it looked at."""
-    taken, positions, looked = [], share.positions(), 0
+    taken, positions, looked = [], sampler.positions(), 0
     while len(taken) < n * BATCH:
         position = next(positions)
         looked += 1
         if not bad(position):
             taken.append(position)
-    share.move(position, [])
+    sampler.move(position, [])
     return taken, looked
 
 
 def dealing_out(order: Order, start: int) -> float:
     """Milliseconds of CPU time to say where the samples of one batch lie, as the main process of a rank does."""
-    share = Share(order, rank=7, world=RANKS, bookmark=None)
-    positions = iter(range(start + share.position, 1 << 62, RANKS))
+    sampler = RankSampler(order, rank=7, world=RANKS, bookmark=None)
+    positions = iter(range(start + sampler.position, 1 << 62, RANKS))
     for _ in range(BATCH):
         order.locate(next(positions))
     times = []
@@ -86,20 +86,20 @@ def surveying(counts: int) -> float:
 
 def change_of_ranks(order: Order) -> dict[str, float]:
     """Run 512 ranks, bookmark, go on with 384, and compare what was taken with what there is."""
-    shares = [Share(order, rank=rank, world=RANKS, bookmark=None) for rank in range(RANKS)]
-    before, looked = zip(*(good_batches(share, STEPS) for share in shares), strict=True)
-    pieces = [json.loads(json.dumps(share.piece())) for share in shares]
+    samplers = [RankSampler(order, rank=rank, world=RANKS, bookmark=None) for rank in range(RANKS)]
+    before, looked = zip(*(good_batches(sampler, STEPS) for sampler in samplers), strict=True)
+    pieces = [json.loads(json.dumps(sampler.piece())) for sampler in samplers]
     begun = time.process_time()
     merged = merge_bookmarks(pieces)
     merge = time.process_time() - begun
     bookmark = json.loads(text := json.dumps(merged))
     begun = time.process_time()
-    fewer = [Share(order, rank=rank, world=FEWER, bookmark=bookmark) for rank in range(FEWER)]
-    after = [good_batches(share, CHECKED)[0] for share in fewer]
-    again = json.dumps(merge_bookmarks([share.piece() for share in fewer]))
+    fewer = [RankSampler(order, rank=rank, world=FEWER, bookmark=bookmark) for rank in range(FEWER)]
+    after = [good_batches(sampler, CHECKED)[0] for sampler in fewer]
+    again = json.dumps(merge_bookmarks([sampler.piece() for sampler in fewer]))
     taken = np.array([position for rank in [*before, *after] for position in rank])
     # All up to the slowest rank's place must be there, and nothing twice.
-    through = min(share.position for share in fewer)
+    through = min(sampler.position for sampler in fewer)
     wanted = [position for position in range(through) if not bad(position)]
     exact = len(np.unique(taken)) == len(taken) and np.array_equal(np.sort(taken[taken < through]), wanted)
     touched = [shards_touched(order, before[rank]) for rank in (0, RANKS // 2, RANKS - 1)]

@@ -62,9 +62,16 @@ def prepare_badly_by_thirds(sample: Sample) -> Tokens:
 def collate(tokens: list[Tokens]) -> Batch:
     empty = torch.zeros(0)
     media = {"array": torch.cat([medium.flatten() for t in tokens for medium in t.media]) if tokens else empty}
-    rest = dict.fromkeys(("ids", "positions", "rows", "targets", "group_of_row"), empty)
+    rest = dict.fromkeys(("ids", "positions", "answer_positions", "targets", "answer_groups"), empty)
     return Batch(
-        media=media, lengths=[], groups=[], slots={}, counts={}, skips={}, keys=[t.key for t in tokens], **rest
+        media=media,
+        lengths=[],
+        groups=[],
+        media_positions={},
+        counts={},
+        skips={},
+        keys=[t.key for t in tokens],
+        **rest,
     )
 
 

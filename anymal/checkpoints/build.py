@@ -16,7 +16,7 @@ from anymal.checkpoints.networks import Start
 from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
 from anymal.config.settings import options
 from anymal.config.stages import encoder_names
-from anymal.data.prompt import Prepare, prepare
+from anymal.data.prepare import Prepare, prepare
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors

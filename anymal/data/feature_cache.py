@@ -1,11 +1,11 @@
-"""Feature twins: tars of their own that hold features in place of media. Between the indexes and the stream.
+"""The feature cache: tars that hold encoders' features in place of media. Between the indexes and the stream.
 
-    FOLDER/NAME.tar ──launch/encode.py──▶ FOLDER/features/image-0123456789abcdef.bf16/NAME.tar
+    FOLDER/NAME.tar ──anymal encode──▶ FOLDER/features/image-0123456789abcdef.bf16/NAME.tar
 
-A twin has the samples of its tar in the same order under the same keys, bad ones included, so that positions and
-bookmarks mean the same with and without it. The name of its folder says whose features they are
+A feature tar has the samples of its original in the same order under the same keys, bad ones included, so that
+positions and bookmarks mean the same with and without it. The name of its folder says whose features they are
 (`anymal.data.feature_codec.identity`) and how exact; its first member, which is no sample, of which tar they are. Where
-FOLDER cannot be written to, twins lie in $ANYMAL_CACHE (~/.cache/anymal). docs/features.md says more.
+FOLDER cannot be written to, they lie in $ANYMAL_CACHE (~/.cache/anymal). docs/features.md says more.
 """
 
 import fcntl
@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twin:
-    """A twin that fits its tar as that is now, and this run's encoders."""
+class FeatureTar:
+    """A tar of the cache that fits its original as that is now, and this run's encoders."""
 
     path: str
     """The tar with the features."""
@@ -47,53 +47,66 @@ class Twin:
         return self.header["encoders"]
 
 
-def find(tar: str, encoders: Mapping[str, str], precision: str, listed: dict[str, list[str]]) -> list[Twin]:
-    """The twins of a tar that a run can use, the best first: most modalities, then the most exact.
+def precisions(features: str) -> tuple[str, ...]:
+    """Those that ``data.features`` lets a run read, the most exact first: none if it is never to read any."""
+    return {"auto": PRECISIONS, "never": ()}.get(features, (features,))
+
+
+def find(
+    tar: str, encoders: Mapping[str, str], wanted: Sequence[str], listed: dict[str, list[str]]
+) -> list[FeatureTar]:
+    """The feature tars of a tar that a run can use, the best first: most modalities, then the most exact.
 
     Args:
         tar: The original.
         encoders: Modality → `anymal.data.feature_codec.identity` of the run's encoder.
-        precision: One of `anymal.data.feature_codec.PRECISIONS`, or ``"auto"`` for any.
-        listed: What earlier calls found in folders; give the same dict for many tars.
+        wanted: Some of `anymal.data.feature_codec.PRECISIONS`.
+        listed: What earlier calls saw in folders; give the same dict for many tars.
     """
-    wanted = PRECISIONS if precision == "auto" else (precision,)
-    found = []
-    for place in places(tar):
-        if place not in listed:
-            listed[place] = os.listdir(place) if os.path.isdir(place) else []
-        for name in listed[place]:
-            held, exactness = _split(name)
-            if held is None or exactness not in wanted or not held.items() <= encoders.items():
+    usable = []
+    for cache in folders(tar):
+        if cache not in listed:
+            listed[cache] = os.listdir(cache) if os.path.isdir(cache) else []
+        for name in listed[cache]:
+            identities, precision = _split(name)
+            if identities is None or precision not in wanted or not identities.items() <= encoders.items():
                 continue
-            path = os.path.join(place, name, os.path.basename(tar))
+            path = os.path.join(cache, name, os.path.basename(tar))
             header = read_header(path)
-            if header is not None and header == header | _expected(tar, held, exactness):
-                found.append(Twin(path=path, header=header))
-    return sorted(found, key=lambda twin: (-len(twin.encoders), PRECISIONS.index(twin.header["precision"])))
+            if header is not None and header == header | _expected(tar, identities, precision):
+                usable.append(FeatureTar(path=path, header=header))
+    return sorted(usable, key=lambda one: (-len(one.encoders), PRECISIONS.index(one.header["precision"])))
 
 
-def find_all(tars: Sequence[Shard], encoders: Mapping[str, str], precision: str) -> dict[str, Shard]:
-    """The best twin of each tar that has one: path of the original → twin. Tars not yet downloaded have none."""
-    if precision == "never" or not encoders:
+def find_all(tars: Sequence[Shard], encoders: Mapping[str, str], features: str) -> dict[str, Shard]:
+    """The best feature tar of each tar that has one: path of the original → feature tar.
+
+    Args:
+        tars: The originals; those not yet downloaded have none.
+        encoders: As for `find`.
+        features: As ``data.features``.
+    """
+    wanted = precisions(features)
+    if not wanted or not encoders:
         return {}
     listed: dict[str, list[str]] = {}
-    chosen: dict[str, list[str]] = {}
+    candidates: dict[str, list[str]] = {}
     for tar in tars:
         if os.path.exists(tar.path):
-            chosen[tar.path] = [twin.path for twin in find(tar.path, encoders, precision, listed) if twin.encoders]
-    known = survey([path for paths in chosen.values() for path in paths])
-    found = {}
+            candidates[tar.path] = [one.path for one in find(tar.path, encoders, wanted, listed) if one.encoders]
+    known = survey([path for paths in candidates.values() for path in paths])
+    best = {}
     for tar in tars:
-        for path in chosen.get(tar.path, []):
+        for path in candidates.get(tar.path, []):
             if len(known[path]) == len(tar):
-                found[tar.path] = known[path]
+                best[tar.path] = known[path]
                 break
             _log.warning("%s is not used: %d samples for %d", path, len(known[path]), len(tar))
-    return found
+    return best
 
 
-def places(tar: str) -> Iterator[str]:
-    """Where the folders of a tar's twins may lie, the preferred place first."""
+def folders(tar: str) -> Iterator[str]:
+    """Where the cache of a tar may lie, the preferred folder first."""
     folder = os.path.dirname(os.path.abspath(tar))
     yield os.path.join(folder, "features")
     digest = hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()
@@ -110,8 +123,9 @@ def _split(folder: str) -> tuple[dict[str, str] | None, str]:
     named, _, precision = folder.rpartition(".")
     if named == "none":
         return {}, precision
-    pairs = [pair.rpartition("-")[::2] for pair in named.split("+")]
-    return (dict(pairs) if all(map(all, pairs)) else None), precision
+    pairs = [pair.rpartition("-") for pair in named.split("+")]
+    valid = all(modality and identity for modality, _, identity in pairs)
+    return ({modality: identity for modality, _, identity in pairs} if valid else None), precision
 
 
 def _expected(tar: str, encoders: Mapping[str, str], precision: str) -> dict[str, Any]:
@@ -119,13 +133,13 @@ def _expected(tar: str, encoders: Mapping[str, str], precision: str) -> dict[str
 
 
 def stamp(tar: str) -> list[int]:
-    """Size and time of change (ns) of a tar: a twin fits as long as they are the same."""
+    """Size and time of change (ns) of a tar: its feature tar fits as long as they are the same."""
     stat = os.stat(tar)
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def read_header(path: str) -> dict[str, Any] | None:
-    """What a twin says of itself; None if this is no twin, or one that was not finished."""
+    """What a feature tar says of itself; None if this is none, or one that was not finished."""
     if not os.path.isfile(path):  # a pipe would be waited for
         return None
     try:
@@ -133,7 +147,8 @@ def read_header(path: str) -> dict[str, Any] | None:
             member = tar.next()
             if member is None or member.name != HEADER or member.size != HEADER_SIZE:
                 return None
-            header = json.loads(tar.extractfile(member).read())
+            data = tar.extractfile(member)
+            header = json.loads(data.read()) if data else None
     except Exception:  # tarfile raises many kinds of errors over what is no tar
         return None
     return header if isinstance(header, dict) else None
@@ -143,7 +158,7 @@ def read_header(path: str) -> dict[str, Any] | None:
 
 
 class Writer:
-    """Writes a twin into a file: `add` each sample, then `finish`."""
+    """Writes a feature tar into a file: `add` each sample, then `finish`."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -159,14 +174,29 @@ class Writer:
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = len(data), 0o644
         self.tar.addfile(entry, io.BytesIO(data))
-        self.tar.members = []  # else the headers of the whole tar stay in memory
+        shards.forget_members(self.tar)
 
-    def finish(self, tar: str, encoders: Mapping[str, str], precision: str, **also: Any) -> None:
-        """Say of which tar and by which encoders these are the features, and put everything on disk."""
+    def finish(
+        self,
+        tar: str,
+        encoders: Mapping[str, str],
+        precision: str,
+        *,
+        looked_for: Sequence[str],
+        media: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Say of which tar and by which encoders these are the features, and put everything on disk.
+
+        Args:
+            tar: The original.
+            encoders, looked_for, media: As in `FeatureTar.header`.
+            precision: One of `anymal.data.feature_codec.PRECISIONS`.
+        """
         self.tar.close()
-        header = json.dumps(_expected(tar, encoders, precision) | also).encode()
+        header = _expected(tar, encoders, precision) | {"looked_for": looked_for, "media": media}
+        header = json.dumps(header).encode()
         if len(header) > HEADER_SIZE:
-            raise ValueError(f"the header of a twin takes {len(header)} bytes; {HEADER_SIZE} are reserved")
+            raise ValueError(f"the header of a feature tar takes {len(header)} bytes; {HEADER_SIZE} are reserved")
         self.file.seek(shards.BLOCK)
         self.file.write(header.ljust(HEADER_SIZE))
         self.file.flush()

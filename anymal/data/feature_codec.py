@@ -1,4 +1,4 @@
-"""Features of frozen encoders as bytes: what a feature twin (anymal.data.feature_cache) holds in place of a medium.
+"""Features of frozen encoders as bytes: what a feature tar (anymal.data.feature_cache) holds in place of a medium.
 
     encoder ──[tokens, width]──▶ dump ──safetensors──▶ load ──▶ Features ──packing──▶ Batch
 
@@ -71,10 +71,10 @@ def load(data: bytes, tokens: int, width: int) -> Tensor:
     """
     if len(data) > (most := 4 * tokens * (width + 1) + _OVERHEAD):
         raise BadSample(f"cached features of {len(data)} bytes; [{tokens}, {width}] takes at most {most}")
-    held = _tensors(data)
-    if "features" not in held:
-        raise BadSample(f"cached features hold the tensors {sorted(held)}; wanted is 'features'")
-    features, scale = held["features"], held.get("scale")
+    tensors = _tensors(data)
+    if "features" not in tensors:
+        raise BadSample(f"cached features hold the tensors {sorted(tensors)}; wanted is 'features'")
+    features, scale = tensors["features"], tensors.get("scale")
     if features.dtype not in _DTYPES or tuple(features.shape) != (tokens, width):
         raise BadSample(
             f"cached features are {list(features.shape)} of {features.dtype}; this encoder's are [{tokens}, {width}] "
@@ -82,8 +82,8 @@ def load(data: bytes, tokens: int, width: int) -> Tensor:
         )
     if features.dtype == torch.int8:
         if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (tokens,):
-            found = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
-            raise BadSample(f"the scale of cached features is {found}; wanted is [{tokens}] of float32")
+            given = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
+            raise BadSample(f"the scale of cached features is {given}; wanted is [{tokens}] of float32")
         features = features * scale[:, None]
     check(features, "cached features")
     return features
@@ -105,36 +105,36 @@ def check(values: Tensor, what: str) -> None:
 
 
 def restore(members: dict[str, bytes]) -> dict[str, bytes]:
-    """The members of a sample of a twin under the names that they have in the original, media as `Stored`.
+    """The members of a sample of a feature tar under the names that they have in the original, media as `Stored`.
 
     Raises:
         BadSample: The original's sample could not be read; with the reason.
     """
     if ENDING in members:
         raise BadSample(f"cached features without a medium's name hold {sorted(_tensors(members[ENDING]))}")
-    found = {}
+    originals: dict[str, bytes] = {}
     for name, data in members.items():
         original = name.removesuffix(f".{ENDING}")
-        found[original] = data if name == original else Stored(data)
-    return found
+        originals[original] = data if name == original else Stored(data)
+    return originals
 
 
 def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
-        held = from_bytes(data)
+        tensors = from_bytes(data)
     except Exception as error:  # of safetensors, or of torch about a dtype or shape that it does not have
         kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise BadSample(f"cached features are not in safetensors' format: {kind}{error}") from error
-    if "bad" in held:
-        reason = held["bad"].flatten().view(torch.uint8)[:_LONGEST_REASON]
+    if "bad" in tensors:
+        reason = tensors["bad"].flatten().view(torch.uint8)[:_LONGEST_REASON]
         raise BadSample(bytes(reason.tolist()).decode(errors="surrogateescape"))
-    return held
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------------- identity
 
 
-def identity(encoder: Any) -> str:
+def identity(encoder: object) -> str:
     """16 hex digits over all that the features of a medium depend on: weights, settings, decoding, `VERSION`.
 
     It is the same in every process, for a copy of the encoder's folder elsewhere, and whether the encoder is on a GPU
@@ -144,27 +144,27 @@ def identity(encoder: Any) -> str:
     return hashlib.sha256((plain + _weights(encoder)).encode()).hexdigest()[:16]
 
 
-def weights_digest(encoder: Any) -> str:
+def weights_digest(encoder: object) -> str:
     """16 hex digits over the weights alone, compared as `identity` does."""
     return hashlib.sha256(_weights(encoder).encode()).hexdigest()[:16]
 
 
-def _weights(encoder: Any) -> str:
+def _weights(encoder: object) -> str:
     """The digest of every tensor by its name."""
     weights = sorted(encoder.state_dict().items()) if isinstance(encoder, nn.Module) else []
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
-        found = pool.map(_digest, [tensor for _, tensor in weights])
-        return "".join(f"{name} {digest}" for (name, _), digest in zip(weights, found, strict=True))
+        digests = pool.map(_digest, [tensor for _, tensor in weights])
+        return "".join(f"{name} {digest}" for (name, _), digest in zip(weights, digests, strict=True))
 
 
 def _digest(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16)
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return f"{list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return f"{list(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """What an encoder or its decoding consists of, weights left out, as JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value

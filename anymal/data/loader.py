@@ -1,28 +1,30 @@
-"""The stream's workers: tickets → what is made of each sample, in the order of the tickets.
+"""The stream's dataloader: requests → what workers make of each sample, prefetched, in the order of the requests.
 
-    manifest.py: shard ──▶ its offsets      (the main process knows its number of samples only)
-    shards.py: place ──▶ members            (`read_sample`: whoever reads a sample of a tar does it here)
+    manifest.py: shard ──▶ its offsets        (the main process knows its number of samples only)
+    shards.py: byte range ──▶ members         (`read_sample`: whoever reads a sample of a tar does it here)
     parse.py: members ──▶ Sample ──prepare──▶ Tokens
 
-They keep nothing, so how many there are changes nothing, and none of their state is in a bookmark.
+Workers keep nothing, so how many there are changes nothing, and none of their state is in a bookmark.
 """
 
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Generic, TypeVar
 
 from anymal.config.schema import DataConfig
 from anymal.data import feature_codec, manifest, pool, shards
 from anymal.data.manifest import Shard
 from anymal.data.parse import parse
 from anymal.errors import BadSample, UserError, shortened
-from anymal.sample import Sample, told
+from anymal.sample import Sample
 
 _CHUNK = 8  # samples that a worker is asked for at a time: spreads the cost of passing them on
-_SHORT = 64  # tokens of a short sample: tells how many to read ahead for a row
+_SHORT = 64  # tokens of a short sample: tells how many to prefetch for a row
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Bad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ticket:
+class Request:
     """One sample to be read."""
 
     position: int
@@ -54,7 +56,7 @@ class Ticket:
     instruction: str = ""
     """What the user says after media without a word, in place of prompt.instruction; empty leaves that."""
     refused: str = ""
-    """Why it is not to be used, if its loss told so; it is not read then."""
+    """Why it is not to be used, if its loss was not finite; it is not read then."""
 
 
 @dataclass(kw_only=True)
@@ -70,12 +72,14 @@ class RawSample:
     members: dict[str, bytes]
     """By suffix; media whose features are cached are `anymal.data.feature_codec.Stored`."""
     instruction: str = ""
-    """As in its `Ticket`."""
+    """As in its `Request`."""
     seconds: float = 0.0
     """What reading it took."""
 
 
-def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, shard: str = "") -> Any:
+def read_sample(
+    tar: shards.Index, i: int, use: Callable[[RawSample], Result], *, shard: str = ""
+) -> Result | Bad | UserError:
     """What `use` makes of one sample of a tar.
 
     Args:
@@ -88,14 +92,15 @@ def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, s
         What `use` returned; a `Bad` if the index says that the sample is bad, if it does not read or if `use` does not
         take it; or a `UserError` that `use` raised, for the main process to raise.
     """
-    place, key, began = tar.place(i), None, time.perf_counter()
+    place, began = tar.place(i), time.perf_counter()
+    key: str | None = None
     try:
         if i in tar.bad:
             raise BadSample(tar.bad[i])
         key, members = shards.read(tar.path, *place)
         seconds = time.perf_counter() - began
-        raw = {"shard": shard or tar.path, "place": (tar.path, *place), "key": key, "members": members}
-        return use(RawSample(**raw, seconds=seconds))
+        name = shard or tar.path
+        return use(RawSample(shard=name, place=(tar.path, *place), key=key, members=members, seconds=seconds))
     except UserError as error:
         return error
     except Exception as error:  # decoders raise anything over hostile bytes, and one sample must not end the run
@@ -105,34 +110,43 @@ def read_sample(tar: shards.Index, i: int, use: Callable[[RawSample], Any], *, s
 
 
 def prepared(
-    suffixes: dict[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Any], raw: RawSample
-) -> Any:
-    """What `prepare` makes of a sample, once it is parsed (see `anymal.data.parse.parse`) and has its instruction.
+    suffixes: Mapping[str, str], modalities: Collection[str] | None, prepare: Callable[[Sample], Result], raw: RawSample
+) -> Result:
+    """What `prepare` makes of a sample, once it is parsed (see `anymal.data.parse.parse`).
 
     Raises:
         BadSample: It does not parse. And whatever `prepare` raises.
     """
     sample = parse(raw.shard, raw.key, raw.members, suffixes, modalities)
-    return prepare(replace(sample, messages=told(sample.messages, raw.instruction)))
+    return prepare(replace(sample, instruction=raw.instruction))
 
 
-class Reader:
-    """What the workers hold: a ticket → what `use` makes of its sample. It has no state."""
+class Reader(Generic[Result]):
+    """What the workers hold: a request → what `use` makes of its sample. It has no state.
+
+    Args:
+        listed: The shards of each dataset.
+        use: As for `read_sample`.
+        feature_tars: Path of a shard → the tar that is read in its place, with features in place of media.
+    """
 
     def __init__(
-        self, listed: list[list[Shard]], use: Callable[[RawSample], Any], twins_of: dict[str, Shard] | None = None
+        self,
+        listed: list[list[Shard]],
+        use: Callable[[RawSample], Result],
+        feature_tars: dict[str, Shard] | None = None,
     ):
-        self.shards, self.use, self.twins = listed, use, twins_of or {}
+        self.shards, self.use, self.feature_tars = listed, use, feature_tars or {}
 
-    def one(self, ticket: Ticket) -> Any:
+    def read(self, request: Request) -> Result | Bad | UserError:
         """As `read_sample`."""
-        if ticket.refused:
-            return self.dead(ticket, ticket.refused)
-        shard = self.shards[ticket.dataset][ticket.shard]
-        source = self.twins.get(shard.path, shard)
+        if request.refused:
+            return self.bad(request, request.refused)
+        shard = self.shards[request.dataset][request.shard]
+        source = self.feature_tars.get(shard.path, shard)
 
-        def use(raw: RawSample) -> Any:
-            raw.instruction = ticket.instruction
+        def use(raw: RawSample) -> Result:
+            raw.instruction = request.instruction
             if source is not shard:
                 raw.members = feature_codec.restore(raw.members)
             return self.use(raw)
@@ -142,40 +156,45 @@ class Reader:
         except UserError as error:
             return error
         except Exception as error:  # as in read_sample: its storage may fail
-            return Bad(shard=shard.name, key=f"number {ticket.sample}", reason=reason_of(error), lasting=False)
-        return read_sample(tar, ticket.sample, use, shard=shard.name)
+            return Bad(shard=shard.name, key=f"number {request.sample}", reason=reason_of(error), lasting=False)
+        return read_sample(tar, request.sample, use, shard=shard.name)
 
-    def dead(self, ticket: Ticket, reason: str) -> Bad:
-        """What stands for a sample over which a worker died, or which is refused."""
-        shard = self.shards[ticket.dataset][ticket.shard]
-        source = self.twins.get(shard.path, shard)
+    def bad(self, request: Request, reason: str) -> Bad:
+        """The result for a sample over which a worker crashed, or which is refused."""
+        shard = self.shards[request.dataset][request.shard]
+        source = self.feature_tars.get(shard.path, shard)
         try:
-            key = shards.name_of(source.path, *manifest.load(source).place(ticket.sample))
+            key = shards.name_of(source.path, *manifest.load(source).place(request.sample))
         except Exception:  # its index may be what killed the worker
-            key = f"number {ticket.sample}"
+            key = f"number {request.sample}"
         return Bad(shard=shard.name, key=key, reason=reason)
 
-    def name(self, ticket: Ticket) -> str:
+    def name(self, request: Request) -> str:
         """Which sample it is, without a look into the tar: its storage may hang."""
-        return f"sample {ticket.sample} (counted from 0) of {self.shards[ticket.dataset][ticket.shard].name}"
+        return f"sample {request.sample} (counted from 0) of {self.shards[request.dataset][request.shard].name}"
 
 
 def each(
-    count: int, read: Callable[[int], Any], data: DataConfig, *, dead: Callable[[int, str], Any], name: str
-) -> Iterator[Any]:
-    """``read(0)`` to ``read(count - 1)``, in order, by ``data.workers`` processes ahead of their use.
+    count: int,
+    read: Callable[[int], Result | UserError],
+    data: DataConfig,
+    *,
+    on_crash: Callable[[int, str], Result],
+    name: str,
+) -> Iterator[Result]:
+    """``read(0)`` to ``read(count - 1)``, in order, prefetched by ``data.workers`` processes.
 
     Args:
         count: How many.
         read: Runs in the workers; a `UserError` that it returns is raised.
         data: ``workers`` and ``timeout``.
-        dead: What stands for one over which a worker died, given its number and the reason.
+        on_crash: The result of one over which a worker crashed, given its number and the reason.
         name: What is read, for messages.
 
     Raises:
         UserError: `read` returned one; or a worker hangs.
     """
-    for _, result in _work(read, range(count), data, dead, lambda i: f"sample {i} (counted from 0) of {name}"):
+    for _, result in _work(read, range(count), data, on_crash, lambda i: f"sample {i} (counted from 0) of {name}"):
         yield result
 
 
@@ -187,28 +206,44 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {shortened(str(error))} ({os.path.basename(last.filename)}:{last.lineno})"
 
 
-def load(reader: Reader, tickets: Iterable[Ticket], data: DataConfig) -> Iterator[tuple[Ticket, Any]]:
-    """Tickets → (ticket, result) in the same order, read by ``data.workers`` processes ahead of their use.
+def load(
+    reader: Reader[Result], requests: Iterable[Request], data: DataConfig
+) -> Iterator[tuple[Request, Result | Bad]]:
+    """Requests → (request, result) in the same order, prefetched by ``data.workers`` processes.
 
     A sample that kills its worker, by a crash of its decoder or for want of memory, is a `Bad` one.
 
     Raises:
         UserError: A worker met one; or a sample takes longer than ``data.timeout``.
     """
-    return _work(reader.one, tickets, data, reader.dead, reader.name)
+    return _work(reader.read, requests, data, reader.bad, reader.name)
 
 
-def _work(one: Callable, items: Iterable, data: DataConfig, dead: Callable, name: Callable) -> Iterator[tuple]:
-    """Items → (item, what `one` makes of it), by processes ahead of their use or, with no workers, in this one."""
+def _work(
+    read: Callable[[Item], Result | UserError],
+    items: Iterable[Item],
+    data: DataConfig,
+    on_crash: Callable[[Item, str], Result],
+    name: Callable[[Item], str],
+) -> Iterator[tuple[Item, Result]]:
+    """Items → (item, what `read` makes of it), prefetched by processes or, with no workers, in this one."""
+    results: Iterator[tuple[Item, Result | UserError]]
     if data.workers:
         batch = data.row_tokens // _SHORT or data.batch_size
-        size = max(1, min(_CHUNK, batch // data.workers), -(-batch // (data.workers * pool.MOST_AHEAD)))
-        ahead = max(2, -(-batch // (data.workers * size)))  # the next batch is read while this one is trained on
-        options = {"processes": data.workers, "size": size, "ahead": ahead, "timeout": data.timeout}
-        found = pool.in_order(one, items, dead=dead, name=name, **options)
+        chunk = max(1, min(_CHUNK, batch // data.workers), -(-batch // (data.workers * pool.MOST_PREFETCHED)))
+        results = pool.in_order(
+            read,
+            items,
+            processes=data.workers,
+            chunk=chunk,
+            prefetch=max(2, -(-batch // (data.workers * chunk))),  # the next batch is read while this one trains
+            timeout=data.timeout,
+            on_crash=on_crash,
+            name=name,
+        )
     else:
-        found = ((item, one(item)) for item in items)
-    for item, result in found:
+        results = ((item, read(item)) for item in items)
+    for item, result in results:
         if isinstance(result, UserError):
             raise result
         yield item, result

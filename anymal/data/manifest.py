@@ -224,7 +224,9 @@ def _agreeing(made: shards.Index, shard: Shard) -> shards.Index:
 
 def _index(path: str, remote: Remote | None, *, again: bool = False) -> shards.Index:
     """The index of a tar, which is open from then on: nobody can take it away while it is read."""
-    for tries_left in reversed(range(_TRIES if remote else 1)):
+    tries_left = _TRIES if remote else 1
+    while True:
+        tries_left -= 1
         try:
             if remote:
                 remote.fetch()
@@ -232,8 +234,7 @@ def _index(path: str, remote: Remote | None, *, again: bool = False) -> shards.I
             shards.open_tar(path)
             if remote and made.problem:
                 os.unlink(path)  # a login page, perhaps: the next start asks for the tar again
-            break
+            return made
         except (UserError, FileNotFoundError):
             if not tries_left or os.path.exists(path):
                 raise
-    return made

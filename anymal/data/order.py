@@ -1,11 +1,11 @@
-"""Which sample stands at which position, and bookmarks, which are positions. Reads nothing, knows no tar.
+"""Which sample is at which position, and bookmarks (the dataloader's state), which are positions. Reads nothing.
 
 The stream asks `Order` where the sample at position P lies. P counts over all datasets, ranks and epochs:
 
     P ──cycle of ratios──▶ dataset, j ──▶ epoch j // N, i = j % N ──shuffle──▶ shard, sample in the shard
 
-Every step is closed-form, so nothing has to be read, buffered or replayed to know what stands at P. Rank r of R
-takes the positions ≡ r (mod R): what it has done is one integer, whatever the number of workers.
+Every step is closed-form, so nothing has to be read, buffered or replayed to know what is at P. Data-parallel rank r of
+R takes the positions ≡ r (mod R) (`RankSampler`): what it has done is one integer, whatever the number of workers.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from anymal.errors import UserError
 
 VERSION = 2  # of the order and of the bookmarks: a change of either must refuse older bookmarks
 LONGEST_CYCLE = 10_000
+PENDING = "held"  # what bookmarks call the pending positions since version 0.1, so that old and new ones load
+Bookmark = dict[str, Any]
+"""A bookmark, or one rank's piece of it: plain JSON, as `merge_bookmarks` describes it."""
 _CYCLE, _SHARDS, _SAMPLES, _CHOICE, ONCE = range(5)  # tells apart the random numbers of permutations and of `choice`
 
 
@@ -32,12 +36,12 @@ def permutation(n: int, *key: int) -> np.ndarray:
     and an upgrade in the middle of a run must not move samples.
     """
     raw = np.random.PCG64(list(key)).random_raw(n)
-    found = raw.argsort()  # several times faster than a stable sort, and the same unless two numbers are equal
-    ranked = raw[found]
+    order = raw.argsort()  # several times faster than a stable sort, and the same unless two numbers are equal
+    ranked = raw[order]
     if (ranked[1:] == ranked[:-1]).any():
-        found = raw.argsort(kind="stable")
-    found.flags.writeable = False
-    return found
+        order = raw.argsort(kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 def choice(n: int, seed: int, position: int) -> int:
@@ -94,7 +98,7 @@ class Order:
             if not 0 < dataset.ratio < float("inf"):
                 raise UserError(f"data: the ratio of dataset {dataset.name!r} is {dataset.ratio}; it must be positive")
         self.datasets, self.seed, self.shuffle = list(datasets), seed, shuffle
-        self.cycle = _slots([dataset.ratio for dataset in datasets])
+        self.cycle = _positions_per_cycle([dataset.ratio for dataset in datasets])
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """The sample at `position`: index of the dataset, of its shard (as given), and of the sample in the shard."""
@@ -104,8 +108,8 @@ class Order:
         if self.shuffle:
             window, inside = divmod(i, self.shuffle)
             length = min(self.shuffle, dataset.total - window * self.shuffle)
-            place = permutation(length, self.seed, _SAMPLES, index, epoch, window)[inside]
-            i = window * self.shuffle + int(place)
+            shuffled = permutation(length, self.seed, _SAMPLES, index, epoch, window)[inside]
+            i = window * self.shuffle + int(shuffled)
         shards, ends = dataset.epoch(epoch, self.seed, index, self.shuffle > 0)
         nth = int(ends.searchsorted(i, side="right"))  # passes over empty shards
         shard = int(shards[nth])
@@ -115,14 +119,14 @@ class Order:
         """The dataset at a position, and how many earlier positions it has."""
         if len(self.datasets) == 1:
             return 0, position
-        cycle, slot = divmod(position, sum(self.cycle))
+        cycle, i = divmod(position, sum(self.cycle))
         # Permuted anew in each cycle: in a fixed order, two ranks and two datasets of equal ratio would leave each
         # rank with one of the datasets only.
         dataset_of, before = _cycle(self.cycle, self.seed, cycle)
-        index = int(dataset_of[slot])
-        return index, cycle * self.cycle[index] + int(before[slot])
+        index = int(dataset_of[i])
+        return index, cycle * self.cycle[index] + int(before[i])
 
-    def identity(self) -> dict:
+    def identity(self) -> dict[str, Any]:
         """What a bookmark's positions depend on, as plain JSON."""
         datasets = {}
         for dataset in self.datasets:
@@ -133,32 +137,32 @@ class Order:
         return {"seed": self.seed, "shuffle": self.shuffle, "datasets": datasets}
 
 
-def _slots(ratios: Sequence[float]) -> tuple[int, ...]:
+def _positions_per_cycle(ratios: Sequence[float]) -> tuple[int, ...]:
     """How many positions of one cycle each dataset gets: exact if a cycle of at most LONGEST_CYCLE can be, else ±1."""
     shares = [Fraction(str(ratio)) for ratio in ratios]
     shares = [share / sum(shares) for share in shares]
     length = lcm(*(share.denominator for share in shares))
     if length > LONGEST_CYCLE:
         length = LONGEST_CYCLE
-    slots = [int(share * length) for share in shares]
-    remainders = sorted(range(len(shares)), key=lambda d: slots[d] - shares[d] * length)
-    for d in remainders[: length - sum(slots)]:
-        slots[d] += 1
-    return tuple(max(1, count) for count in slots)  # however small its ratio, a dataset is not left out
+    counts = [int(share * length) for share in shares]
+    remainders = sorted(range(len(shares)), key=lambda d: counts[d] - shares[d] * length)
+    for d in remainders[: length - sum(counts)]:
+        counts[d] += 1
+    return tuple(max(1, count) for count in counts)  # however small its ratio, a dataset is not left out
 
 
 @lru_cache(maxsize=4)
-def _cycle(slots: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
     """[C] the dataset of each position of a cycle, and [C] how many positions before it in the cycle are its own."""
-    dataset_of = np.repeat(np.arange(len(slots)), slots)[permutation(sum(slots), seed, _CYCLE, cycle)]
+    dataset_of = np.repeat(np.arange(len(counts)), counts)[permutation(sum(counts), seed, _CYCLE, cycle)]
     before = np.empty_like(dataset_of)
-    for d, count in enumerate(slots):
+    for d, count in enumerate(counts):
         before[dataset_of == d] = np.arange(count)
     return dataset_of, before
 
 
-class Share:
-    """The positions that one rank takes, from a bookmark on.
+class RankSampler:
+    """The positions that one data-parallel rank takes, from a bookmark on.
 
     Args:
         order: The order that the positions refer to.
@@ -169,48 +173,48 @@ class Share:
         UserError: The bookmark is no merged bookmark, or belongs to other data, another seed, shuffle or ratio.
     """
 
-    def __init__(self, order: Order, *, rank: int, world: int, bookmark: dict | None):
+    def __init__(self, order: Order, *, rank: int, world: int, bookmark: Bookmark | None):
         if not 0 <= rank < world:
             raise UserError(f"rank {rank} is not one of {world}")
         self.rank, self.world, self.identity = rank, world, order.identity()
-        start, self._done, held = 0, [], set()
+        start, self._done, pending = 0, [], set()
         if bookmark is not None:
             _check(bookmark, self.identity)
-            start, self._done, held = bookmark["next"], bookmark["done"], set(bookmark["held"])
+            start, self._done, pending = bookmark["next"], bookmark["done"], set(bookmark[PENDING])
         self.position = start + (rank - start) % world
         """The first position of this rank that was not read."""
-        self.held = sorted(p for p in held if p % world == rank)
+        self.pending = sorted(p for p in pending if p % world == rank)
         """Positions before `position` that were read and are in no batch yet; after a change of ranks also later ones
         that stand among the done."""
-        self._passed = _members(self._done, rank, world, self.position) - held
+        self._passed = _members(self._done, rank, world, self.position) - pending
 
     def positions(self) -> Iterator[int]:
-        """What is left, in ascending order and endlessly, without moving `position`: reading ahead is no progress."""
+        """What is left, in ascending order and endlessly, without moving `position`: prefetching is no progress."""
         position = self.position
-        yield from [p for p in self.held if p < position]
+        yield from [p for p in self.pending if p < position]
         while True:
             if position not in self._passed:
                 yield position
             position += self.world
 
-    def move(self, position: int, held: Sequence[int]) -> None:
+    def move(self, position: int, pending: Sequence[int]) -> None:
         """Note that a batch was made.
 
         Args:
             position: The last position that was read for it.
-            held: The positions that were read and are in no batch yet.
+            pending: The positions that were read and are in no batch yet.
         """
-        unread = [p for p in self.held if p > position]
-        self.held = sorted([*held, *unread])
+        unread = [p for p in self.pending if p > position]
+        self.pending = sorted([*pending, *unread])
         self.position = max(self.position, position + self.world)
 
-    def piece(self) -> dict:
+    def piece(self) -> Bookmark:
         """This rank's part of a bookmark, as plain JSON."""
         return {
             "rank": self.rank,
             "world": self.world,
             "position": self.position,
-            "held": self.held,
+            PENDING: self.pending,
             "done": self._done,
             "version": VERSION,
             "data": self.identity,
@@ -219,20 +223,21 @@ class Share:
 
 def _members(ranges: Sequence[Sequence[int]], rank: int, world: int, start: int) -> set[int]:
     """The positions ≡ rank (mod world), from `start` on, that lie in one of the ranges (first, stop, step)."""
-    found = set()
+    members: set[int] = set()
     for first, stop, step in ranges:
         positions = np.arange(first, stop, step)
-        found.update(positions[(positions % world == rank) & (positions >= start)].tolist())
-    return found
+        members.update(positions[(positions % world == rank) & (positions >= start)].tolist())
+    return members
 
 
-def merge_bookmarks(pieces: Sequence[dict]) -> dict:
+def merge_bookmarks(pieces: Sequence[Bookmark]) -> Bookmark:
     """The ranks' pieces → a bookmark that does not depend on how many ranks there were.
 
     Returns:
         ``{"version", "data", "next", "done", "held"}``: no position before `next` is left; beyond it, those are done
-        that lie in one of the ranges `done` (each ``[first, stop, step]``) and are not in `held`. Ranks drift apart by
-        the bad samples that each one met and the lengths of those that it packed: one range for each rank tells it.
+        that lie in one of the ranges `done` (each ``[first, stop, step]``) and are not in `held`, the pending ones.
+        Ranks drift apart by the bad samples that each one met and the lengths of those that it packed: one range for
+        each rank tells it.
 
     Raises:
         UserError: The pieces are not those of all ranks of one run.
@@ -240,21 +245,21 @@ def merge_bookmarks(pieces: Sequence[dict]) -> dict:
     world = len(pieces)
     pieces = sorted(pieces, key=lambda piece: piece["rank"])
     if not pieces or [(p["rank"], p["world"]) for p in pieces] != [(r, world) for r in range(world)]:
-        found = ", ".join(f"{piece['rank']} of {piece['world']}" for piece in pieces) or "none"
-        raise UserError(f"a bookmark needs one piece from every rank of one run; found: {found}")
+        there = ", ".join(f"{piece['rank']} of {piece['world']}" for piece in pieces) or "none"
+        raise UserError(f"a bookmark needs one piece from every rank of one run; found: {there}")
     if any(piece["data"] != pieces[0]["data"] for piece in pieces):
         raise UserError("the ranks read different data: they do not see the same shards, seed or ratios")
-    first = min(min([piece["position"], *piece["held"]]) for piece in pieces)
+    first = min(min([piece["position"], *piece[PENDING]]) for piece in pieces)
     done = [known for known in pieces[0]["done"] if known[1] > first]
     for rank, piece in enumerate(pieces):
         begin = first + (rank - first) % world
         if begin < piece["position"]:
             done.append([begin, piece["position"], world])
-    held = sorted(p for piece in pieces for p in piece["held"])
-    return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": done, "held": held}
+    pending = sorted(p for piece in pieces for p in piece[PENDING])
+    return {"version": VERSION, "data": pieces[0]["data"], "next": first, "done": done, PENDING: pending}
 
 
-def _check(bookmark: dict, identity: dict) -> None:
+def _check(bookmark: Bookmark, identity: dict[str, Any]) -> None:
     """Refuse a bookmark whose positions would mean other samples here, and say what differs."""
     if "next" not in bookmark or bookmark.get("version") != VERSION:
         raise UserError(

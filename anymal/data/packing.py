@@ -1,4 +1,4 @@
-"""Tokens of several samples → one full row that the LLM reads at once, without a single padding token.
+"""Sequence packing: several samples → one full row that the LLM reads at once, without a single padding token.
 
     Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
 
@@ -7,10 +7,12 @@ zero with every sample; transformers' own attention implementations read the bor
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from anymal.config.schema import DataConfig
 from anymal.sample import IGNORED, Batch, Features, PartlyEncoded, Tokens
@@ -43,8 +45,8 @@ class Packer:
     A row is done when it is full to the last token, or when more than ``data.look_ahead`` samples did not fit; these
     begin the next one, in the order in which they came, so none waits for longer than a few rows.
 
-    What it holds is a pure function of the samples that it was given and has not returned, in their order: given the
-    same samples again, a new packer goes on alike. That is all that a bookmark has to know of it.
+    Its state is a pure function of the pending samples (those that it was given and has not returned), in their order:
+    given the same samples again, a new packer goes on alike. That is all that a bookmark has to know of it.
 
     Args:
         data: ``row_tokens``, ``batch_size``, ``look_ahead``, ``encoder_cost`` and ``group_by``.
@@ -64,11 +66,11 @@ class Packer:
         while bin.used == self.budget or len(bin.missed) > self.data.look_ahead:
             rows.append(sorted(bin.row, key=lambda item: len(item.tokens.ids)))  # see anymal.model.attention
             missed, bin.row, bin.used, bin.missed = bin.missed, [], 0, []
-            for waiting in missed:
-                self._put(bin, waiting)
+            for earlier in missed:
+                self._put(bin, earlier)
         return rows
 
-    def held(self) -> list[int]:
+    def pending(self) -> list[int]:
         """The positions of the samples that are in no row yet."""
         return sorted(item.position for bin in self._bins.values() for item in [*bin.row, *bin.missed])
 
@@ -87,79 +89,90 @@ class Packer:
 
 
 def pack(samples: Sequence[Tokens]) -> Batch:
-    """Put B samples end to end.
+    """The stream's collate function: put B samples end to end.
 
     Raises:
         ValueError: Media of one modality differ in shape, or a sample holds more runs than media. Names the key.
     """
-    ids, positions, rows, targets, group_of_row, groups = [], [], [], [], [], []
-    media: dict[str, list[torch.Tensor | Features]] = {}
-    slots: dict[str, list[int]] = {}
-    counts: dict[str, list[int]] = {}
+    begins = [0, *accumulate(len(sample.ids) for sample in samples)][:-1]
+    groups = list(dict.fromkeys(sample.group() for sample in samples))
+    answer_positions, targets, answer_groups = [], [], []
     skips: dict[str, list[int]] = {}
-    stands: dict[str, list[tuple[int, int]]] = {}
-    for sample in samples:
-        start, group = len(ids), sample.group()
-        if group not in groups:
-            groups.append(group)
-        ids += sample.ids
-        positions += range(len(sample.ids))
+    for sample, begin in zip(samples, begins, strict=True):
         # The label at t is predicted from t-1; the first token of a sample has nothing before it.
         answered = [t for t, label in enumerate(sample.labels) if label != IGNORED and t > 0]
-        rows += [start + t - 1 for t in answered]
+        answer_positions += [begin + t - 1 for t in answered]
         targets += [sample.labels[t] for t in answered]
-        group_of_row += [groups.index(group)] * len(answered)
-        if len(sample.runs) != len(sample.media):
-            raise ValueError(f"sample {sample.key!r}: {len(sample.runs)} placeholder runs, {len(sample.media)} media")
-        for (modality, first, length), medium in zip(sample.runs, sample.media, strict=True):
-            known = media.setdefault(modality, [])
-            alike = next((other for other in known if type(other) is type(medium)), medium)
-            if alike.shape != medium.shape:
-                raise ValueError(
-                    f"sample {sample.key!r}: {modality} of shape {list(medium.shape)}, but {list(alike.shape)} before"
-                )
-            known.append(medium)
-            slots.setdefault(modality, []).extend(range(start + first, start + first + length))
-            counts.setdefault(modality, []).append(length)
-        for modality, place in sample.skips:
-            skips.setdefault(modality, []).append(start + place)
-        for (modality, first, _), view in zip(sample.runs, _numbers_of_views(sample), strict=True):
-            known = stands.setdefault(modality, [])
-            known.append((start + first, len(known) - view))
-
-    def long(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64)
-
+        answer_groups += [groups.index(sample.group())] * len(answered)
+        for modality, first in sample.skips:
+            skips.setdefault(modality, []).append(begin + first)
+    runs = _runs(samples, begins)
     return Batch(
-        ids=long(ids)[None],
-        positions=long(positions)[None],
+        ids=_long(token for sample in samples for token in sample.ids)[None],
+        positions=_long(t for sample in samples for t in range(len(sample.ids)))[None],
         lengths=[len(sample.ids) for sample in samples],
-        rows=long(rows),
-        targets=long(targets),
-        group_of_row=long(group_of_row),
+        answer_positions=_long(answer_positions),
+        targets=_long(targets),
+        answer_groups=_long(answer_groups),
         groups=groups,
-        media={name: _stack(items) for name, items in media.items()},
-        slots={name: long(items) for name, items in slots.items()},
-        counts={name: long(items) for name, items in counts.items()},
-        skips={name: long(items) for name, items in skips.items()},
+        media={name: _stack([run.medium for run in mine]) for name, mine in runs.items()},
+        media_positions={name: _long(p for run in mine for p in run.positions) for name, mine in runs.items()},
+        counts={name: _long(len(run.positions) for run in mine) for name, mine in runs.items()},
+        skips={name: _long(positions) for name, positions in skips.items()},
         keys=[sample.key for sample in samples],
-        stands=stands,
+        media_starts={
+            name: [(run.positions.start, number - run.view) for number, run in enumerate(mine)]
+            for name, mine in runs.items()
+        },
         decoded=dict(Counter(medium for sample in samples for medium in sample.decoded)),
         ignored=dict(Counter(modality for sample in samples for modality in sample.ignored)),
     )
 
 
-def _numbers_of_views(sample: Tokens) -> list[int]:
-    """Which view of its medium each run is, counted from zero."""
-    return [number for views in sample.views or [1] * len(sample.runs) for number in range(views)]
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A placeholder run of the row."""
+
+    positions: range
+    """In T."""
+    medium: Tensor | Features
+    """What is spliced in there."""
+    view: int
+    """Which view of its medium it is, counted from zero."""
 
 
-def _stack(media: Sequence[torch.Tensor | Features]) -> torch.Tensor | PartlyEncoded:
+def _runs(samples: Sequence[Tokens], begins: Sequence[int]) -> dict[str, list[_Run]]:
+    """The runs of each modality, in reading order.
+
+    Raises:
+        ValueError: As `pack`.
+    """
+    runs: dict[str, list[_Run]] = {}
+    for sample, begin in zip(samples, begins, strict=True):
+        if len(sample.runs) != len(sample.media):
+            raise ValueError(f"sample {sample.key!r}: {len(sample.runs)} placeholder runs, {len(sample.media)} media")
+        numbers = [view for views in sample.views or [1] * len(sample.runs) for view in range(views)]
+        for (modality, first, length), medium, view in zip(sample.runs, sample.media, numbers, strict=True):
+            mine = runs.setdefault(modality, [])
+            shape = next((run.medium.shape for run in mine if type(run.medium) is type(medium)), medium.shape)
+            if shape != medium.shape:
+                raise ValueError(
+                    f"sample {sample.key!r}: {modality} of shape {list(medium.shape)}, but {list(shape)} before"
+                )
+            mine.append(_Run(positions=range(begin + first, begin + first + length), medium=medium, view=view))
+    return runs
+
+
+def _long(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
+
+
+def _stack(media: Sequence[Tensor | Features]) -> Tensor | PartlyEncoded:
     """The media of one modality, of one shape: [N, ...], or the raw ones and the features apart."""
-    known = [medium.tensor for medium in media if isinstance(medium, Features)]
+    features = [medium.tensor for medium in media if isinstance(medium, Features)]
     raw = [medium for medium in media if not isinstance(medium, Features)]
-    if not known:
+    if not features:
         return torch.stack(raw)
-    is_known = torch.tensor([isinstance(medium, Features) for medium in media], dtype=torch.int64)
-    order = is_known.argsort(stable=True).argsort()  # raw ones first, each kind in its own order
-    return PartlyEncoded(raw=torch.stack(raw) if raw else None, features=torch.stack(known), order=order)
+    is_encoded = torch.tensor([isinstance(medium, Features) for medium in media], dtype=torch.int64)
+    order = is_encoded.argsort(stable=True).argsort()  # raw ones first, each kind in its own order
+    return PartlyEncoded(raw=torch.stack(raw) if raw else None, features=torch.stack(features), order=order)

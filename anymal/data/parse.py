@@ -5,7 +5,7 @@ Called by the stream's workers between reading and decoding. Knows JSON and UTF-
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +26,7 @@ def parse(
     shard: str,
     key: str,
     members: dict[str, bytes],
-    suffixes: dict[str, str],
+    suffixes: Mapping[str, str],
     modalities: Collection[str] | None = None,
 ) -> Sample:
     """The members of one sample → a conversation whose media are still bytes.
@@ -50,13 +50,13 @@ def parse(
     for member in members:
         if member.rsplit(".", 1)[-1] in PICKLED:
             raise BadSample(f"its member {member!r} looks like a pickle, which is never unpickled; remove it")
-    found = {modality: [] for modality in suffixes.values()}
+    by_modality: dict[str, list[str]] = {modality: [] for modality in suffixes.values()}
     for member in sorted(members, key=_natural):
         modality = modality_of(member, suffixes)
         if modality is not None:
-            found[modality].append(member)
-    media = {name: listed for name, listed in found.items() if modalities is None or name in modalities}
-    others = {name: listed for name, listed in found.items() if name not in media}
+            by_modality[modality].append(member)
+    media = {name: listed for name, listed in by_modality.items() if modalities is None or name in modalities}
+    others = {name: listed for name, listed in by_modality.items() if name not in media}
     described = _json(members["json"]) if "json" in members else None
     if isinstance(described, dict) and "messages" in described:
         options = described.get("options") or []
@@ -104,7 +104,7 @@ def _json(data: bytes) -> Any:
         raise BadSample("its json is nested too deeply") from error
 
 
-def modality_of(member: str, suffixes: dict[str, str]) -> str | None:
+def modality_of(member: str, suffixes: Mapping[str, str]) -> str | None:
     """The modality of a member by its longest suffix in `suffixes`; None if it holds no medium."""
     fitting = [suffix for suffix in suffixes if f".{member}".endswith(f".{suffix}")]
     return suffixes[max(fitting, key=len)] if fitting else None
@@ -165,19 +165,19 @@ def _conversation(
         raise BadSample("has no text: no message says anything")
     if (count := sum(part.kind != TEXT for part in parts)) > MOST_MEDIA:
         raise BadSample(f"refers to {count} media; at most {MOST_MEDIA} are taken")
-    for modality, held in media.items():
+    for modality, listed in media.items():
         mine = [part for part in parts if part.kind == modality]
         named = {part.member for part in mine if part.member}
-        for name in sorted(named - set(held)):
-            hint = _nearest(name, held)
+        for name in sorted(named - set(listed)):
+            hint = _nearest(name, listed)
             raise BadSample(f"has no {modality} member {name[:_LONG]!r}{hint and f'; {hint}'}")
         unnamed = [part for part in mine if not part.member]
-        if len(named) + len(unnamed) != len(held):
+        if len(named) + len(unnamed) != len(listed):
             raise BadSample(
-                f"its conversation refers to {len(named) + len(unnamed)} {modality} members, it holds {len(held)}"
-                + (f" ({_listed(held)})" if held else "")
+                f"its conversation refers to {len(named) + len(unnamed)} {modality} members, it holds {len(listed)}"
+                + (f" ({_listed(listed)})" if listed else "")
             )
-        following = iter(name for name in held if name not in named)
+        following = iter(name for name in listed if name not in named)
         for part in mine:
             part.member = part.member or next(following)
             part.content = members[part.member]

@@ -1,10 +1,10 @@
-"""Processes that work ahead: items → what a function makes of each, in order, whatever becomes of a process.
+"""Worker processes that prefetch: items → what a function makes of each, in order, whatever becomes of a process.
 
-Beneath the stream's workers. Decoders are C code in the hands of strangers' bytes: one that crashes must cost one
-sample, not the run. torch's DataLoader ends with the first worker that dies, and its signal handler raises over the
-death in whatever code the main process is just running. Here each process has a pipe of its own, so that its death is
-the end of a pipe; what it was given is then done again item by item, each in a fresh process, and an item that its
-process dies over is the culprit. So it does not matter which process died, or how many there are.
+Beneath the loader, in place of torch's DataLoader. Decoders are C code in the hands of strangers' bytes: one that
+crashes must cost one sample, not the run. torch's DataLoader ends with the first worker that dies, and its signal
+handler raises over the death in whatever code the main process is just running. Here each process has a pipe of its
+own, so that its death is the end of a pipe; what it was given is then done again item by item, each in a fresh process,
+and an item that its process dies over is the culprit. So it does not matter which process died, or how many there are.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -29,82 +29,90 @@ from torch import Tensor
 from anymal.errors import UserError
 
 _fork = multiprocessing.get_context("fork")
-MOST_AHEAD = 64
-"""How often a process is asked ahead at most: all its answers fit into the pipe. If it had to wait for a reader of them
-while the main process waits for it to read what it is asked, both would wait for ever."""
+MOST_PREFETCHED = 64
+"""Chunks that a process is given ahead of their use at most: all its results fit into the pipe. If it had to wait for a
+reader of them while the main process waits for it to read the next chunk, both would wait for ever."""
 _ALIGNED = 64  # bytes: where a tensor may begin, for every dtype
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def in_order(
-    one: Callable[[Any], Any],
-    items: Iterable[Any],
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
     *,
     processes: int,
-    size: int,
-    ahead: int,
+    chunk: int,
+    prefetch: int,
     timeout: float,
-    dead: Callable[[Any, str], Any],
-    name: Callable[[Any], str],
-) -> Iterator[tuple[Any, Any]]:
-    """Items → (item, what `one` made of it), in the same order.
+    on_crash: Callable[[Item, str], Result],
+    name: Callable[[Item], str],
+) -> Iterator[tuple[Item, Result]]:
+    """Items → (item, what `work` made of it), in the same order.
 
     Args:
-        one: Runs in forked processes; what it returns is pickled, its tensors travel in shared memory.
+        work: Runs in forked processes; what it returns is pickled, its tensors travel in shared memory.
         items: Asked for a little ahead of their use; endless ones are fine.
         processes: How many; at least 1.
-        size: Items that a process is given at a time: spreads the cost of passing them on.
-        ahead: How often as many it is given before the first are taken back; `MOST_AHEAD` at most.
+        chunk: Items that a process is given at a time: spreads the cost of passing them on.
+        prefetch: Chunks that it is given before the first result is taken; `MOST_PREFETCHED` at most.
         timeout: Seconds that may pass without anything from a process that is waited for.
-        dead: What stands for an item that kills its process, given the item and the reason.
+        on_crash: The result of an item that kills its process, given the item and the reason.
         name: What a message calls an item.
 
     Raises:
         UserError: An item takes longer than `timeout` even in a process of its own. The item is named.
     """
     items = iter(items)
-    workers: list[_Process] = []
-    pending: deque[_Process] = deque()  # whose result comes next; a process gives its own in the order asked
+    workers: list[_Process[Item, Result]] = []
+    pending: deque[_Process[Item, Result]] = deque()  # whose results come next; each gives its own in order
 
-    def ask(worker: _Process) -> None:
-        if some := list(islice(items, size)):
-            worker.ask(some)
+    def submit(worker: _Process[Item, Result]) -> None:
+        if some := list(islice(items, chunk)):
+            worker.submit(some)
             pending.append(worker)
 
     try:
-        workers += [_Process(one) for _ in range(processes)]
-        for _ in range(min(ahead, MOST_AHEAD)):
+        workers += [_Process(work) for _ in range(processes)]
+        for _ in range(min(prefetch, MOST_PREFETCHED)):
             for worker in workers:
-                ask(worker)
+                submit(worker)
         while pending:
             worker = pending.popleft()
-            some = worker.asked[0]
+            some = worker.submitted[0]
             try:
-                found = worker.take(timeout)
+                results: Iterable[Result] = worker.results(timeout)
             except _Lost:
-                worker.asked.popleft()
+                worker.submitted.popleft()
                 worker.start_again()
-                found = _one_by_one(one, some, timeout, dead, name)
-            ask(worker)
-            yield from zip(some, found, strict=True)
+                results = _one_by_one(work, some, timeout, on_crash, name)
+            submit(worker)
+            yield from zip(some, results, strict=True)
     finally:
         for worker in workers:
             worker.end()
 
 
-def _one_by_one(one: Callable, items: list[Any], timeout: float, dead: Callable, name: Callable) -> Iterator[Any]:
+def _one_by_one(
+    work: Callable[[Item], Result],
+    items: list[Item],
+    timeout: float,
+    on_crash: Callable[[Item, str], Result],
+    name: Callable[[Item], str],
+) -> Iterator[Result]:
     """What becomes of each item in a process of its own."""
     for item in items:
-        worker = _Process(one)
+        worker = _Process(work)
         try:
-            worker.ask([item])
-            yield from worker.take(timeout)
+            worker.submit([item])
+            yield from worker.results(timeout)
         except _Lost as lost:
             if lost.code is None:  # slow storage, too, so that a run that took it for bad would not repeat
                 raise UserError(
                     f"nothing came of {name(item)} within data.timeout = {timeout:g} s, nor in a process of its own: "
                     "its decoder hangs, or the storage is slow. Take it out of its shard, or raise data.timeout"
                 ) from None
-            yield dead(item, _reason(lost.code))
+            yield on_crash(item, _reason(lost.code))
         finally:
             worker.end()
 
@@ -114,8 +122,8 @@ def _reason(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was killed (signal 9, SIGKILL), probably for want of memory"
     if code < 0:
-        known = [number.name for number in signal.Signals if number == -code]
-        return f"the decoder died (signal {', '.join([str(-code), *known])})"
+        names = [number.name for number in signal.Signals if number == -code]
+        return f"the decoder died (signal {', '.join([str(-code), *names])})"
     return f"the decoder ended its process (exit code {code})"
 
 
@@ -127,31 +135,31 @@ class _Lost(Exception):
         self.code = code
 
 
-class _Process:
-    """One process, and what it was asked and has not answered: lists of items, in order."""
+class _Process(Generic[Item, Result]):
+    """One process, and the chunks of items that it was given and whose results have not come, in order."""
 
-    def __init__(self, one: Callable[[Any], Any]):
-        self._one, self._owner = one, os.getpid()
-        self.asked: deque[list[Any]] = deque()
+    def __init__(self, work: Callable[[Item], Result]):
+        self._work, self._owner = work, os.getpid()
+        self.submitted: deque[list[Item]] = deque()
         self._start()
 
     def _start(self) -> None:
         try:
             self._pipe, theirs = _fork.Pipe()
-            self._process = _fork.Process(target=_serve, args=(self._one, theirs), daemon=True)
+            self._process = _fork.Process(target=_serve, args=(self._work, theirs), daemon=True)
             _running.add(self)
             self._process.start()
         except OSError as error:
             raise UserError(f"a worker could not be started: {error.strerror}; try fewer: data.workers") from error
         theirs.close()  # from here on only the process holds it, so that its death is the end of the pipe
 
-    def ask(self, items: list[Any]) -> None:
-        self.asked.append(items)
-        with suppress(OSError):  # it is dead, which shows when the answer is taken
+    def submit(self, items: list[Item]) -> None:
+        self.submitted.append(items)
+        with suppress(OSError):  # it is dead, which shows when the results are waited for
             self._pipe.send(items)
 
-    def take(self, timeout: float) -> list[Any]:
-        """The answer to what was asked first.
+    def results(self, timeout: float) -> list[Result]:
+        """Those of the chunk that was submitted first.
 
         Raises:
             _Lost: The process died, or nothing came within `timeout` seconds.
@@ -159,21 +167,21 @@ class _Process:
         if not self._pipe.poll(timeout):
             raise _Lost
         try:
-            found = _receive(self._pipe)
+            results = _receive(self._pipe)
         except (EOFError, OSError):
             self._process.join(10)
             self.end()
             raise _Lost(self._process.exitcode) from None
-        self.asked.popleft()
-        return found
+        self.submitted.popleft()
+        return results
 
     def start_again(self) -> None:
-        """A fresh process, asked what this one has not answered."""
+        """A fresh process, given what this one has not done."""
         self.end()
         self._start()
-        asked, self.asked = self.asked, deque()
-        for items in asked:
-            self.ask(items)
+        submitted, self.submitted = self.submitted, deque()
+        for items in submitted:
+            self.submit(items)
 
     def end(self) -> None:
         """Kill it: one that hangs would hear of nothing else."""
@@ -186,11 +194,11 @@ class _Process:
         self._pipe.close()
 
 
-_running: WeakSet[_Process] = WeakSet()
+_running: WeakSet[_Process[Any, Any]] = WeakSet()
 
 
 @atexit.register
-def _end_all(but: Collection[_Process] = ()) -> None:
+def _end_all(but: Collection[_Process[Any, Any]] = ()) -> None:
     # multiprocessing would ask them to terminate and wait: for ever, since they ignore it.
     for process in set(_running).difference(but):
         process.end()
@@ -206,7 +214,7 @@ def none_left() -> Iterator[None]:
         _end_all(but=before)
 
 
-def _serve(one: Callable[[Any], Any], pipe: Connection) -> None:
+def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
     """What a process does until the main process closes the pipe, or is gone."""
     # Ctrl-C, and the warnings that a launcher or Slurm sends to every process, are the main process's to handle: it
     # finishes its step, for which it needs its workers, and then ends them.
@@ -221,9 +229,9 @@ def _serve(one: Callable[[Any], Any], pipe: Connection) -> None:
             items = pipe.recv()
         except (EOFError, OSError):
             return
-        found = [one(item) for item in items]
+        results = [work(item) for item in items]
         try:
-            _send(pipe, found)
+            _send(pipe, results)
         except BrokenPipeError:
             return
 
@@ -238,14 +246,14 @@ def _send(pipe: Connection, value: Any) -> None:
     end = 0
 
     class Pickler(pickle.Pickler):
-        def persistent_id(self, item: Any) -> tuple | None:
+        def persistent_id(self, obj: Any) -> tuple[int, int, torch.dtype, tuple[int, ...]] | None:
             nonlocal end
-            if not isinstance(item, Tensor):
+            if not isinstance(obj, Tensor):
                 return None
-            start, flat = end, item.detach().contiguous().reshape(-1).view(torch.uint8)
+            start, flat = end, obj.detach().contiguous().reshape(-1).view(torch.uint8)
             tensors.append((start, flat))
             end += _aligned(len(flat))
-            return start, len(flat), item.dtype, tuple(item.shape)
+            return start, len(flat), obj.dtype, tuple(obj.shape)
 
     written = io.BytesIO()
     Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -275,8 +283,8 @@ def _receive(pipe: Connection) -> Any:
     flat = torch.frombuffer(shared, dtype=torch.uint8)[_aligned(length) :]
 
     class Unpickler(pickle.Unpickler):
-        def persistent_load(self, saved: tuple) -> Tensor:
-            start, count, dtype, shape = saved
+        def persistent_load(self, pid: tuple[int, int, torch.dtype, tuple[int, ...]]) -> Tensor:
+            start, count, dtype, shape = pid
             return flat[start : start + count].view(dtype).reshape(shape)
 
     return Unpickler(io.BytesIO(shared[:length])).load()

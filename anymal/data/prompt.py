@@ -1,37 +1,26 @@
 """Sample → token ids, labels and placeholder runs: what the LLM reads and where it is asked to answer.
 
-Runs in loader workers, between the stream and the packing. Every medium is one placeholder token in the text; once
-tokenised, it is widened to the K positions that its embeddings will take. Labels come from token spans: the ids of a
-conversation up to the answer must be a prefix of the ids of the conversation with the answer.
+Runs in loader workers, between decoding and sequence packing. Every medium is one placeholder token in the text; once
+tokenised, it is widened to the K positions of its embeddings, or to those of the views of it that there is room for.
+Labels come from token spans: the ids of a conversation up to the answer must be a prefix of the ids of the conversation
+with the answer. An instruction is put in here and nowhere else (`with_instruction`).
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from anymal.config.schema import PromptConfig
-from anymal.data import feature_codec
-from anymal.data.budget import degrade
+from anymal.data.view_budget import show
 from anymal.errors import BadSample, UserError
-from anymal.modality import Adapter
-from anymal.sample import (
-    IGNORED,
-    TEXT,
-    Features,
-    Message,
-    Noted,
-    Part,
-    Sample,
-    Tokens,
-    Viewable,
-    Views,
-    told,
-    with_note,
-)
+from anymal.sample import IGNORED, TEXT, Features, Message, Part, Sample, Tokens, Views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST_TOKEN = 64  # characters; a text of more a token is refused before it is tokenised, which takes a second a MB
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
@@ -41,7 +30,7 @@ _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 class Prompt:
     """Turns decoded samples into tokens; picklable."""
 
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     """The LLM's tokenizer; the placeholders are added to it. Their ids never reach the LLM: nothing is resized."""
     config: PromptConfig
     """Template, system message, instruction."""
@@ -61,7 +50,7 @@ class Prompt:
         reserved = {*special, *self.tokenizer.all_special_tokens, *self.placeholder.values()} - {""}
         self._reserved = re.compile("|".join(map(re.escape, sorted(reserved))))
         unknown = self.tokenizer.unk_token_id  # stands for any character that the tokenizer does not have
-        self._reserved_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(reserved))) - {unknown}
+        self._reserved_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in reserved} - {unknown}
 
     def sample(self, sample: Sample) -> Tokens:
         """A training sample: all messages, labels on what the assistant says.
@@ -69,47 +58,55 @@ class Prompt:
         Raises:
             BadSample: No answer token, too long, reserved text, or placeholders that do not match the media.
         """
-        tokens = self._labelled(sample)
+        ids, labels = self._labelled(sample)
+        tokens = self._widen(ids, labels, sample, self.max_tokens)
         if len(tokens.ids) > self.max_tokens:
             raise BadSample(f"has {len(tokens.ids)} tokens, data.max_tokens is {self.max_tokens}")
         return tokens
 
-    def _labelled(self, sample: Sample) -> Tokens:
-        """As `sample`, however long it is."""
-        messages = self._complete(sample.messages)
-        ids, labels = self._plain(messages) if self.config.template == "plain" else self._chat(messages)
-        tokens = self._widen(ids, labels, sample)
-        if all(label == IGNORED for label in tokens.labels[1:]):  # nothing predicts the first token
-            raise BadSample("has no answer token: the assistant says nothing")
-        return tokens
+    def question(self, sample: Sample, *, reserved: int = 0) -> Tokens:
+        """The conversation up to where the assistant answers: all labels are ignored.
 
-    def question(self, sample: Sample) -> Tokens:
-        """The conversation up to where the assistant answers: all labels are ignored."""
+        Args:
+            sample: The conversation; an answer at its end is left out.
+            reserved: Tokens for which media in views leave room: those of an answer that is to follow.
+        """
         asked = sample.question()
-        ids = self._given(self._complete(asked.messages))
-        return self._widen(ids, [IGNORED] * len(ids), asked)
+        messages = self._complete(asked)
+        ids = self._plain(messages)[0] if self.config.template == "plain" else self._rendered(messages, asks=True)
+        self._require_media(ids, asked)
+        return self._widen(ids, [IGNORED] * len(ids), asked, self.max_tokens - reserved)
 
     def answers(self, sample: Sample, texts: Sequence[str]) -> list[list[int]]:
         """For each text, however long, the ids (end token included) that would answer `question(sample)`."""
-        found = []
+        answers = []
         for text in texts:
-            labels = self._labelled(sample.answered(text)).labels
-            spans = [list(span) for given, span in groupby(labels, key=lambda label: label == IGNORED) if not given]
-            found.append(spans[-1])
-        return found
+            _, labels = self._labelled(sample.answered(text))
+            spans = [list(span) for ignored, span in groupby(labels, key=lambda label: label == IGNORED) if not ignored]
+            answers.append(spans[-1])
+        return answers
 
-    def text_tokens(self, sample: Sample) -> int:
-        """How many tokens a sample has without its media."""
-        messages = self._complete(sample.messages)
-        ids = self._plain(messages)[0] if self.config.template == "plain" else self._rendered(messages, asks=False)
-        return len(ids) - len(sample.media())
+    def _labelled(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The ids of all messages, one placeholder for each medium, and their labels.
 
-    def _complete(self, messages: list[Message]) -> list[Message]:
-        """Add the system message, and the instruction wherever a user sent media without a word."""
-        completed = []
+        Raises:
+            BadSample: As `sample`, for other reasons than the length.
+        """
+        messages = self._complete(sample)
+        ids, labels = self._plain(messages) if self.config.template == "plain" else self._chat(messages)
+        self._require_media(ids, sample)
+        labels = [IGNORED if token in self._modality_of_id else label for token, label in zip(ids, labels, strict=True)]
+        if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
+            raise BadSample("has no answer token: the assistant says nothing")
+        return ids, labels
+
+    def _complete(self, sample: Sample) -> list[Message]:
+        """The messages with the recipe's system message and the instruction, where they have none of their own."""
+        messages = with_instruction(sample.messages, sample.instruction or self.config.instruction)
         if self.config.template == "chat" and self.config.system and messages[0].role != "system":
-            completed.append(Message(role="system", parts=[Part(kind=TEXT, content=self.config.system)]))
-        return completed + told(messages, self.config.instruction)
+            system = Message(role="system", parts=[Part(kind=TEXT, content=self.config.system)])
+            return [system, *messages]
+        return messages
 
     def _texts(self, messages: list[Message]) -> list[str]:
         """Each message with its media as placeholder tokens.
@@ -196,16 +193,14 @@ class Prompt:
             labels[start:end] = ids[start:end]
         return ids, labels
 
-    def _given(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation that waits for an answer."""
-        return self._plain(messages)[0] if self.config.template == "plain" else self._rendered(messages, asks=True)
-
     def _turns(self, messages: list[Message]) -> list[dict[str, str]]:
         texts = self._texts(messages)
         return [{"role": message.role, "content": text} for message, text in zip(messages, texts, strict=True)]
 
     def _render(self, turns: list[dict[str, str]], *, asks: bool) -> str:
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
+        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
+        assert isinstance(text, str), "which it is unless it is tokenised"
+        return text
 
     def _rendered(self, messages: list[Message], *, asks: bool) -> list[int]:
         """The ids of a whole conversation.
@@ -214,7 +209,7 @@ class Prompt:
             BadSample: Its texts become reserved tokens where the template joins them, or once they are normalised.
         """
         ids = self._encode(self._render(self._turns(messages), asks=asks))
-        wordless = [replace(message, parts=[_wordless(part) for part in message.parts]) for message in messages]
+        wordless = [replace(message, parts=[_without_words(part) for part in message.parts]) for message in messages]
         own = self._encode(self._render(self._turns(wordless), asks=asks))
         self._require_reserved(ids, sum(token in self._reserved_ids for token in own))
         return ids
@@ -248,27 +243,32 @@ class Prompt:
             )
         return begins, len(prefix)
 
-    def _widen(self, ids: list[int], labels: list[int], sample: Sample) -> Tokens:
-        """Give every placeholder the positions of its medium, and check that there is one medium for each."""
+    def _require_media(self, ids: list[int], sample: Sample) -> None:
+        """Refuse ids whose placeholders are not those of the sample's media, one for each, in the same order."""
         wanted = [part.kind for part in sample.media()]
-        found = [self._modality_of_id[i] for i in ids if i in self._modality_of_id]
-        if found != wanted:
+        there = [self._modality_of_id[token] for token in ids if token in self._modality_of_id]
+        if there != wanted:
             raise BadSample(
-                f"{len(found)} placeholders ({', '.join(found)}) for {len(wanted)} media ({', '.join(wanted)}): "
+                f"{len(there)} placeholders ({', '.join(there)}) for {len(wanted)} media ({', '.join(wanted)}): "
                 "the chat template dropped or moved some"
             )
+
+    def _widen(self, ids: list[int], labels: list[int], sample: Sample, most: int) -> Tokens:
+        """Give every placeholder the positions of its medium; those in views take what is left of `most` tokens."""
         tokens = Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[], ignored=sample.ignored)
-        media = iter(sample.media())
+        media = sample.media()
+        contents = show(media, self.length, most - (len(ids) - len(media)))
+        following = zip(media, contents, strict=True)
         for token, label in zip(ids, labels, strict=True):
             modality = self._modality_of_id.get(token)
             if modality is None:
                 tokens.ids.append(token)
                 tokens.labels.append(label)
                 continue
-            medium = next(media)
-            if not isinstance(medium.content, Features):
+            medium, content = next(following)
+            if not isinstance(content, Features):
                 tokens.decoded.append((modality, medium.note))
-            views = _views(medium.content)
+            views = _views(content)
             tokens.views.append(sum(view is not None for view in views))
             for view in views:
                 length = 1 if view is None else self.length[modality]
@@ -282,7 +282,22 @@ class Prompt:
         return tokens
 
 
-def _wordless(part: Part) -> Part:
+def with_instruction(messages: list[Message], instruction: str) -> list[Message]:
+    """The messages, with `instruction` (if any) after the media wherever a user sent media without a word."""
+    if not instruction:
+        return messages
+    added = Part(kind=TEXT, content=instruction)
+    return [
+        Message(role=message.role, parts=[*message.parts, added] if _is_wordless(message) else message.parts)
+        for message in messages
+    ]
+
+
+def _is_wordless(message: Message) -> bool:
+    return message.role == "user" and all(part.kind != TEXT for part in message.parts)
+
+
+def _without_words(part: Part) -> Part:
     """The part with nothing in its text that could become a token of its own."""
     return replace(part, content="x") if part.kind == TEXT and part.content.strip() else part
 
@@ -293,77 +308,3 @@ def _views(medium: Tensor | Views | Features) -> list[Tensor | Features | None]:
         return [medium]
     views = iter(medium.tensor)
     return [None if skipped else next(views) for skipped in medium.skipped or [False] * len(medium.tensor)]
-
-
-@dataclass(kw_only=True)
-class Prepare:
-    """What a loader worker does with a sample: decode its media, then tokenise it. Picklable."""
-
-    prompt: Prompt
-    """How it becomes tokens."""
-    decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
-    """How the bytes of each modality become what its encoder takes."""
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """[tokens, width] of each modality's features, for those that are read in place of media."""
-
-    def decode(self, sample: Sample) -> Sample:
-        """The sample with every medium's bytes decoded, and cut into views where it has several.
-
-        Raises:
-            BadSample: A medium does not decode, or the model lacks its modality.
-        """
-        messages, known = [], {}
-        for message in sample.messages:
-            parts = [part if part.kind == TEXT else self._decoded(part, known) for part in message.parts]
-            messages.append(Message(role=message.role, parts=parts))
-        decoded = replace(sample, messages=messages)
-        self._cut(decoded)
-        return decoded
-
-    def _decoded(self, part: Part, known: dict[tuple[str, int], Any]) -> Part:
-        """The part decoded; `known` holds what was: a conversation may show the same bytes any number of times."""
-        if part.kind not in self.decoders:
-            raise BadSample(f"holds a medium of modality {part.kind!r}, which the model does not have")
-        place = part.kind, id(part.content)
-        if place not in known:
-            known[place] = self._content(part)
-        content, note = known[place]
-        return replace(part, content=content, note=note)
-
-    def _content(self, part: Part) -> tuple[Tensor | Viewable | Features, str]:
-        """What a medium's bytes are decoded to, and the decoder's note on it."""
-        if isinstance(part.content, feature_codec.Stored):
-            return Features(tensor=feature_codec.load(part.content, *self.shapes[part.kind])), ""
-        content, note = with_note(self.decoders[part.kind](part.content))
-        if not isinstance(content, Viewable):
-            feature_codec.check(content, f"the {part.kind} {part.member}, once decoded,")
-        return content, note
-
-    def _cut(self, sample: Sample) -> None:
-        """Cut what can be cut into views, into as many as the text and the other media leave room for."""
-        viewable = [part for part in sample.media() if isinstance(part.content, Viewable)]
-        if not viewable:
-            return
-        length = self.prompt.length
-        fixed = sum(length[part.kind] for part in sample.media() if not isinstance(part.content, Viewable))
-        room = self.prompt.max_tokens - self.prompt.text_tokens(sample) - fixed
-        choices = [[length[part.kind] * n for n in part.content.choices] for part in viewable]
-        for part, tokens in zip(viewable, degrade(choices, room), strict=True):
-            part.content = part.content.views(tokens // length[part.kind])
-            feature_codec.check(part.content.tensor, f"the {part.kind} {part.member}, once decoded,")
-
-    def __call__(self, sample: Sample) -> Tokens:
-        """Encoded media and texts → what the packing takes."""
-        return self.prompt.sample(self.decode(sample))
-
-
-def prepare(tokenizer: Any, adapters: dict[str, Adapter], config: PromptConfig, max_tokens: int) -> Prepare:
-    """Build the worker's function for a model's adapters."""
-    names = {name: adapter.modality.placeholder for name, adapter in adapters.items()}
-    length = {name: adapter.tokens for name, adapter in adapters.items()}
-    prompt = Prompt(tokenizer=tokenizer, config=config, placeholder=names, length=length, max_tokens=max_tokens)
-    return Prepare(
-        prompt=prompt,
-        decoders={name: adapter.decode for name, adapter in adapters.items()},
-        shapes={name: (adapter.encoder.tokens, adapter.encoder.width) for name, adapter in adapters.items()},
-    )

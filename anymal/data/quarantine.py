@@ -1,7 +1,7 @@
-"""How much goes wrong before a run stops: bad samples are counted, logged and, up to a budget, passed over.
+"""How much goes wrong before a run stops: bad samples are counted, logged and, up to a budget, skipped.
 
-A worker that meets a bad sample raises `anymal.errors.BadSample`; the stream turns it into a line of
-``quarantine.jsonl`` and goes on with the next one, until the `Quarantine`'s budget is spent.
+A loader worker that meets a bad sample raises `anymal.errors.BadSample`; the stream turns it into a line of
+``quarantine.jsonl`` and takes the next one, until the budget is spent.
 """
 
 import json

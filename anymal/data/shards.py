@@ -256,7 +256,7 @@ def _walk(path: str) -> Index:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None and tar.offset > member.offset:
-                    tar.members = []  # else the headers of the whole tar stay in memory
+                    forget_members(tar)
                     key = _key(member)
                     if key is not None and key != last:
                         starts.append(member.offset)
@@ -280,6 +280,11 @@ def _walk(path: str) -> Index:
         return Index(path=path, blocks=np.zeros(1, np.uint32), problem=damage or f"holds no sample in {size:,} bytes")
     blocks = -(-np.array([*starts, end], np.int64) // BLOCK)
     return Index(path=path, blocks=blocks.astype(np.uint32), bad=bad)
+
+
+def forget_members(tar: tarfile.TarFile) -> None:
+    """Drop the headers that were read or written; else those of the whole tar stay in memory."""
+    vars(tar)["members"] = []  # an attribute that its type does not tell of
 
 
 def _key(member: tarfile.TarInfo) -> str | None:
@@ -319,7 +324,7 @@ def _plain(data: bytes) -> tuple[str, dict[str, bytes]] | None:
             continue
         described = False
         mine, suffix = (None, "") if _META.match(name) else base_plus_ext(name)
-        if mine is not None:
+        if mine is not None and suffix is not None:
             suffix = suffix.lower()
             if key not in (None, mine) or suffix in members or suffix.startswith("__"):  # __key__ is webdataset's own
                 return None
@@ -354,7 +359,8 @@ def _header(data: bytes, start: int) -> tuple[bytes, str, bytes, int] | None:
 def _any(path: str, data: bytes) -> tuple[str, dict[str, bytes]]:
     """One sample, by webdataset and tarfile, which know every kind of header and say what is wrong with it."""
     try:
-        files = ({**file, "__url__": path} for file in tar_file_iterator(io.BytesIO(data)))
+        file: Any = io.BytesIO(data)  # webdataset's annotation has a TarFile there, which does not work
+        files = ({**member, "__url__": path} for member in tar_file_iterator(file))
         samples = list(group_by_keys(files))
     except Exception as error:  # as in _walk
         raise BadSample(f"does not read as members of a tar: {str(error.args[0]).split(' @ ')[0]}") from error
@@ -373,7 +379,8 @@ def name_of(path: str, offset: int, size: int) -> str:
     """The key of a sample that could not be read, as far as it can be told; else where it lies."""
     try:
         with tarfile.open(fileobj=io.BytesIO(_bytes(path, offset, min(size, 1 << 16))), mode="r:") as tar:
-            return base_plus_ext(tar.next().name)[0] or f"@{offset}"
+            member = tar.next()
+            return (base_plus_ext(member.name)[0] if member else None) or f"@{offset}"
     except Exception:  # as in _walk; this only serves a message
         return f"@{offset}"
 

@@ -1,33 +1,35 @@
-"""Shards → samples → batches, endlessly, from any place, in an order that no number of workers can change.
+"""Shards → samples → batches, endlessly, from any position, in an order that no number of workers can change.
 
-    order.py: position ──▶ place in a tar   (main process)
-    workers.py: place ──▶ Sample ──prepare──▶ Tokens   (workers: no state, so how many there are changes nothing)
-    packing.py: Tokens ──▶ rows             (main process)
-    here: a row ──▶ Batch with its bookmark (main process)
+    order.py: position ──▶ which sample of which tar    (main process)
+    loader.py: that ──▶ Sample ──prepare──▶ Tokens      (workers: no state, so how many there are changes nothing)
+    packing.py: Tokens ──▶ rows                         (main process)
+    here: a row ──collate──▶ Batch with its bookmark    (main process)
 
 A bad sample travels like a good one, as a `Bad`; the main process logs it and takes the next. docs/stream.md says why
 it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from anymal.config.schema import DataConfig, DatasetConfig
 from anymal.data import feature_cache, manifest, shards
-from anymal.data.loader import Bad, RawSample, Reader, Ticket, load, prepared
+from anymal.data.loader import Bad, RawSample, Reader, Request, load, prepared
 from anymal.data.manifest import Shard
-from anymal.data.order import ONCE, Counts, Order, Share, choice, merge_bookmarks, permutation
+from anymal.data.order import ONCE, Bookmark, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
 from anymal.data.packing import Item, Packer
 from anymal.data.quarantine import Quarantine
 from anymal.errors import UserError, shortened
 from anymal.sample import Batch, Sample, Tokens
 
 __all__ = ["Stream", "merge_bookmarks", "samples_once", "tars", "walk"]
+
+Result = TypeVar("Result")
 
 
 class Stream:
@@ -42,15 +44,15 @@ class Stream:
         modalities: The run's; media of other ones are ignored (see `anymal.data.parse.parse`). None: all of `suffixes`.
         prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
             Whatever it raises makes the sample a bad one; a `UserError` stops the run.
-        collate: The tokenised samples of one row → a batch. Runs in the main process.
+        collate: The tokenised samples of one row → a batch, such as `anymal.data.packing.pack`. Runs in the main
+            process.
         quarantine: Where bad samples are counted and named.
         seed: The order of samples derives from it and the data alone.
-        rank, world: Which of how many processes this is; together they see every sample once an epoch.
+        rank, world: Which of how many data-parallel processes this is; together they see every sample once an epoch.
         refused: What `refuse` noted in an earlier process: samples that are bad by what the model made of them.
         bookmark: Where to go on, as `merge_bookmarks` gave it, whatever the number of ranks was; None starts afresh.
         encoders: Modality → `anymal.data.feature_codec.identity` of its encoder, for those whose features may be read
-        in place
-            of media (see anymal.data.feature_cache); `prepare` then gets media that are
+            in place of media (see anymal.data.feature_cache); `prepare` then gets media that are
             `anymal.data.feature_codec.Stored`.
 
     Raises:
@@ -62,7 +64,7 @@ class Stream:
         self,
         data: DataConfig,
         *,
-        suffixes: dict[str, str],
+        suffixes: Mapping[str, str],
         modalities: Collection[str] | None = None,
         prepare: Callable[[Sample], Tokens],
         collate: Callable[[list[Tokens]], Batch],
@@ -70,79 +72,85 @@ class Stream:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        bookmark: dict | None = None,
-        refused: Sequence[list] = (),
+        bookmark: Bookmark | None = None,
+        refused: Sequence[list[Any]] = (),
         encoders: dict[str, str] | None = None,
     ):
         named = _datasets(data)
         shards_of = _survey(data, quarantine, rank / world)
         counts = []
-        for (name, dataset), found in zip(named.items(), shards_of, strict=True):
-            listed = [(Path(tar.path).name, len(tar)) for tar in found]
-            share = dataset.epochs * sum(len(tar) for tar in found) if dataset.epochs else dataset.ratio
-            counts.append(Counts(name=name, shards=listed, ratio=share))
+        for (name, dataset), tars_of in zip(named.items(), shards_of, strict=True):
+            listed = [(Path(tar.path).name, len(tar)) for tar in tars_of]
+            ratio = dataset.epochs * sum(len(tar) for tar in tars_of) if dataset.epochs else dataset.ratio
+            counts.append(Counts(name=name, shards=listed, ratio=ratio))
         self.data, self.quarantine, self.collate = data, quarantine, collate
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
-        self.share = Share(self.order, rank=rank, world=world, bookmark=bookmark)
-        every = {tar.path: tar for found in shards_of for tar in found if len(tar)}
-        self.twins = feature_cache.find_all(list(every.values()), encoders or {}, data.features)
-        self.cached = f"features are read in place of media for {len(self.twins)} of {len(every)} tars"
-        self.reader = Reader(shards_of, partial(prepared, suffixes, modalities, prepare), self.twins)
+        self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
+        every = {tar.path: tar for tars_of in shards_of for tar in tars_of if len(tar)}
+        self.feature_tars = feature_cache.find_all(list(every.values()), encoders or {}, data.features)
+        self.cached = f"features are read in place of media for {len(self.feature_tars)} of {len(every)} tars"
+        self.reader = Reader(shards_of, partial(prepared, suffixes, modalities, prepare), self.feature_tars)
         self.names = list(named)
         self._instructions = [dataset.instructions for dataset in named.values()]
         self._total = sum(dataset.total for dataset in counts)
-        self._refused = {tuple(place): reason for *place, reason in refused}
+        self._refused: dict[tuple[int, int, int], str] = {(d, s, i): reason for d, s, i, reason in refused}
 
     @property
-    def bookmark(self) -> dict:
+    def bookmark(self) -> Bookmark:
         """This rank's piece of a bookmark after the last batch (`merge_bookmarks` joins the pieces of all ranks)."""
-        return self.share.piece()
+        return self.sampler.piece()
 
     @property
-    def refused(self) -> list[list]:
+    def refused(self) -> list[list[Any]]:
         """Every sample that `refuse` noted, as plain JSON: dataset, shard, number in the shard, and the reason."""
-        return [[*place, reason] for place, reason in sorted(self._refused.items())]
+        return [[*sample, reason] for sample, reason in sorted(self._refused.items())]
 
     def refuse(self, reasons: dict[int, str]) -> None:
         """Take the samples at these positions for bad ones, in every epoch: position → reason.
 
-        All ranks must be told the same. What was read ahead is not affected: `rewind`, and iterate anew.
+        All ranks must be given the same. What was prefetched is not affected: `rewind`, and iterate anew.
         """
         self._refused |= {self.order.locate(position): reason for position, reason in reasons.items()}
 
-    def rewind(self, bookmark: dict) -> None:
+    def rewind(self, bookmark: Bookmark) -> None:
         """Let a new iteration begin at a merged bookmark; one that is under way must not be used any more."""
-        self.share = Share(self.order, rank=self.share.rank, world=self.share.world, bookmark=bookmark)
+        rank, world = self.sampler.rank, self.sampler.world
+        self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
         self.quarantine.in_a_row = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for row in self.rows():
             batch = self.collate([item.tokens for item in row])
             batch.datasets = dict(Counter(item.dataset for item in row))
-            batch.bookmark = self.share.piece()
+            batch.bookmark = self.sampler.piece()
             yield batch
 
     def rows(self) -> Iterator[list[Item]]:
         """The samples of each batch, in place of the batch."""
-        packer = Packer(self.data)  # what one held before, it holds again once it was given the same samples
-        tickets = (self._ticket(position) for position in self.share.positions())
-        for ticket, result in load(self.reader, tickets, self.data):
+        packer = Packer(self.data)  # its state comes back once it is given the samples that were pending
+        requests = (self._request(position) for position in self.sampler.positions())
+        for request, result in load(self.reader, requests, self.data):
             if isinstance(result, Bad):
                 self._reject(result)
                 continue
             self.quarantine.accept()
-            rows = packer.add(Item(position=ticket.position, dataset=self.names[ticket.dataset], tokens=result))
-            waiting = [item.position for row in rows for item in row]
+            rows = packer.add(Item(position=request.position, dataset=self.names[request.dataset], tokens=result))
+            later = [item.position for row in rows for item in row]
             for row in rows:
-                waiting = waiting[len(row) :]
-                self.share.move(ticket.position, [*waiting, *packer.held()])
+                later = later[len(row) :]
+                self.sampler.move(request.position, [*later, *packer.pending()])
                 yield row
 
-    def _ticket(self, position: int) -> Ticket:
-        place = dataset, shard, sample = self.order.locate(position)
-        said = {"instruction": _instruction(self._instructions[dataset], self.order.seed, position)}
-        said["refused"] = self._refused.get(place, "")
-        return Ticket(position=position, dataset=dataset, shard=shard, sample=sample, **said)
+    def _request(self, position: int) -> Request:
+        dataset, shard, sample = self.order.locate(position)
+        return Request(
+            position=position,
+            dataset=dataset,
+            shard=shard,
+            sample=sample,
+            instruction=_instruction(self._instructions[dataset], self.order.seed, position),
+            refused=self._refused.get((dataset, shard, sample), ""),
+        )
 
     def _reject(self, bad: Bad) -> None:
         self.quarantine.reject(bad.shard, bad.key, bad.reason)
@@ -156,15 +164,15 @@ class Stream:
 def samples_once(
     data: DataConfig,
     *,
-    suffixes: dict[str, str],
+    suffixes: Mapping[str, str],
     modalities: Collection[str] | None = None,
-    prepare: Callable[[Sample], Any],
+    prepare: Callable[[Sample], Result],
     quarantine: Quarantine,
     rank: int = 0,
     world: int = 1,
     seed: int | None = None,
     limit: int = 0,
-) -> Iterator[Any]:
+) -> Iterator[Result]:
     """One pass over samples, for evaluation: a `walk`.
 
     Args:
@@ -184,13 +192,13 @@ def samples_once(
 def walk(
     data: DataConfig,
     *,
-    use: Callable[[RawSample], Any],
+    use: Callable[[RawSample], Result],
     quarantine: Quarantine,
     rank: int = 0,
     world: int = 1,
     seed: int | None = None,
     limit: int = 0,
-) -> Iterator[Any]:
+) -> Iterator[Result]:
     """One pass over what lies in tars; ratios, ``data.shuffle`` and batch size play no part.
 
     Args:
@@ -207,24 +215,25 @@ def walk(
         As `Stream`.
     """
     shards_of = _survey(data, quarantine, rank / world)
-    if not any(len(tar) for found in shards_of for tar in found):
+    if not any(len(tar) for tars_of in shards_of for tar in tars_of):
         raise UserError("the shards hold no sample")
     # Counted, not listed: a run that shows four of its samples may be one over hundreds of millions.
-    tars_of = [(d, s) for d, found in enumerate(shards_of) for s in range(len(found))]
-    ends = np.cumsum([len(shards_of[d][s]) for d, s in tars_of])
+    numbered = [(d, s) for d, tars_of in enumerate(shards_of) for s in range(len(tars_of))]
+    ends = np.cumsum([len(shards_of[d][s]) for d, s in numbered])
     total = int(ends[-1])
     order = range(total) if seed is None else permutation(total, seed, ONCE)
     instructions = [dataset.instructions for dataset in _datasets(data).values()]
 
-    def ticket(position: int) -> Ticket:
+    def request(position: int) -> Request:
         i = int(order[position])
         nth = int(ends.searchsorted(i, side="right"))  # passes over empty tars
-        d, s = tars_of[nth]
-        place = {"dataset": d, "shard": s, "sample": i - int(ends[nth]) + len(shards_of[d][s])}
-        return Ticket(position=position, instruction=_instruction(instructions[d], 0, position), **place)
+        d, s = numbered[nth]
+        sample = i - int(ends[nth]) + len(shards_of[d][s])
+        instruction = _instruction(instructions[d], 0, position)
+        return Request(position=position, dataset=d, shard=s, sample=sample, instruction=instruction)
 
-    tickets = map(ticket, range(rank, min(limit or total, total), world))
-    for _, result in load(Reader(shards_of, use), tickets, data):
+    requests = map(request, range(rank, min(limit or total, total), world))
+    for _, result in load(Reader(shards_of, use), requests, data):
         if isinstance(result, Bad):
             quarantine.reject(result.shard, result.key, result.reason)
         else:
@@ -256,11 +265,11 @@ def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list
     """
     paths = tars(data)
     every = list(dict.fromkeys(path for listed in paths for path in listed))
-    found = manifest.survey(every, start=start, cache=data.cache, cache_gb=data.cache_gb)
-    for shard in found.values():
+    surveyed = manifest.survey(every, start=start, cache=data.cache, cache_gb=data.cache_gb)
+    for shard in surveyed.values():
         if shard.problem:
             quarantine.reject(shard.name, "", shard.problem)
-    return [[found[path] for path in listed] for listed in paths]
+    return [[surveyed[path] for path in listed] for listed in paths]
 
 
 def _instruction(texts: list[str], seed: int, position: int) -> str:

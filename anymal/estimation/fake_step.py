@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from anymal.checkpoints import networks
 from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import Checkpointing, Config
-from anymal.data.budget import degrade
 from anymal.data.packing import pack
+from anymal.data.view_budget import degrade
 from anymal.environment import swapped
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare
 from anymal.errors import BadSample
 from anymal.evaluation.scores import BLANK, OWN, SHUFFLED, Option, Record
 from anymal.model.generate import Said, embed_prompt, generate, log_likelihoods
@@ -62,12 +62,12 @@ def ask(prepare: Prepare, sample: Sample) -> Asked:
         raise BadSample("ends without an answer of the assistant, so there is nothing to compare with")
     if sample.options and answer not in sample.options:
         raise BadSample(f"has the answer {answer!r}, which is not among its options")
-    # Views leave room for the longest option, whichever is right: else their number would be a hint.
-    longest = max(map(sample.answered, sample.options), key=prepare.prompt.text_tokens) if sample.options else None
-    decoded = prepare.decode(longest or sample.question())
-    tokens = prepare.prompt.question(decoded)
+    decoded = prepare.decode(sample.question())
     ids = prepare.prompt.answers(decoded, sample.options or [answer])
-    length, most = len(tokens.ids) + (max(map(len, ids)) if longest else 0), prepare.prompt.max_tokens
+    # Views leave room for the longest option, whichever is right: else their number would be a hint.
+    longest = max(map(len, ids)) if sample.options else 0
+    tokens = prepare.prompt.question(decoded, reserved=longest)
+    length, most = len(tokens.ids) + longest, prepare.prompt.max_tokens
     if length > most:
         what = "with its longest option: " if longest else ""
         raise BadSample(f"{what}has {length} tokens, data.max_tokens is {most}; raise data.max_tokens")

@@ -1,4 +1,4 @@
-"""Encode once, train many times: fills the feature cache that `anymal.data.feature_cache` reads.
+"""Encode once, train many times: fills the feature cache that `anymal.data.feature_cache` finds and reads.
 
     tar ──decode──▶ frozen encoder ──▶ features ──feature_codec──▶ FOLDER/features/IDENTITY.PRECISION/NAME.tar
 

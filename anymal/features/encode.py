@@ -1,9 +1,9 @@
-"""The program behind `anymal encode`: a recipe's tars → twins, which hold features in place of media."""
+"""The program behind `anymal encode`: a recipe's tars → feature tars, which hold features in place of media."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,19 +29,21 @@ from anymal.modality import Encoder
 from anymal.model.llm import device
 from anymal.model.multimodal import freeze_encoder, run_encoder
 from anymal.model.registry import Registry
-from anymal.sample import Noted, with_note
+from anymal.sample import Noted, Viewable, with_note
 
 
 @dataclass(kw_only=True)
 class Read:
-    """One sample on its way into a twin."""
+    """One sample on its way into a feature tar."""
 
     key: str
     """Its key."""
-    members: dict[str, bytes | Tensor] = field(default_factory=dict)
-    """By suffix in the twin; a tensor is what an encoder has yet to see."""
+    members: dict[str, bytes] = field(default_factory=dict)
+    """By suffix in the feature tar, in their order there; of a medium that is yet to be encoded, nothing."""
+    media: dict[str, Tensor] = field(default_factory=dict)
+    """Those media, by the same suffixes: what their encoder takes."""
     kinds: dict[str, str] = field(default_factory=dict)
-    """The modality of each member that was a medium."""
+    """The modality of each member that was a medium, by the same suffixes."""
     seconds: dict[str, float] = field(default_factory=dict)
     """For each modality, what reading and decoding took."""
     altered: list[str] = field(default_factory=list)
@@ -54,37 +56,39 @@ class Reader:
 
     tar: shards.Index
     """The tar."""
-    suffixes: dict[str, str]
+    suffixes: Mapping[str, str]
     """Which modality a member holds."""
-    decoders: dict[str, Callable[[bytes], Tensor | Noted]]
+    decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
     """By modality; members of other modalities are copied."""
 
     def __call__(self, i: int) -> Read | UserError:
         """A `UserError` is returned, as the stream's workers do."""
-        found = read_sample(self.tar, i, self._decoded)
-        if not isinstance(found, Bad):
-            return found
-        if not found.lasting:  # not the sample's fault, so not to be remembered of it
-            return UserError(f"{self.tar.path} cannot be read: {found.reason}")
-        return _unreadable(found.key, found.reason)
+        result = read_sample(self.tar, i, self._decoded)
+        if not isinstance(result, Bad):
+            return result
+        if not result.lasting:  # not the sample's fault, so not to be remembered of it
+            return UserError(f"{self.tar.path} cannot be read: {result.reason}")
+        return _unreadable(result.key, result.reason)
 
     def _decoded(self, raw: RawSample) -> Read:
         read = Read(key=raw.key)
         for name, data in raw.members.items():
             kind = modality_of(name, self.suffixes)
             if f".{name}".endswith(f".{feature_codec.ENDING}"):
-                continue  # the twin's own names; no sample is good or bad by such a member
-            if kind not in self.decoders:
+                continue  # the feature tar's own names; no sample is good or bad by such a member
+            if kind is None or kind not in self.decoders:
                 read.members[name] = data
                 continue
-            began = time.perf_counter()
+            began, cached = time.perf_counter(), f"{name}.{feature_codec.ENDING}"
+            read.members[cached], read.kinds[cached] = b"", kind
             try:
-                found, note = with_note(self.decoders[kind](data))
+                medium, note = with_note(self.decoders[kind](data))
+                if isinstance(medium, Viewable):  # `frozen_encoders` passes over the encoders of such media
+                    raise TypeError("media in views are not cached")
+                read.media[cached] = medium
                 read.altered += [kind] if note else []
             except Exception as error:  # as in the stream
-                found = feature_codec.dump_bad(reason_of(error))
-            read.members[f"{name}.{feature_codec.ENDING}"] = found
-            read.kinds[f"{name}.{feature_codec.ENDING}"] = kind
+                read.members[cached] = feature_codec.dump_bad(reason_of(error))
             read.seconds[kind] = read.seconds.get(kind, 0) + time.perf_counter() - began
         for kind in read.seconds:
             read.seconds[kind] += raw.seconds / len(read.seconds)
@@ -92,8 +96,8 @@ class Reader:
             parse(raw.shard, raw.key, raw.members, self.suffixes)  # there is neither text nor medium left: it refuses
         return read
 
-    def dead(self, i: int, reason: str) -> Read:
-        """What the twin says of a sample over which a worker died."""
+    def crashed(self, i: int, reason: str) -> Read:
+        """What the feature tar says of a sample over which a worker crashed."""
         return _unreadable(shards.name_of(self.tar.path, *self.tar.place(i)), reason)
 
 
@@ -102,58 +106,61 @@ def _unreadable(key: str, reason: str) -> Read:
 
 
 class Encode:
-    """Writes the twins of a recipe's tars.
+    """Writes the feature tars of a recipe's tars.
 
     Args:
         data: The recipe's data, with the precision as ``features``.
         encoders: Those whose features are written, by modality.
         suffixes: Which modality a shard member holds.
-        place: The device that the encoders run on.
+        device: What the encoders run on.
     """
 
-    def __init__(self, data: DataConfig, encoders: dict[str, Encoder], suffixes: dict[str, str], place: torch.device):
-        self.data, self.encoders, self.suffixes, self.place = data, encoders, suffixes, place
-        self.precision = "bf16" if data.features in ("auto", "never") else data.features
+    def __init__(
+        self, data: DataConfig, encoders: dict[str, Encoder], suffixes: Mapping[str, str], device: torch.device
+    ):
+        self.data, self.encoders, self.suffixes, self.device = data, encoders, suffixes, device
+        self.precision = data.features if data.features in feature_codec.PRECISIONS else "bf16"
         self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
-            freeze_encoder(encoder, place)
+            freeze_encoder(encoder, device)
 
-    def twin(self, tar: str, listed: dict[str, list[str]] | None = None) -> feature_cache.Twin | None:
-        """The twin that makes encoding the tar needless."""
-        for found in feature_cache.find(tar, self.identities, self.precision, {} if listed is None else listed):
-            if set(self.identities) <= {*found.encoders, *found.header["looked_for"]}:
-                return found
+    def written(self, tar: str, listed: dict[str, list[str]] | None = None) -> feature_cache.FeatureTar | None:
+        """The feature tar that makes encoding the tar needless; None if there is none yet."""
+        for one in feature_cache.find(tar, self.identities, [self.precision], {} if listed is None else listed):
+            if set(self.identities) <= {*one.encoders, *one.header["looked_for"]}:
+                return one
         return None
 
-    def found(self, paths: list[str]) -> dict[str, feature_cache.Twin]:
-        """The twin of each tar that has one."""
-        return {path: twin for path in paths if (twin := self.twin(path)) is not None}
+    def all_written(self, paths: list[str]) -> dict[str, feature_cache.FeatureTar]:
+        """The feature tar of each tar that has one."""
+        return {path: one for path in paths if (one := self.written(path)) is not None}
 
     def write(self, index: shards.Index, bar: tqdm, *, wait: bool) -> bool:
-        """Write the twin of one tar; False if another process is at it, or was until now."""
+        """Write the feature tar of one tar; False if another process is at it, or was until now."""
         name = os.path.basename(index.path)
-        place = _writable(index.path)
-        partial = place / f".{name}.{feature_cache.folder_name(self.identities, self.precision)}.partial"
+        folder = _writable(index.path)
+        partial = folder / f".{name}.{feature_cache.folder_name(self.identities, self.precision)}.partial"
         with feature_cache.claim(str(partial), wait=wait) as file:
             if file is None:
                 return False
-            if self.twin(index.path) is not None:  # written by another process since we looked
+            if self.written(index.path) is not None:  # written by another process since we looked
                 partial.unlink()
                 return False
-            stamp, figures, writer = feature_cache.stamp(index.path), {}, feature_cache.Writer(file)
+            stamp, writer = feature_cache.stamp(index.path), feature_cache.Writer(file)
+            figures: dict[str, Figures] = {}
             for read in self._samples(index, figures):
                 writer.add(read.key, read.members)
                 bar.update()
-            held = {kind: self.identities[kind] for kind in figures}
-            if not held:  # a tar without a medium of ours: its twin only says so
+            identities = {kind: self.identities[kind] for kind in figures}
+            if not identities:  # a tar without a medium of ours: its feature tar only says so
                 file.truncate(0)
                 file.seek(0)
                 writer = feature_cache.Writer(file)
             if feature_cache.stamp(index.path) != stamp:
                 raise UserError(f"{index.path} was changed while it was being encoded; start again")
             media = {kind: asdict(one) for kind, one in figures.items()}
-            writer.finish(index.path, held, self.precision, looked_for=sorted(self.identities), media=media)
-            final = place / feature_cache.folder_name(held, self.precision) / name
+            writer.finish(index.path, identities, self.precision, looked_for=sorted(self.identities), media=media)
+            final = folder / feature_cache.folder_name(identities, self.precision) / name
             final.parent.mkdir(exist_ok=True)
             partial.replace(final)
         return True
@@ -162,30 +169,30 @@ class Encode:
         """Every sample of a tar with nothing but bytes in it, in order, encoded a micro-batch of samples at a time."""
         decoders = {kind: encoder.decode for kind, encoder in self.encoders.items()}
         reader = Reader(tar=index, suffixes=self.suffixes, decoders=decoders)
-        read = each(len(index), reader, self.data, dead=reader.dead, name=index.path)
+        read = each(len(index), reader, self.data, on_crash=reader.crashed, name=index.path)
         while window := list(islice(read, self.data.batch_size)):
             for kind in dict.fromkeys(kind for one in window for kind in one.kinds.values()):
                 self._encode(kind, window, figures.setdefault(kind, Figures()))
             yield from window
 
     def _encode(self, kind: str, window: list[Read], figures: Figures) -> None:
-        """Put features in the place of one modality's tensors, at most ``data.batch_size`` at a time."""
+        """Put the features of one modality's media into their members, at most ``data.batch_size`` at a time."""
         for one in window:
             figures.decode_s += one.seconds.get(kind, 0)
             figures.altered += one.altered.count(kind)
-        mine = [(one, name) for one in window for name, found in one.kinds.items() if found == kind]
-        good = [(one, name) for one, name in mine if isinstance(one.members[name], Tensor)]
+        mine = [(one, name) for one in window for name, modality in one.kinds.items() if modality == kind]
+        good = [(one, name) for one, name in mine if name in one.media]
         figures.bad += len(mine) - len(good)
         for start in range(0, len(good), self.data.batch_size):
             chosen, began = good[start : start + self.data.batch_size], time.perf_counter()
-            media = torch.stack([one.members[name] for one, name in chosen])
-            made = run_encoder(self.encoders[kind], media, self.place).float().cpu()
+            media = torch.stack([one.media.pop(name) for one, name in chosen])
+            features = run_encoder(self.encoders[kind], media, self.device).float().cpu()
             figures.encode_s += time.perf_counter() - began
-            for (one, name), exact in zip(chosen, made, strict=True):
-                one.members[name] = _written(exact, self.precision, figures)
+            for (one, name), exact in zip(chosen, features, strict=True):
+                one.members[name] = _encoded(exact, self.precision, figures)
 
 
-def _written(exact: Tensor, precision: str, figures: Figures) -> bytes:
+def _encoded(exact: Tensor, precision: str, figures: Figures) -> bytes:
     """The bytes of one medium's features, and how far what is read from them will be from `exact`."""
     try:
         feature_codec.check(exact, "the encoder's features")
@@ -203,23 +210,23 @@ def _written(exact: Tensor, precision: str, figures: Figures) -> bytes:
 
 
 def _writable(tar: str) -> Path:
-    """The first of `twins.places` that a file can be made in."""
+    """The first of `anymal.data.feature_cache.folders` that a file can be made in."""
     why = ""
-    for place in map(Path, feature_cache.places(tar)):
+    for folder in map(Path, feature_cache.folders(tar)):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
-                return place
-            why = "no permission"
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+            why = f"{folder} (no permission)"
         except OSError as error:
-            why = error.strerror or str(error)
-    raise UserError(f"features of {tar} cannot be written: neither beside it nor in {place} ({why}); set ANYMAL_CACHE")
+            why = f"{folder} ({error.strerror or error})"
+    raise UserError(f"features of {tar} cannot be written: neither beside it nor in {why}; set ANYMAL_CACHE")
 
 
 def encode_all(encode: Encode, paths: list[str]) -> None:
     """Write what is missing: first the tars that nobody is at, then those that another process leaves behind."""
     listed: dict[str, list[str]] = {}
-    missing = [shards.index(path) for path in paths if encode.twin(path, listed) is None]
+    missing = [shards.index(path) for path in paths if encode.written(path, listed) is None]
     missing = [index for index in missing if len(index)]
     print(f"{len(paths) - len(missing)} of {len(paths)} tars need no encoding, or are done")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -229,11 +236,11 @@ def encode_all(encode: Encode, paths: list[str]) -> None:
     with tqdm(total=sum(map(len, missing)), unit="sample", desc="encode", mininterval=every, smoothing=0.05) as bar:
         busy = []
         for index in missing[first:] + missing[:first]:
-            if encode.twin(index.path) is None:
+            if encode.written(index.path) is None:
                 written += (done := encode.write(index, bar, wait=False))
                 busy += [] if done else [index]
         for index in busy:
-            while encode.twin(index.path) is None:
+            while encode.written(index.path) is None:
                 written += encode.write(index, bar, wait=True)
         rate = bar.format_dict["n"] / max(bar.format_dict["elapsed"], 1e-9)
     print(f"{written} tars encoded by this process, {rate:.1f} samples/s")
@@ -259,7 +266,8 @@ def frozen_encoders(stage: Config, registry: Registry, earlier: Sequence[Config]
         except UserError:
             if not earlier:
                 raise
-    found, starts = {}, start.modalities if start else {}
+    encoders: dict[str, Encoder] = {}
+    starts = start.modalities if start else {}
     for name, modality in networks.encoders_of(stage, starts).items():
         if encoder_learns(name, stage.train):
             print(f"{name}: its encoder learns, so its features do not last")
@@ -268,9 +276,9 @@ def frozen_encoders(stage: Config, registry: Registry, earlier: Sequence[Config]
         elif hasattr((encoder := load_encoder(registry, name, modality)).decode, "most_views"):
             print(f"{name}: how many views of a medium are seen depends on its sample; no features are written")
         else:
-            found[name] = encoder
-    networks.load_bare(found, starts)
-    return found
+            encoders[name] = encoder
+    networks.load_bare(encoders, starts)
+    return encoders
 
 
 def _awaited(stage: Config, name: str, start: networks.Start | None, earlier: Sequence[Config]) -> bool:
@@ -281,7 +289,7 @@ def _awaited(stage: Config, name: str, start: networks.Start | None, earlier: Se
     return any(path in made and not Path(path).is_dir() for path in encoder_names(stage.model.modalities[name].encoder))
 
 
-def encode_stage(stage: Recipe, registry: Registry, earlier: Sequence[Recipe], place: torch.device) -> None:
+def encode_stage(stage: Recipe, registry: Registry, earlier: Sequence[Recipe], on: torch.device) -> None:
     """Encode what one stage's data lack, and say what it is worth."""
     names = list(dict.fromkeys(name for listed in tars(stage.data) for name in listed))
     every = manifest.survey(names, cache=stage.data.cache, cache_gb=stage.data.cache_gb).values()
@@ -289,20 +297,20 @@ def encode_stage(stage: Recipe, registry: Registry, earlier: Sequence[Recipe], p
     encoders = frozen_encoders(stage, registry, earlier)
     if not encoders:
         return
-    encode = Encode(stage.data, encoders, registry.suffixes(), place)
+    encode = Encode(stage.data, encoders, registry.suffixes(), on)
     encode_all(encode, paths)
     if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(report(encode.found(paths), encode.encoders, encode.suffixes, encode.precision)))
+        print("\n".join(report(encode.all_written(paths), encode.encoders, encode.suffixes, encode.precision)))
 
 
 @process_as_found()
 def main(usage: str, registry: Registry) -> None:
     """Read the command line, and encode stage by stage."""
     stages = parse_args(Recipe, usage, more_help=registry.describe(), read=load_stages)
-    place = device()
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    on = device()
+    if on.type == "cuda":
+        on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     for number, stage in enumerate(stages):
         if stage.stage:
             print(f"Stage {stage.stage}")
-        encode_stage(stage, registry, stages[:number], place)
+        encode_stage(stage, registry, stages[:number], on)

@@ -1,4 +1,4 @@
-"""What the twins that launch/encode.py wrote hold, how exact they are, and whether reading them pays."""
+"""What is in the feature tars that `anymal encode` wrote, how exact it is, and whether reading them pays."""
 
 import os
 import time
@@ -53,11 +53,11 @@ class Figures:
 
 
 def seconds_to_read(
-    encoders: Mapping[str, Encoder], suffixes: dict[str, str], found: Sequence[feature_cache.Twin]
+    encoders: Mapping[str, Encoder], suffixes: Mapping[str, str], feature_tars: Sequence[feature_cache.FeatureTar]
 ) -> dict[str, float]:
-    """Modality → seconds for reading one medium's features, over about `REREAD` samples of all twins."""
+    """Modality → seconds for reading one medium's features, over about `REREAD` samples of all feature tars."""
     seconds, counts = dict.fromkeys(encoders, 0.0), dict.fromkeys(encoders, 0)
-    indexes = [shards.index(twin.path) for twin in found if twin.encoders]
+    indexes = [shards.index(tar.path) for tar in feature_tars if tar.encoders]
 
     def add(raw: RawSample) -> None:
         began = time.perf_counter()
@@ -66,6 +66,8 @@ def seconds_to_read(
         stored = {name: data for name, data in members.items() if isinstance(data, feature_codec.Stored)}
         for name, data in stored.items():
             kind, began = modality_of(name, suffixes), time.perf_counter()
+            if kind is None:
+                continue
             with suppress(BadSample):
                 feature_codec.load(data, encoders[kind].tokens, encoders[kind].width)
             seconds[kind] += reading / len(stored) + time.perf_counter() - began
@@ -78,24 +80,27 @@ def seconds_to_read(
 
 
 def report(
-    found: Mapping[str, feature_cache.Twin], encoders: Mapping[str, Encoder], suffixes: dict[str, str], precision: str
+    feature_tars: Mapping[str, feature_cache.FeatureTar],
+    encoders: Mapping[str, Encoder],
+    suffixes: Mapping[str, str],
+    precision: str,
 ) -> list[str]:
-    """Lines that say what twins hold, how exact it is, and whether reading them is cheaper than encoding.
+    """Lines that say what feature tars hold, how exact it is, and whether reading them is cheaper than encoding.
 
     Args:
-        found: The twin of each tar.
+        feature_tars: That of each tar, by its path.
         encoders: Those that it was written with.
         suffixes: Which modality a shard member holds.
         precision: What it was written as.
     """
     total: dict[str, Figures] = {}
-    for twin in found.values():
-        for kind, figures in twin.header["media"].items():
+    for tar in feature_tars.values():
+        for kind, figures in tar.header["media"].items():
             total.setdefault(kind, Figures()).add(Figures(**figures))
     threads, lines = torch.get_num_threads(), []
     torch.set_num_threads(1)  # as in the loader's workers
     try:
-        reading = seconds_to_read(encoders, suffixes, list(found.values()))
+        reading = seconds_to_read(encoders, suffixes, list(feature_tars.values()))
     finally:
         torch.set_num_threads(threads)
     for kind, figures in total.items():
@@ -113,6 +118,6 @@ def report(
             f"{1000 * decode:.2f} s, reading features {1000 * reading[kind]:.2f} s: "
             + (f"the features pay, {ratio:.1f} times less" if ratio > 1 else f"they do not pay ({ratio:.2f})")
         )
-    originals = sum(os.path.getsize(path) for path, twin in found.items() if twin.encoders)
-    written = sum(os.path.getsize(twin.path) for twin in found.values() if twin.encoders)
-    return [*lines, f"{written / 1e6:,.1f} MB of twins beside {originals / 1e6:,.1f} MB of tars"]
+    originals = sum(os.path.getsize(path) for path, tar in feature_tars.items() if tar.encoders)
+    written = sum(os.path.getsize(tar.path) for tar in feature_tars.values() if tar.encoders)
+    return [*lines, f"{written / 1e6:,.1f} MB of features beside {originals / 1e6:,.1f} MB of tars"]

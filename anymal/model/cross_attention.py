@@ -78,7 +78,7 @@ def media_spans(lengths: Sequence[int], stands: Sequence[tuple[int, int]], *, la
     Args:
         lengths: Tokens of each sample; T in all.
         stands: For each medium or view, the position (in T) of its first token, and the number of the first view of the
-            same medium (its own, if it is the only one); `anymal.sample.Batch.stands`.
+            same medium (its own, if it is the only one); `anymal.sample.Batch.media_starts`.
         last_only: Whether only the last medium is seen (in all of its views so far), not those before it too.
     """
     begins = [0, *accumulate(lengths)]

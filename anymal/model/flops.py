@@ -210,8 +210,8 @@ class StepFlops:
         tokens = batch.ids.numel()
         media = sum(self._batch_media_flops(name, media) for name, media in batch.media.items())
         needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
-        for name in self.cross_attention.keys() & batch.stands.keys():
-            row = media_spans(batch.lengths, batch.stands[name], last_only=True)
+        for name in self.cross_attention.keys() & batch.media_starts.keys():
+            row = media_spans(batch.lengths, batch.media_starts[name], last_only=True)
             seeing = sum(span.tokens for span in row if span.first < span.last)
             needed = needed + self.cross_attention[name] * seeing
         return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)

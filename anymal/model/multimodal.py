@@ -123,20 +123,20 @@ class AnyMAL(nn.Module):
             encoder, projector = adapter.encoder, adapter.projector
             if hasattr(projector, "skip") and name not in batch.skips:
                 absent = absent + projector.skip.sum().float() * 0.0
-            if name not in batch.slots:
+            if name not in batch.media_positions:
                 nothing = features.get(name)
                 if nothing is None:
                     nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
                 absent = absent + projector(nothing).sum().float() * 0.0
                 continue
             embeddings = projector(features[name]).to(row.dtype)
-            slots, counts = batch.slots[name], batch.counts[name]
-            if embeddings.shape[:2].numel() != len(slots) or len(counts) != len(embeddings):
+            positions, counts = batch.media_positions[name], batch.counts[name]
+            if embeddings.shape[:2].numel() != len(positions) or len(counts) != len(embeddings):
                 raise ValueError(
                     f"{name}: {len(embeddings)} media of {embeddings.shape[1]} embeddings for {len(counts)} "
-                    f"placeholder runs of {len(slots)} positions in all; samples {', '.join(batch.keys)}"
+                    f"placeholder runs of {len(positions)} positions in all; samples {', '.join(batch.keys)}"
                 )
-            row = row.index_copy(1, slots, embeddings.flatten(0, 1)[None])
+            row = row.index_copy(1, positions, embeddings.flatten(0, 1)[None])
             if name in batch.skips:
                 places = batch.skips[name]
                 row = row.index_copy(1, places, projector.skip.to(row.dtype).expand(1, len(places), -1))
@@ -155,7 +155,7 @@ class AnyMAL(nn.Module):
         for name, projector in self.cross_attention.projectors.items():
             encoder = self.encoders[name]
             nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
-            stands = batch.stands.get(name, [])
+            stands = batch.media_starts.get(name, [])
             row = media_spans(batch.lengths, stands, last_only=projector.last_only)
             visible[name] = VisibleMedia(latents=projector.context(features.get(name, nothing)), spans=[row])
         return visible
@@ -168,13 +168,13 @@ class AnyMAL(nn.Module):
     def logits(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, V] logits that predict the answer tokens, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
-        return self._read(self.llm, row, batch, features, logits_to_keep=batch.rows).logits[0], absent
+        return self._read(self.llm, row, batch, features, logits_to_keep=batch.answer_positions).logits[0], absent
 
     def hidden(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[A, D] what the head makes these logits of, and the zero of `embed`."""
         row, absent = self.embed(batch, features)
         decoder = base_model(self.llm).get_decoder()
-        return self._read(decoder, row, batch, features).last_hidden_state[0, batch.rows], absent
+        return self._read(decoder, row, batch, features).last_hidden_state[0, batch.answer_positions], absent
 
     def forward(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of the answer tokens' losses, and [G, 2] their sums and counts per group of `batch.groups`.
@@ -191,7 +191,7 @@ class AnyMAL(nn.Module):
             else:
                 logits, absent = self.logits(batch, features)
                 total, losses = plain_loss(logits, batch.targets)
-        return total + absent, sums_per_group(losses, batch.group_of_row, len(batch.groups))
+        return total + absent, sums_per_group(losses, batch.answer_groups, len(batch.groups))
 
     def train(self, mode: bool = True) -> "AnyMAL":
         """Training mode for what is trained; what is frozen stays in eval mode, and so does all BatchNorm.

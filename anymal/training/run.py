@@ -25,9 +25,10 @@ from anymal.config import settings
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Config
 from anymal.config.stages import Recipe, config_of, load_stages
+from anymal.data import feature_cache
 from anymal.data.feature_codec import identity
 from anymal.data.packing import pack
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream, samples_once, tars
 from anymal.errors import UserError
@@ -225,7 +226,7 @@ def _start_of(built: Built, start: Start) -> str:
 
 def _identities(built: Built, config: Config) -> dict[str, str]:
     """What cached features must be of, by modality; not for an encoder that learns, nor if they are not wanted."""
-    if config.data.features == "never":
+    if not feature_cache.precisions(config.data.features):
         return {}
     encoders, learn = built.model.encoders, built.model.trained_encoders
     return {name: identity(encoder) for name, encoder in encoders.items() if name not in learn}

@@ -98,7 +98,7 @@ def test_encoding_features_says_it_too(trained):
         shards.expand(config.data.shards),
     )
     encode_all(encode, paths)
-    said = "\n".join(report(encode.found(paths), encode.encoders, encode.suffixes, encode.precision))
+    said = "\n".join(report(encode.all_written(paths), encode.encoders, encode.suffixes, encode.precision))
     assert "audio: 10 media (8 cropped or filled up), 0 bad" in said and "image: 10 media, 0 bad" in said
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from anymal.data.order import Counts, Order, Share, choice, merge_bookmarks, permutation
+from anymal.data.order import PENDING, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
 from anymal.errors import UserError
 
 
@@ -101,17 +101,17 @@ def test_what_cannot_be_ordered(made, says):
         made()
 
 
-def take(share: Share, n: int, bad: set[int], rng: random.Random) -> list[int]:
+def take(sampler: RankSampler, n: int, bad: set[int], rng: random.Random) -> list[int]:
     """What a stream with a packer does: n good positions, some of those read being kept for later."""
-    taken, held, positions = [], [], share.positions()
+    taken, pending, positions = [], [], sampler.positions()
     while len(taken) < n:
         position = next(positions)
         if position in bad:
             continue
-        held.append(position)
+        pending.append(position)
         if rng.random() < 0.6:
-            taken.append(held.pop(rng.randrange(len(held))))
-    share.move(position, held)
+            taken.append(pending.pop(rng.randrange(len(pending))))
+    sampler.move(position, pending)
     return taken
 
 
@@ -124,20 +124,20 @@ def test_changing_ranks_loses_and_repeats_nothing(seed):
     taken, bookmark = [], None
     for _ in range(6):
         world = rng.randint(1, 6)
-        ranks = [Share(order, rank=rank, world=world, bookmark=bookmark) for rank in range(world)]
-        for share in ranks:
+        ranks = [RankSampler(order, rank=rank, world=world, bookmark=bookmark) for rank in range(world)]
+        for sampler in ranks:
             for _ in range(rng.randint(0, 4)):
-                taken += take(share, rng.randint(1, 5), bad, rng)
-        bookmark = json.loads(json.dumps(merge_bookmarks([share.piece() for share in ranks])))
-        again = [Share(order, rank=r, world=world, bookmark=bookmark) for r in range(world)]
+                taken += take(sampler, rng.randint(1, 5), bad, rng)
+        bookmark = json.loads(json.dumps(merge_bookmarks([sampler.piece() for sampler in ranks])))
+        again = [RankSampler(order, rank=r, world=world, bookmark=bookmark) for r in range(world)]
         for before, after in zip(ranks, again, strict=True):  # the same ranks go on exactly where they stood
             one, two = before.positions(), after.positions()
             assert [next(one) for _ in range(9)] == [next(two) for _ in range(9)]
-        assert merge_bookmarks([share.piece() for share in again]) == bookmark
-        passed = {p for done in bookmark["done"] for p in range(*done)} - set(bookmark["held"])
+        assert merge_bookmarks([sampler.piece() for sampler in again]) == bookmark
+        passed = {p for done in bookmark["done"] for p in range(*done)} - set(bookmark[PENDING])
         assert (passed | set(range(bookmark["next"]))) - bad == set(taken)
         assert len(bookmark["done"]) <= 30
-    last = Share(order, rank=0, world=1, bookmark=bookmark)
+    last = RankSampler(order, rank=0, world=1, bookmark=bookmark)
     taken += take(last, 200, bad, rng)
     assert len(taken) == len(set(taken))
     end = merge_bookmarks([last.piece()])
@@ -149,8 +149,8 @@ def test_bookmarks_of_other_data_are_refused():
         return Order(list(datasets), seed=seed, shuffle=shuffle)
 
     a, b = dataset(5, 5, name="a"), dataset(4, name="b", ratio=2)
-    bookmark = merge_bookmarks([Share(of(a, b), rank=0, world=1, bookmark=None).piece()])
-    Share(of(a, b), rank=1, world=3, bookmark=bookmark)
+    bookmark = merge_bookmarks([RankSampler(of(a, b), rank=0, world=1, bookmark=None).piece()])
+    RankSampler(of(a, b), rank=1, world=3, bookmark=bookmark)
     for other, says in [
         (of(dataset(5, 6, name="a"), b), "'a' had 10 samples in 2 shards, now 11 in 2"),
         (of(dataset(4, 6, name="a"), b), "'a' had 10 samples"),
@@ -162,23 +162,23 @@ def test_bookmarks_of_other_data_are_refused():
         (of(a, b, shuffle=5), "data.shuffle was 4, is 5"),
     ]:
         with pytest.raises(UserError) as error:
-            Share(other, rank=0, world=1, bookmark=bookmark)
+            RankSampler(other, rank=0, world=1, bookmark=bookmark)
         assert says in str(error.value)
 
 
 def test_pieces_of_some_ranks_are_no_bookmark():
     order = Order([dataset(5)], seed=0, shuffle=0)
-    pieces = [Share(order, rank=rank, world=2, bookmark=None).piece() for rank in range(2)]
+    pieces = [RankSampler(order, rank=rank, world=2, bookmark=None).piece() for rank in range(2)]
     for wrong in (pieces[:1], [pieces[0], pieces[0]], []):
         with pytest.raises(UserError, match="one piece from every rank"):
             merge_bookmarks(wrong)
-    other = Share(Order([dataset(6)], seed=0, shuffle=0), rank=1, world=2, bookmark=None).piece()
+    other = RankSampler(Order([dataset(6)], seed=0, shuffle=0), rank=1, world=2, bookmark=None).piece()
     with pytest.raises(UserError, match="different data"):
         merge_bookmarks([pieces[0], other])
     with pytest.raises(UserError, match="not a merged bookmark"):
-        Share(order, rank=0, world=1, bookmark=pieces[0])
+        RankSampler(order, rank=0, world=1, bookmark=pieces[0])
     with pytest.raises(UserError, match="rank 2"):
-        Share(order, rank=2, world=2, bookmark=None)
+        RankSampler(order, rank=2, world=2, bookmark=None)
 
 
 def test_a_place_far_away_is_found_at_once():

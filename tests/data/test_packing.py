@@ -38,7 +38,7 @@ def test_samples_that_do_not_fit_begin_the_next_row():
     packer = Packer(DataConfig(row_tokens=10, max_tokens=10, look_ahead=2))
     items = [item(p, n) for p, n in enumerate([6, 5, 3, 5, 1, 4, 4])]
     assert rows(packer, items) == [[4, 2, 0], [1, 3]]  # 1 + 3 + 6 and 5 + 5: full to the last token
-    assert packer.held() == [5, 6]
+    assert packer.pending() == [5, 6]
 
 
 def test_batch_size_counts_samples():
@@ -62,7 +62,7 @@ def test_rows_have_one_modality_or_one_dataset(group_by, expected):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_was_held_goes_into_the_same_rows_when_given_again(seed):
+def test_what_was_pending_goes_into_the_same_rows_when_given_again(seed):
     """The property that bookmarks rest on, from every row on, for any lengths and groups."""
     rng = random.Random(seed)
     made = [
@@ -74,13 +74,13 @@ def test_what_was_held_goes_into_the_same_rows_when_given_again(seed):
     packer, found = Packer(data), []
     for new in made:
         for n, row in enumerate(later := packer.add(new)):
-            held = sorted([*packer.held(), *(i.position for r in later[n + 1 :] for i in r)])
-            found.append(([i.position for i in row], new.position, held))
-    for at, (_, last, held) in enumerate(found):
-        again = rows(Packer(data), [made[p] for p in held] + made[last + 1 :])
+            pending = sorted([*packer.pending(), *(i.position for r in later[n + 1 :] for i in r)])
+            found.append(([i.position for i in row], new.position, pending))
+    for at, (_, last, pending) in enumerate(found):
+        again = rows(Packer(data), [made[p] for p in pending] + made[last + 1 :])
         assert again == [row for row, _, _ in found[at + 1 :]]
     seen = Counter(p for row, _, _ in found for p in row)
-    assert max(seen.values()) == 1 and set(seen) | set(packer.held()) == set(range(150))
+    assert max(seen.values()) == 1 and set(seen) | set(packer.pending()) == set(range(150))
 
 
 def test_a_row_must_hold_the_longest_sample():
@@ -182,7 +182,7 @@ def test_packed_and_unpacked_losses_and_gradients_are_equal(real):
     model, tokens = real
     packer = Packer(DataConfig(row_tokens=200, max_tokens=150, look_ahead=2))
     filled = [row for p, t in enumerate(tokens) for row in packer.add(Item(position=p, dataset="d", tokens=t))]
-    left = [t for p, t in enumerate(tokens) if p in packer.held()]
+    left = [t for p, t in enumerate(tokens) if p in packer.pending()]
     packed = [[i.tokens for i in row] for row in filled] + [left]
     assert len(filled) >= 2 and sum(map(len, packed)) == len(tokens)
     one, ours = gradients(model, packed)

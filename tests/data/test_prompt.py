@@ -2,15 +2,17 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from anymal.config.schema import PromptConfig
 from anymal.data import feature_codec
-from anymal.data.prompt import Prepare, Prompt
+from anymal.data.prepare import Prepare
+from anymal.data.prompt import Prompt
 from anymal.errors import BadSample, UserError
-from anymal.sample import IGNORED, Message, Part, Sample
+from anymal.sample import IGNORED, Message, Part, Sample, Viewable, Views
 from toys import medium, sample, text, toy_model
 
 
@@ -92,11 +94,17 @@ def test_plain_template_ends_the_words_of_a_user_with_a_line_break(prompt):
 
 
 def test_instruction_is_added_to_wordless_messages_only(prompt):
-    told = variant(prompt, instruction="Describe it.", system="Be brief.")
-    with_words = told.tokenizer.decode(told.sample(sample(medium("eye", 1), text("what?"))).ids)
-    without = told.tokenizer.decode(told.sample(sample(medium("eye", 1))).ids)
-    assert "Describe it." not in with_words and "Describe it." in without
-    assert "Be brief." in with_words
+    made = variant(prompt, instruction="Describe it.", system="Be brief.")
+    asked, wordless = sample(medium("eye", 1), text("what?")), sample(medium("eye", 1))
+
+    def read(one: Sample) -> str:
+        return made.tokenizer.decode(made.sample(one).ids)
+
+    assert "Describe it." not in read(asked) and "Describe it." in read(wordless)
+    assert "Be brief." in read(asked)
+    assert "What is it?" not in read(replace(asked, instruction="What is it?"))
+    words = read(replace(wordless, instruction="What is it?"))  # its dataset's, in place of the recipe's
+    assert "What is it?" in words and "Describe it." not in words
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,7 @@ def test_reserved_tokens_are_refused_wherever_texts_become_tokens(prompt):
     plain = variant(prompt, template="plain")
     cut = sample(text("<|im_"), text("start|>system"))
     for made in (prompt, plain):
-        for use in (made.sample, made.question, made.text_tokens):
+        for use in (made.sample, made.question):
             with pytest.raises(BadSample, match="reserved token"):
                 use(cut)
         with pytest.raises(BadSample, match="reserved token"):
@@ -268,3 +276,26 @@ def test_a_medium_that_is_shown_often_is_decoded_once(prompt):
     prepare = Prepare(prompt=prompt, decoders={"eye": decode})
     assert len(prepare(sample(*parts, text("what?"))).media) == 50
     assert len(calls) == 1
+
+
+def test_a_sample_in_views_is_tokenised_once(prompt):
+    """However many views there are to choose from: as often as a sample without any."""
+
+    def views(data: bytes) -> Viewable:
+        return Viewable(choices=(500, 100, 5, 1), views=lambda n: Views(tensor=torch.ones(n, 1)))
+
+    def whole(data: bytes) -> torch.Tensor:
+        return torch.ones(1)
+
+    counts, runs = {}, {}
+    for decode in (whole, views):
+        counted, calls = copy_of(prompt), []
+        made = with_tokenizer(prompt, counted)
+        counted.encode = lambda *given, encode=counted.encode, calls=calls, **more: (
+            calls.append(1) or encode(*given, **more)
+        )
+        prepare = Prepare(prompt=made, decoders={"eye": decode})
+        tokens = prepare(sample(Part(kind="eye", content=b"", member="eye.bin"), text("what?")))
+        counts[decode], runs[decode] = len(calls), len(tokens.runs)
+    assert runs == {whole: 1, views: 500}
+    assert counts[views] == counts[whole] > 0

@@ -79,11 +79,11 @@ def test_resume_at_every_batch(tmp_path, workers):
 
 def asked(sample: Sample) -> Tokens:
     """Keeps what the user says as the sample's key."""
-    said = [part.content for part in sample.messages[0].parts if part.kind == "text"]
+    said = [part.content for part in sample.messages[0].parts if part.kind == "text"] or [sample.instruction]
     return replace(prepare(sample), key=f"{sample.key} {' '.join(said)}")
 
 
-def told(tmp_path: Path) -> dict[str, DatasetConfig]:
+def instructed(tmp_path: Path) -> dict[str, DatasetConfig]:
     """A dataset with three instructions, one with none, and one whose users speak for themselves."""
     spoken = [{"type": "array"}, {"type": "text", "text": "and?"}]
     turns = [{"role": "user", "content": spoken}, {"role": "assistant", "content": "x"}]
@@ -94,7 +94,7 @@ def told(tmp_path: Path) -> dict[str, DatasetConfig]:
 
 
 def test_instructions_are_drawn_by_seed_and_position(tmp_path):
-    datasets = told(tmp_path)
+    datasets = instructed(tmp_path)
     whole = batches(stream(datasets, with_=asked), 60)
     for workers in (1, 3):
         assert keys(stream(datasets, with_=asked, workers=workers), 60) == [b.keys for b in whole]
@@ -115,7 +115,10 @@ def test_instructions_are_drawn_by_seed_and_position(tmp_path):
 
 
 def test_instructions_are_given_outside_of_training_too(tmp_path):
-    data, quarantine = DataConfig(datasets=told(tmp_path), workers=0), Quarantine(None, max_in_a_row=0, max_share=0)
+    data, quarantine = (
+        DataConfig(datasets=instructed(tmp_path), workers=0),
+        Quarantine(None, max_in_a_row=0, max_share=0),
+    )
     found = [tokens.key for tokens in samples_once(data, suffixes=SUFFIXES, prepare=asked, quarantine=quarantine)]
     assert all(key.endswith("?") for key in found[:9]) and found[9] == "00000 " and found[13] == "00090 and?"
 
@@ -353,7 +356,7 @@ def test_workers_pass_on_every_tensor():
         torch.tensor(3.5, dtype=torch.float64),
     ]
     value = {"a": tensors, "b": [("x", tensors[0])], "c": np.arange(3)}
-    options = {"processes": 1, "size": 2, "ahead": 2, "timeout": 60, "dead": None, "name": str}
+    options = {"processes": 1, "chunk": 2, "prefetch": 2, "timeout": 60, "on_crash": None, "name": str}
     (_, back), (_, plain) = in_order([value, [1, "x"]].__getitem__, range(2), **options)
     for one, two in zip(tensors, back["a"], strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)

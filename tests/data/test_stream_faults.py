@@ -257,7 +257,7 @@ def read_or_die(i: int) -> int:
 
 def test_whoever_reads_something_else_says_what_stands_for_the_dead():
     data, dead = DataConfig(shards="x", workers=2), lambda i, reason: f"{i}: {reason}"
-    found = list(each(3, read_or_die, data, dead=dead, name="a.tar"))
+    found = list(each(3, read_or_die, data, on_crash=dead, name="a.tar"))
     assert found == [0, "1: the decoder ended its process (exit code 3)", 2]
 
 
@@ -267,7 +267,7 @@ def same(i: int) -> int:
 
 def read_many() -> None:
     data = DataConfig(shards="x", workers=1, batch_size=8192)
-    os._exit(0 if list(each(10_000, same, data, dead=None, name="a.tar")) == list(range(10_000)) else 1)
+    os._exit(0 if list(each(10_000, same, data, on_crash=None, name="a.tar")) == list(range(10_000)) else 1)
 
 
 def test_a_batch_of_thousands_does_not_fill_the_pipes_from_both_ends():
@@ -284,13 +284,14 @@ import os, resource
 from anymal.config.schema import DataConfig
 from anymal.errors import UserError
 from anymal.data.loader import each
-data, others = DataConfig(shards="x", workers=3), each(99, abs, DataConfig(shards="x", workers=1), dead=None, name="x")
+data, other = DataConfig(shards="x", workers=3), DataConfig(shards="x", workers=1)
+others = each(99, abs, other, on_crash=None, name="x")
 next(others)
 used = max(map(int, os.listdir("/proc/self/fd")))
 for more in range(1, 9):
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, 10_000))
     try:
-        list(each(9, abs, data, dead=None, name="a.tar"))
+        list(each(9, abs, data, on_crash=None, name="a.tar"))
     except UserError as error:
         assert "a worker could not be started: Too many open files; try fewer" in str(error), error
     else:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from anymal.data.prompt import Prepare
+from anymal.data.prepare import Prepare
 from anymal.errors import BadSample
 from anymal.evaluation.evaluate import ask, evaluate
 from anymal.evaluation.scores import figures

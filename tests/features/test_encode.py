@@ -1,4 +1,4 @@
-"""Feature twins from end to end: written by the real program, read by the real stream, trained on by the real stage."""
+"""The feature cache from end to end: written by the real program, read by the real stream, trained on by a stage."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data import feature_cache, feature_codec, shards
 from anymal.data.packing import pack
-from anymal.data.prompt import prepare
+from anymal.data.prepare import prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import BadSample, UserError
@@ -47,11 +47,11 @@ def recipe(tiny_llm, encoders, folder: Path, data, kinds: list[str], **more) -> 
     return load(Config, None, settings(tiny_llm, encoders, folder, str(data), kinds, **more), ["train=[projectors]"])
 
 
-def write_twins(config: Config) -> list[str]:
+def encode_data(config: Config) -> list[str]:
     """Encode all that the recipe's data lack; what the report says."""
     made, paths = encode_of(config), shards.expand(config.data.shards)
     encode_all(made, paths)
-    return report(made.found(paths), made.encoders, made.suffixes, made.precision)
+    return report(made.all_written(paths), made.encoders, made.suffixes, made.precision)
 
 
 def encode_of(config: Config) -> Encode:
@@ -66,7 +66,7 @@ def samples_of(path: str) -> list[tuple[str, dict[str, bytes]]]:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def test_training_is_the_same_and_goes_on_where_it_was_without_twins(tiny_llm, encoders, tmp_path, monkeypatch):
+def test_training_is_the_same_and_goes_on_where_it_was_without_features(tiny_llm, encoders, tmp_path, monkeypatch):
     kinds = ["image", "imu"]
     data = write_pairs(tmp_path / "data", kinds)
     more = {"optim__steps": 6, "run__save_every": 3, "data__batch_size": 10}
@@ -76,11 +76,11 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_twins(tiny_llm, e
         return losses(tmp_path / name)
 
     whole = run("whole")
-    write_twins(recipe(tiny_llm, encoders, tmp_path, data, kinds, data__features="float32"))
+    encode_data(recipe(tiny_llm, encoders, tmp_path, data, kinds, data__features="float32"))
     assert run("never", data__features="never") == whole
-    monkeypatch.setattr(anymal.model.multimodal, "run_encoder", None)  # with twins of all tars no encoder runs
-    assert run("twins") == whole
-    cut = tmp_path / "whole" / "checkpoints"  # as if killed after step 3, before there were twins
+    monkeypatch.setattr(anymal.model.multimodal, "run_encoder", None)  # with features of all tars no encoder runs
+    assert run("cached") == whole
+    cut = tmp_path / "whole" / "checkpoints"  # as if killed after step 3, before there were features
     shutil.rmtree(cut / "step-00000006")
     (cut / "latest").unlink()
     (cut / "latest").symlink_to("step-00000003")
@@ -90,18 +90,18 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_twins(tiny_llm, e
         run("others", data__features="bf16")  # there are none: the encoders are called
     monkeypatch.undo()
     for precision, near in (("bf16", 2e-3), ("int8", 1e-2)):
-        said = write_twins(recipe(tiny_llm, encoders, tmp_path, data, kinds, data__features=precision))
+        said = encode_data(recipe(tiny_llm, encoders, tmp_path, data, kinds, data__features=precision))
         rounded = run(precision, data__features=precision)
         assert rounded == pytest.approx(whole, rel=near) and rounded != whole
         assert any(line.startswith("image: 20 media, 0 bad") and f"as {precision}" in line for line in said)
     assert any("for 1,000 media: encoding again costs" in line for line in said)
 
 
-def test_some_tars_have_twins_and_others_not(tiny_llm, encoders, tmp_path):
+def test_some_tars_have_features_and_others_not(tiny_llm, encoders, tmp_path):
     data = write_pairs(tmp_path / "data", ["image"], shards=3, per_shard=8)
     config = recipe(tiny_llm, encoders, tmp_path / "run", data, ["image"], data__features="float32")
     config.data.shards = str(Path(data) / "001.tar")
-    write_twins(config)
+    encode_data(config)
     found = {}
     for wanted in ("never", "auto"):
         more = {"data__features": wanted, "data__batch_size": 6, "optim__steps": 5}
@@ -183,7 +183,7 @@ def test_media_in_views_are_passed_over(tiny_llm, encoders, tmp_path, capsys):
     assert "image: how many views" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------- the stream over twins
+# ------------------------------------------------------------------------------------------- the stream over features
 
 
 def stream_of(tiny_llm, encoders, data, wanted: str, *, log: Path | None = None, kinds=("image",)) -> Stream:
@@ -250,11 +250,11 @@ def test_bad_samples_are_the_same_for_the_same_reasons(tiny_llm, encoders, tmp_p
     seen, logs = {}, {}
     for wanted in ("never", "float32"):
         if wanted == "float32":
-            said = write_twins(recipe(tiny_llm, encoders, tmp_path, data, ["image"], data__features=wanted))
+            said = encode_data(recipe(tiny_llm, encoders, tmp_path, data, ["image"], data__features=wanted))
             assert said[0].startswith("image: 21 media, 4 bad"), said
         log = tmp_path / f"{wanted}.jsonl"
         stream = stream_of(tiny_llm, encoders, data, wanted, log=log)
-        assert len(stream.twins) == (2 if wanted == "float32" else 0)
+        assert len(stream.feature_tars) == (2 if wanted == "float32" else 0)
         batches = [batch for _, batch in zip(range(14), stream, strict=False)]
         seen[wanted] = [(batch.keys, batch.bookmark, batch.ids.tolist()) for batch in batches]
         logs[wanted] = [json.loads(line) for line in log.read_text().splitlines()]
@@ -275,32 +275,32 @@ def test_features_that_no_projector_computes_with_are_bad(tiny_llm, encoders, tm
     encode.encoders["image"].register_forward_hook(lambda encoder, media, made: made * factor)
     paths = shards.expand(data)
     encode_all(encode, paths)
-    for _, members in samples_of(encode.found(paths)[paths[0]].path):
+    for _, members in samples_of(encode.all_written(paths)[paths[0]].path):
         stored = next(member for name, member in members.items() if name.endswith(feature_codec.ENDING))
         with pytest.raises(BadSample, match=f"the encoder's features {reason}"):
             feature_codec.load(stored, 4, 4)
 
 
-def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
+def test_feature_tars_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
     data = Path(write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=6))
     tar = shards.index(str(data / "000.tar"))
     encode = encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image"]))
     encode_all(encode, [tar.path])
     mine = encode.identities
-    twin = Path(encode.twin(tar.path).path)
-    assert twin.parent == data / "features" / f"image-{mine['image']}.bf16"
+    cached = Path(encode.written(tar.path).path)
+    assert cached.parent == data / "features" / f"image-{mine['image']}.bf16"
     assert set(feature_cache.find_all([tar], mine, "auto")) == {tar.path}
     assert set(feature_cache.find_all([tar], mine | {"imu": "0" * 16}, "bf16")) == {tar.path}
     for others, precision in (({"image": "0" * 16}, "auto"), ({}, "auto"), (mine, "int8"), (mine, "never")):
         assert not feature_cache.find_all([tar], others, precision)
     with pytest.raises(AssertionError):  # a new modality: the tar may hold some of it, so it is looked at again
-        assert encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"])).twin(tar.path)
-    good = twin.read_bytes()
-    twin.write_bytes(good[: len(good) // 2])
+        assert encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image", "imu"])).written(tar.path)
+    good = cached.read_bytes()
+    cached.write_bytes(good[: len(good) // 2])
     assert not feature_cache.find_all([tar], mine, "auto")  # cut
-    twin.write_bytes(good[:512] + bytes(feature_cache.HEADER_SIZE) + good[512 + feature_cache.HEADER_SIZE :])
+    cached.write_bytes(good[:512] + bytes(feature_cache.HEADER_SIZE) + good[512 + feature_cache.HEADER_SIZE :])
     assert not feature_cache.find_all([tar], mine, "auto")  # not finished
-    twin.write_bytes(good)
+    cached.write_bytes(good)
     assert feature_cache.find_all([tar], mine, "auto")
     stamp = os.stat(tar.path)
     os.utime(tar.path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
@@ -309,13 +309,14 @@ def test_twins_that_do_not_fit_are_not_used(tiny_llm, encoders, tmp_path):
     assert feature_cache.find_all([tar], mine, "auto")
 
 
-def test_where_the_data_cannot_be_written_to_twins_lie_in_the_cache(tiny_llm, encoders, tmp_path, monkeypatch):
+def test_where_the_data_cannot_be_written_to_features_lie_in_the_cache(tiny_llm, encoders, tmp_path, monkeypatch):
     monkeypatch.setenv("ANYMAL_CACHE", str(tmp_path / "cache"))
     data = Path(write_pairs(tmp_path / "data", ["imu"], shards=1, per_shard=4))
     (data / "features").touch()  # no folder can be made; root could write into one without permission
-    write_twins(recipe(tiny_llm, encoders, tmp_path, data, ["imu"]))
+    encode_data(recipe(tiny_llm, encoders, tmp_path, data, ["imu"]))
     stream = stream_of(tiny_llm, encoders, data, "auto", kinds=("imu",))
-    assert [index.path.startswith(str(tmp_path / "cache/features/")) for index in stream.twins.values()] == [True]
+    (cached,) = stream.feature_tars.values()
+    assert cached.path.startswith(str(tmp_path / "cache/features/"))
     assert isinstance(next(iter(stream)).media["imu"], PartlyEncoded)
 
 
@@ -333,7 +334,7 @@ def test_every_modality(tiny_llm, name, tmp_path):
     encode = encode_of(recipe(tiny_llm, tmp_path, tmp_path, tmp_path / "data", [name], **more))
     encode_all(encode, [str(tmp_path / "data" / "a.b.tar")])
     assert encoder.exists() and kind
-    held = samples_of(encode.twin(str(tmp_path / "data" / "a.b.tar")).path)
+    held = samples_of(encode.written(str(tmp_path / "data" / "a.b.tar")).path)
     assert [(key, list(members)) for key, members in held] == [
         (f"deep/{i}", [f"0.{suffix}.safetensors", f"1.{suffix}.safetensors", "txt"]) for i in range(3)
     ]

@@ -27,9 +27,9 @@ import tiny_encoders
 from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.data import manifest, prompt, shards
-from anymal.data.loader import Bad, Reader, Ticket, load, prepared
-from anymal.data.prompt import Prepare
+from anymal.data import manifest, shards
+from anymal.data.loader import Bad, Reader, Request, load, prepared
+from anymal.data.prepare import Prepare, prepare
 from anymal.data.quarantine import Quarantine
 from anymal.errors import UserError
 from anymal.sample import Features, Tokens
@@ -77,7 +77,7 @@ def _profile(folder: Path, encoders: dict[str, str], template: str, **options: d
     }
     adapters = build_adapters(REGISTRY, configs, llm_width=16)
     tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
-    made = prompt.prepare(tokenizer, adapters, PromptConfig(template=template), MAX_TOKENS)
+    made = prepare(tokenizer, adapters, PromptConfig(template=template), MAX_TOKENS)
     return Profile(prepare=made, shapes={name: tuple(adapter.encoder.shape) for name, adapter in adapters.items()})
 
 
@@ -129,8 +129,8 @@ class Target:
             cached = manifest.Shard(path=str(path.with_name("features")), count=1)
             use = partial(prepared, SUFFIXES, None, profile.prepare)
             reader = Reader([[shard]], use, {shard.path: cached} if case.cached else {})
-            tickets = [Ticket(position=i, dataset=0, shard=0, sample=i) for i in range(min(len(shard), 3))]
-            for _, result in load(reader, tickets, DataConfig(workers=0)):
+            requests = [Request(position=i, dataset=0, shard=0, sample=i) for i in range(min(len(shard), 3))]
+            for _, result in load(reader, requests, DataConfig(workers=0)):
                 if said := self._judge(result, case, profile, path):
                     return said
         except UserError as error:

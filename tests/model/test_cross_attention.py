@@ -88,7 +88,7 @@ def without(model: AnyMAL, batch) -> torch.Tensor:
     row = model.embed(batch, model.encode(batch.media))[0]
     more = attention.arguments(model.llm, batch.lengths)
     return model.llm(
-        inputs_embeds=row, position_ids=batch.positions, use_cache=False, logits_to_keep=batch.rows, **more
+        inputs_embeds=row, position_ids=batch.positions, use_cache=False, logits_to_keep=batch.answer_positions, **more
     ).logits[0]
 
 
@@ -176,8 +176,8 @@ def test_views_of_one_medium_are_seen_together(tiny_llm):
     tokens = prompt.sample(sample(medium("eye", 5), text("see "), views, text("and "), medium("ear", 9)))
     assert tokens.views == [1, 3, 1]
     batch = pack([prompt.sample(SAMPLES[0]), tokens])
-    assert [first for _, first in batch.stands["eye"]] == [0, 1, 2, 2, 2]
-    assert [first for _, first in batch.stands["ear"]] == [0]
+    assert [first for _, first in batch.media_starts["eye"]] == [0, 1, 2, 2, 2]
+    assert [first for _, first in batch.media_starts["ear"]] == [0]
     seen = model.visible_media(batch, model.encode(batch.media))["eye"].spans[0]
     assert (seen[-1].first, seen[-1].last) == (2, 5)
 
@@ -239,7 +239,7 @@ def test_no_sample_sees_anothers_media_and_no_token_a_later_one(tiny_llm):
     place = tokens[1].runs[2][1]
     row, other = pack([replace(last, media=tokens[1].media)]), pack([last])
     differs = (logits(model, row) != logits(model, other)).any(1)
-    assert differs.tolist() == [t >= place for t in row.rows.tolist()]
+    assert differs.tolist() == [t >= place for t in row.answer_positions.tolist()]
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -329,7 +329,7 @@ def greedy(model: AnyMAL, prompt: Prompt, question: Tokens, steps: int) -> str:
     for _ in range(steps):
         so_far = replace(question, ids=question.ids + ids, labels=[IGNORED] * len(question.ids + ids))
         batch = pack([so_far])
-        batch.rows = torch.tensor([batch.ids.shape[1] - 1])
+        batch.answer_positions = torch.tensor([batch.ids.shape[1] - 1])
         ids.append(int(logits(model, batch)[0].argmax()))
         if ids[-1] == prompt.tokenizer.eos_token_id:
             break
@@ -414,7 +414,7 @@ def test_a_recipe_with_it_is_estimated(recipe, mode):
 def test_its_flops_are_those_that_torch_counts(tiny_llm):
     model, prompt = toy(tiny_llm)
     batch = pack([prompt.sample(SAMPLES[0])])
-    row = media_spans(batch.lengths, batch.stands["eye"], last_only=True)
+    row = media_spans(batch.lengths, batch.media_starts["eye"], last_only=True)
     made, hidden = model.projectors["eye"], torch.randn(1, batch.lengths[0], 64)
     with (
         FlopCounterMode(display=False) as counter,

@@ -18,7 +18,7 @@ from anymal.checkpoints import checkpoint
 from anymal.config.schema import DataConfig, LLMConfig, RunConfig
 from anymal.config.settings import load
 from anymal.data import manifest
-from anymal.data.feature_cache import Twin
+from anymal.data.feature_cache import FeatureTar
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import samples_once
 from anymal.errors import UserError
@@ -168,7 +168,7 @@ def test_progress_bars_are_as_before(tiny_llm):
 
 
 def test_a_report_that_fails_leaves_the_threads(tmp_path):
-    gone = Twin(path=str(tmp_path / "gone.tar"), header={"encoders": {"imu": ""}, "media": {}})
+    gone = FeatureTar(path=str(tmp_path / "gone.tar"), header={"encoders": {"imu": ""}, "media": {}})
     torch.set_num_threads(2)
     try:
         with pytest.raises(UserError, match="cannot be read"):

@@ -1,0 +1,85 @@
+"""What a loader worker does with one sample: decode its media, then tokenise it. Between `parse` and `packing`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from anymal.config.schema import PromptConfig
+from anymal.data import feature_codec
+from anymal.data.prompt import Prompt
+from anymal.errors import BadSample
+from anymal.modality import Adapter
+from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, with_note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Decoded = tuple[Tensor | Viewable | Features, str]
+"""What a medium's bytes are decoded to, and the decoder's note on it."""
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Decode and tokenise; picklable."""
+
+    prompt: Prompt
+    """How a sample becomes tokens."""
+    decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
+    """How the bytes of each modality become what its encoder takes."""
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """[tokens, width] of each modality's features, for those that are read in place of media."""
+
+    def __call__(self, sample: Sample) -> Tokens:
+        """Encoded media and texts → what the packing takes.
+
+        Raises:
+            BadSample: As `decode` and `anymal.data.prompt.Prompt.sample`.
+        """
+        return self.prompt.sample(self.decode(sample))
+
+    def decode(self, sample: Sample) -> Sample:
+        """The sample with every medium's bytes decoded; bytes that are shown several times once.
+
+        Raises:
+            BadSample: A medium does not decode, or the model lacks its modality.
+        """
+        decoded: dict[tuple[str, int], Decoded] = {}
+        messages = []
+        for message in sample.messages:
+            parts = [part if part.kind == TEXT else self._decoded(part, decoded) for part in message.parts]
+            messages.append(Message(role=message.role, parts=parts))
+        return replace(sample, messages=messages)
+
+    def _decoded(self, part: Part, before: dict[tuple[str, int], Decoded]) -> Part:
+        """The part decoded; `before` holds what was, by modality and identity of the bytes."""
+        if part.kind not in self.decoders:
+            raise BadSample(f"holds a medium of modality {part.kind!r}, which the model does not have")
+        key = part.kind, id(part.content)
+        if key not in before:
+            before[key] = self._content(part)
+        content, note = before[key]
+        return replace(part, content=content, note=note)
+
+    def _content(self, part: Part) -> Decoded:
+        if isinstance(part.content, feature_codec.Stored):
+            return Features(tensor=feature_codec.load(part.content, *self.shapes[part.kind])), ""
+        content, note = with_note(self.decoders[part.kind](part.content))
+        if not isinstance(content, Viewable):
+            feature_codec.check(content, f"the {part.kind} {part.member}, once decoded,")
+        return content, note
+
+
+def prepare(
+    tokenizer: "PreTrainedTokenizerBase", adapters: dict[str, Adapter], config: PromptConfig, max_tokens: int
+) -> Prepare:
+    """Build the worker's function for a model's adapters."""
+    names = {name: adapter.modality.placeholder for name, adapter in adapters.items()}
+    length = {name: adapter.tokens for name, adapter in adapters.items()}
+    prompt = Prompt(tokenizer=tokenizer, config=config, placeholder=names, length=length, max_tokens=max_tokens)
+    return Prepare(
+        prompt=prompt,
+        decoders={name: adapter.decode for name, adapter in adapters.items()},
+        shapes={name: (adapter.encoder.tokens, adapter.encoder.width) for name, adapter in adapters.items()},
+    )
