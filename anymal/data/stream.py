@@ -10,7 +10,7 @@ it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Stream:
         self.share = Share(self.order, rank=self.share.rank, world=self.share.world, bookmark=bookmark)
         self.quarantine.in_a_row = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for row in self.rows():
             batch = self.collate([item.tokens for item in row])
             batch.datasets = dict(Counter(item.dataset for item in row))

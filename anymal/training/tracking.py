@@ -198,8 +198,8 @@ class _Bar:
         if sys.stderr.isatty():
             # A terminal inside a container may claim to have no columns and rows; tqdm would show nothing at all.
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
-            self._bar = tqdm(total=steps, initial=start, unit="step", **width)
+            columns, rows = (None, None) if known else (100, 24)
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=known, ncols=columns, nrows=rows)
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         postfix = _postfix(figures)
