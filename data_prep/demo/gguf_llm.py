@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import run
+from anymal.config.command_line import parse_args, run_program
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
 
@@ -159,5 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         convert(Path(settings.gguf), folder, f"---\nlicense: {settings.license}\n---\nConverted from {source}.\n")
 
 
+def start() -> None:
+    """Run the program, for the command line."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    run(main)
+    start()

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo import ctranslate2_whisper, gguf_llm
 from anymal.data_prep.demo.assets import cache_folder, pins, read
-from anymal.data_prep.steps import run
 from anymal.files import is_done, whole_folder
 
 
@@ -31,7 +30,7 @@ class Settings:
     folder: str = ""
     """The folder to write llm, image and audio into; empty takes models in the cache."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     audio_seconds: int = 3
     """Length of the clips that the audio encoder shall take."""
 
@@ -112,5 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         make(to)
 
 
+def start() -> None:
+    """Run the program, for the command line."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    run(main)
+    start()
