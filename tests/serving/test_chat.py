@@ -236,7 +236,7 @@ def test_a_conversation_in_the_terminal(built, picture, tmp_path, monkeypatch, c
         chat.HELP.format(media="/image FILE, /imu FILE") + "\n",
         "",
     ]
-    for message in ("none.png' is none", "bad.png: ", "the reserved token", "did you mean /reset?", "no /audio; /help"):
+    for message in ("none.png' is none", "bad.png: ", "the reserved token", "/reset?", "there is no /audio; known are"):
         assert message in err
 
 
