@@ -11,7 +11,7 @@ from anymal.model.llm import add_lora
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import fingerprint, format_table, select_trainable, table, trainable
 from anymal.sample import Part, Views
-from anymal.training.prefetch import Ahead
+from anymal.training.prefetch import Prefetcher
 from toys import medium, sample, text, toy_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -83,12 +83,12 @@ def test_what_is_encoded_ahead_is_what_would_be_encoded(tiny_llm, device):
     model, prompt = toy_model(tiny_llm, device=device, eye=3, ear=2)
     tokens = [prompt.sample(s) for s in SAMPLES]
     batches = [pack(tokens[n:] + tokens[:n]) for n in range(4)]
-    ahead = Ahead(model)
-    ahead.start(batches[0])
+    prefetcher = Prefetcher(model)
+    prefetcher.start(batches[0])
     for number, batch in enumerate(batches):
-        moved, features = ahead.take()
+        moved, features = prefetcher.take()
         if number < 3:
-            ahead.start(batches[number + 1])
+            prefetcher.start(batches[number + 1])
         total = model(moved, features)[0]
         expected = batch.to(model.device)
         torch.testing.assert_close(moved.ids, expected.ids)

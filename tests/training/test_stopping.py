@@ -67,7 +67,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
         assert os.path.samestat(os.fstat(1), os.fstat(pipe))
     sender.join()
     assert_saved(tmp_path)
-    assert not signals.asked(), "what the process does next was not meant"
+    assert not signals.stop_requested(), "what the process does next was not meant"
     assert [signal.getsignal(known) for known in signals._SIGNALS] == before
 
 
@@ -83,14 +83,14 @@ def ignore(number: int) -> None:
     signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert not signals.asked()
+    assert not signals.stop_requested()
 
 
 def interrupt_twice(number: int) -> None:
     signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert signals.asked()
+    assert signals.stop_requested()
     try:
         os.kill(os.getpid(), number)
         time.sleep(10)
@@ -105,7 +105,7 @@ signals.note_signals()
 if pid := os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 signals.note_signals()
-os._exit(signals.asked())
+os._exit(signals.stop_requested())
 """
 
 
