@@ -390,9 +390,7 @@ def test_what_is_saved_is_what_is_loaded(recipe):
         for parameter in built.model.projectors.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     weights = {f"projectors.{name}": p.detach() for name, p in built.model.projectors.named_parameters()}
-    folder = checkpoint.save(
-        built.model, weights, {}, checkpoint.TrainingState(step=1), recipe, built.adapters, built.tokenizer
-    )
+    folder = checkpoint.save(built, weights, {}, checkpoint.TrainingState(step=1), recipe)
     again = build(checkpoint.recipe(folder), CPU, REGISTRY, start=folder)
     assert not again.model.projectors["image"].last_only
     assert any("bridges.1.key_value" in name for name in weights)

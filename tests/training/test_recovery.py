@@ -14,6 +14,7 @@ import anymal.adapters
 from anymal.adapters import REGISTRY
 from anymal.adapters.projectors import PROJECTORS
 from anymal.checkpoints import checkpoint
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.errors import UserError
@@ -99,7 +100,7 @@ def test_a_loss_that_is_not_finite_costs_its_sample(run, tmp_path, zero, workers
     assert states[0]["bookmark"] == states[1]["bookmark"]
     assert [place[:3] for place in states[0]["refused"]] == [[0, 0, 5], [0, 0, 17]]
     go_back(found, 10)  # in a later epoch: what was refused before is passed over without being tried
-    assert checkpoint.load_training_state(checkpoint.existing(found)).refused == states[0]["refused"]
+    assert load_training_state(checkpoint.existing(found)).refused == states[0]["refused"]
     run("found", hostile, **more)
     assert losses(found) == losses(wanted)
 

@@ -16,6 +16,7 @@ import transformers
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config, DataConfig
 from anymal.config.settings import load
 from anymal.data.packing import pack
@@ -369,5 +370,5 @@ def test_a_stop_signal_saves_before_the_run_ends(tiny_llm, encoders, shards, tmp
     os.killpg(process.pid, signal.SIGTERM)  # as launchers and Slurm do: the loader's workers hear it too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
-    saved = checkpoint.load_training_state(checkpoint.existing(tmp_path / "run"))
+    saved = load_training_state(checkpoint.existing(tmp_path / "run"))
     assert saved.step == max(losses(tmp_path / "run"))
