@@ -22,7 +22,7 @@ ROUNDS = 6  # of rehearsals in search of the largest micro-batch
 MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EstimateConfig(Recipe):
     """A run, and what is to be known about it."""
 
@@ -107,8 +107,8 @@ def _held_parts(held: Held, config: Config, world: int) -> Counter:
 def _during(held: Held, config: Config, world: int) -> Counter:
     """Gradients beside the activations: in ZeRO's bucket, and of earlier micro-batches."""
     if not config.engine.zero:  # they are among what the step keeps, unless they were there before
-        return Counter({"gradients": 4 * held.trained if config.optim.accumulate > 1 else 0})
-    kept = 4 * held.trained / world if config.optim.accumulate > 1 else 0
+        return Counter({"gradients": 4 * held.trained if config.optim.gradient_accumulation > 1 else 0})
+    kept = 4 * held.trained / world if config.optim.gradient_accumulation > 1 else 0
     return Counter({"gradients": round(4 * min(BUCKET, held.trained) + kept)})
 
 
@@ -257,13 +257,13 @@ def arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: Estim
     """The table of FLOPs, and what they take in time and money."""
     needed, recomputed = rehearsal.flops(work, samples)
     tokens = samples * rehearsal.mean_tokens(work)
-    per_step = samples * config.optim.accumulate * config.world
+    per_step = samples * config.optim.gradient_accumulation * config.world
     lines = [f"Arithmetic: GFLOP a token, TFLOP an optimizer step of {per_step} samples on {config.world} GPU(s)"]
-    micro = config.optim.accumulate * config.world
+    micro = config.optim.gradient_accumulation * config.world
     parts = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
     lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in parts.items() if n]
-    total = needed.total() * config.optim.accumulate / TERA  # of one GPU
-    with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
+    total = needed.total() * config.optim.gradient_accumulation / TERA  # of one GPU
+    with_both = (needed.total() + recomputed) * config.optim.gradient_accumulation / TERA
     rows = []
     if config.run.peak_tflops:
         rows.append((f"floor, at {config.run.peak_tflops:g} TFLOP/s", total / config.run.peak_tflops))

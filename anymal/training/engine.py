@@ -121,7 +121,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "gradient_accumulation_steps": config.optim.accumulate,
+        "gradient_accumulation_steps": config.optim.gradient_accumulation,
         "gradient_clipping": config.optim.clip,
         "zero_optimization": {"stage": config.engine.zero},
         "zero_allow_untested_optimizer": True,

@@ -102,7 +102,7 @@ def train(
 def _fetch(batches: Iterator[Batch], config: Config, meter: Meter, ahead: Ahead) -> list[Batch]:
     """The micro-batches of one optimizer step, the first of them on its way."""
     with meter.waiting():
-        found = [next(batches) for _ in range(config.optim.accumulate)]
+        found = [next(batches) for _ in range(config.optim.gradient_accumulation)]
     ahead.start(found[0])
     return found
 

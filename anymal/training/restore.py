@@ -132,7 +132,7 @@ def _require_isolated_samples(built: Built, config: Config) -> None:
     if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
         raise UserError(
             f"{config.model.llm.name} lets samples in one row see one another; try model.llm.attention=sdpa, or give "
-            "each a row of its own: data.batch_size=1 data.row_tokens=0 (optim.accumulate makes up for it)"
+            "each a row of its own: data.batch_size=1 data.row_tokens=0 (optim.gradient_accumulation makes up for it)"
         )
 
 

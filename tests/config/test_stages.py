@@ -407,7 +407,7 @@ def test_two_ranks_train_encoders_and_llm_though_each_sees_another_modality(reci
     given += [f"model.modalities.{k}.projector.tokens=4" for k in kinds]
     deepspeed(2, "launch/pretrain.py", *given)
     alone = [f"run.dir={tmp_path / 'one'}" if setting.startswith("run.dir=") else setting for setting in given]
-    pretrain_here(*alone, "optim.accumulate=2")
+    pretrain_here(*alone, "optim.gradient_accumulation=2")
     for stage in ("a2", "b2", "c2", "a3", "b3", "c3"):
         two, one = tmp_path / "run" / stage, tmp_path / "one" / stage
         assert sorted(losses(two)) == [1, 2, 3, 4] and losses(two) == pytest.approx(losses(one), rel=1e-4)

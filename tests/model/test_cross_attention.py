@@ -457,7 +457,7 @@ def test_ranks_with_different_modalities_are_one_rank_and_resume(tiny_llm, tmp_p
         more |= {f"{here}__kind": "cross_attention", f"{here}__heads": 2, f"{here}__options__every": 1}
     two = settings(tiny_llm, encoders, tmp_path / "two", shards, kinds, **more)
     deepspeed(2, "launch/pretrain.py", recipe, *two)
-    one = settings(tiny_llm, encoders, tmp_path / "one", shards, kinds, optim__accumulate=2, **more)
+    one = settings(tiny_llm, encoders, tmp_path / "one", shards, kinds, optim__gradient_accumulation=2, **more)
     pretrain_here(recipe, *one)
     runs = [(tmp_path / "two" / name, tmp_path / "one" / name) for name in ("zero1", "zero3")]
     for two, alone in runs:

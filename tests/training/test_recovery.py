@@ -91,7 +91,7 @@ def given(llm: Path, run: Path, shards: str, **more) -> list[str]:
 def test_a_loss_that_is_not_finite_costs_its_sample(run, tmp_path, zero, workers):
     hostile = write(tmp_path / "hostile", np.float32(OVERFLOWS).tobytes(), 5, 17)
     broken = write(tmp_path / "broken", b"no number", 5, 17)
-    more = {"engine__zero": zero, "data__workers": workers, "optim__steps": 12, "optim__accumulate": 2}
+    more = {"engine__zero": zero, "data__workers": workers, "optim__steps": 12, "optim__gradient_accumulation": 2}
     found, wanted = run("found", hostile, **more), run("wanted", broken, **more)
     assert losses(found) == losses(wanted) and sorted(losses(found)) == list(range(1, 13))
     named = {entry["key"]: entry["reason"] for entry in listed(found / "quarantine.jsonl")}
