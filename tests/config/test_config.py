@@ -18,6 +18,8 @@ from anymal.errors import UserError
 from anymal.estimation.predict import EstimateConfig
 
 NAMED = "model.llm.name=x"
+ADDRESS = "https://bucket.example/a/{00..09}.tar"
+SECRET = "X-Amz-Signature=0123456789abcdef"
 
 
 def test_defaults_recipe_and_overrides_in_that_order(tmp_path):
@@ -172,6 +174,13 @@ def test_new_names_beat_old_ones_of_an_earlier_source_and_warn_of_nothing(tmp_pa
 
 
 @OLD
+def test_a_warning_holds_no_signature():
+    with pytest.warns(FutureWarning, match="look_ahead") as said:
+        load(Config, None, [NAMED, f"data={{look_ahead: 3, shards: '{ADDRESS.split('{')[0]}0.tar?{SECRET}'}}"])
+    assert "bucket.example" in str(said[0].message) and SECRET not in str(said[0].message)
+
+
+@OLD
 def test_a_setting_under_both_names_is_refused(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {llm: {name: x}}\noptim: {accumulate: 2, gradient_accumulation: 3}\n")
@@ -223,10 +232,6 @@ def test_unknown_options_of_a_modality_name_the_nearest():
     with pytest.raises(UserError, match=r"model\.x: unknown option 'framez'; did you mean frames\?"):
         options(MODALITY.options, {"framez": 4}, "model.x")
     assert options(MODALITY.options, {"frames": 4}, "model.x").frames == 4
-
-
-ADDRESS = "https://bucket.example/a/{00..09}.tar"
-SECRET = "X-Amz-Signature=0123456789abcdef"
 
 
 def test_what_is_written_keeps_interpolations_and_drops_signatures(tmp_path, monkeypatch):
