@@ -68,7 +68,7 @@ def train(
     done, last, bookmark = start, config.optim.steps, stream.bookmark
 
     def fetch() -> list[Batch]:
-        return _fetch(batches, config.optim.accumulate, meter, prefetcher)
+        return _fetch(batches, config.optim.gradient_accumulation, meter, prefetcher)
 
     micro_batches = fetch() if done < last else []
     while done < last:

@@ -35,7 +35,7 @@ NOTED = {
     r"model\.modalities\.[^.]+\.encoder": "the weights there are compared with those it was trained on",
 }
 """Settings (patterns of dotted names) whose change is noted → what is said of it."""
-_STEP = ("data.batch_size", "optim.accumulate")  # compared with the number of processes, by their product
+_STEP = ("data.batch_size", "optim.gradient_accumulation")  # compared with the number of processes, by their product
 _ENCODER = re.compile(r"model\.modalities\.[^.]+\.encoder")
 _LONGEST = 100  # characters of a value in a message
 
@@ -87,7 +87,7 @@ def _compare_steps(
     if not changed and processes[0] in (0, processes[1]):
         return [], []
     (was, text_was), (new, text_new) = (_samples(c, p) for c, p in zip((saved, now), processes, strict=True))
-    factors = "optim.accumulate × processes" if now.data.row_tokens else "batch_size × optim.accumulate × processes"
+    factors = ("" if now.data.row_tokens else "batch_size × ") + "optim.gradient_accumulation × processes"
     change = f"{factors} was {text_was}, is {text_new}"
     if processes[0] == 0:
         return [], [f"{change}: whether a step is as large as it was is for you to know"]
@@ -98,7 +98,8 @@ def _compare_steps(
 
 def _samples(config: Config, processes: int) -> tuple[int, str]:
     """The samples, or packed rows, of one optimizer step; and how that comes about."""
-    factors = [*([] if config.data.row_tokens else [config.data.batch_size]), config.optim.accumulate, processes]
+    batch = [] if config.data.row_tokens else [config.data.batch_size]
+    factors = [*batch, config.optim.gradient_accumulation, processes]
     product = 1
     for factor in factors:
         product *= factor

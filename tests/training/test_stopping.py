@@ -16,6 +16,7 @@ import pytest
 from anymal import signals
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
+from anymal.checkpoints.state import load_training_state
 from anymal.training.run import main
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 
@@ -49,7 +50,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
 
 
 def assert_saved(run: Path) -> None:
-    assert checkpoint.load_training_state(checkpoint.existing(run)).step == max(losses(run))
+    assert load_training_state(checkpoint.existing(run)).step == max(losses(run))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
