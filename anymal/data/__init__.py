@@ -5,7 +5,7 @@
 
 In the order in which it happens; read `stream` first, which puts it together:
 
-1. `manifest`: how many samples each tar holds, without opening it; `remote` downloads tars that are addresses.
+1. `manifest`: how many samples each tar holds, without opening it; `remote` and `object_store` download tars that are addresses.
 2. `order`: position → dataset, epoch, shard, sample. Closed form, so a bookmark is a few numbers.
 3. `shards`: the byte range of each sample; `feature_cache` finds a twin that holds features in place of media.
 4. `loader`, on `pool`: worker processes that read, `parse`, decode and tokenise (`prompt`, with `budget` for views).
