@@ -150,6 +150,13 @@ def _adapters_of(model):
     return toy_adapters(model.llm.config.hidden_size, eye=3, ear=2)
 
 
+@pytest.mark.parametrize("name", ["encoders.eye", "encoders"])
+def test_an_encoder_that_was_not_to_learn_when_the_model_was_made_is_refused(tiny_llm, name):
+    model, _ = toy_model(tiny_llm, eye=3)
+    with pytest.raises(UserError, match="has no such parameters"):
+        select_trainable(model, [name])
+
+
 def test_train_without_lora_says_so(tiny_llm):
     model, _ = toy_model(tiny_llm, eye=3)
     with pytest.raises(UserError, match="has no such parameters"):
