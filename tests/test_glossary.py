@@ -1,6 +1,5 @@
-"""The glossary and the trip of a sample name what is there; a grep for the field's words leads to the right place."""
+"""docs/glossary.md names files that are there, and a grep for the field's words leads to the right ones."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -40,25 +39,3 @@ def test_the_glossary_names_files_that_are_there():
         assert (ROOT / "anymal" / name).exists(), name
     for page in re.findall(r"\]\(([\w./]+)\)", current):
         assert (ROOT / "docs" / page).is_file(), page
-
-
-def test_the_trip_of_a_sample_names_functions_that_are_there():
-    steps = re.findall(
-        r"^\|.*\| `([\w/]+\.py)` \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE
-    )
-    assert len(steps) > 25
-    for file, functions in steps:
-        names = _defined(ROOT / "anymal" / file)
-        for name in re.findall(r"`(\w+(?:\.\w+)?)`", functions.partition(", where")[0]):
-            assert name in names, f"{file} has no {name}"
-
-
-def _defined(path: Path) -> set[str]:
-    """Functions and classes of a file, methods as ``Class.method``."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
-    return names
