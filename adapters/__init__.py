@@ -2,8 +2,14 @@
 
     bytes ──decode (loader worker)──▶ medium ──encoder (frozen)──▶ features ──projector (trained)──▶ embeddings
 
-`REGISTRY` is what `anymal.launch` hands the core, with what other distributions add. Read `audio.py` first: it is the
-shortest modality that is whole. Then `projectors/`, which knows nothing of modalities.
+1. `audio`: the shortest modality that is whole. Read it first.
+2. `image`, `video`, `imu`: a folder each, with a page of its own.
+3. `projectors`: a file for each family. They know nothing of modalities.
+4. `pretrained`: loads and saves encoders through transformers. `architectures`: networks that transformers lacks.
+   `state_dicts`: weights under their authors' names, without unpickling.
+5. `signals`: resampling and cropping, for audio and IMU.
+
+`REGISTRY` is what `anymal.launch` hands the core, with what other distributions add.
 
 Heavy libraries (av, soundfile, torchaudio, transformers) are imported by the functions that use them, and for type
 annotations under ``TYPE_CHECKING``: listing the modalities costs nothing to those who do not use them.

@@ -16,18 +16,20 @@ One room a concern, each with a page that says what happens in it. Imports point
     serving       answer people: one prompt, a conversation, drawing
     estimation    what a run will take: memory, FLOPs, time, cost, from shapes alone
     features      encode once: the program that fills the feature cache
-    training      run, loop, engine, signals, prefetch, tracking
+    training      run, loop, engine, prefetch, recovery, tracking
     evaluation    held-out sets, controls, metrics, reports
     checkpoints   what is saved, verified, resumed, joined, mixed; settings + checkpoint → model
     model         encode, project, splice, LLM, loss; attention, generation
     data          order → shards → loader → parse → prompt → packing → Batch, with a bookmark
     config        every setting and its default; YAML and overrides; --help
 
-``modality``, ``sample``, ``files``, ``errors`` and ``environment`` are the vocabulary that all rooms share. The first
-three are folders beside this one, linked into it, so that everything has one import name. What stands below
-``adapters`` names no modality: it is handed a `anymal.model.registry.Registry`.
+The files beside this one are what all rooms share: `sample` (the values that travel from a shard to the loss) and
+`modality` (what a modality must have), `files`, `errors`, `signals` and `environment`. ``launch``, ``data_prep`` and
+``adapters`` are folders next to this one, linked into it, so that everything has one import name. What stands below
+``adapters`` names no modality: it is handed an `anymal.model.registry.Registry`.
 
-docs/glossary.md maps the field's words, and ours, to files.
+To read on: CONTRIBUTING.md follows one sample through the files; docs/glossary.md maps the field's words, and ours, to
+them.
 """
 
 from anymal.environment import make_threads_yield, make_torchaudio_importable

@@ -1,1 +1,4 @@
-"""Networks that transformers lacks, registered with it: importing a file lets AutoModel load folders of that kind."""
+"""Networks that transformers lacks: importing a file registers its network, so that AutoModel loads folders of it.
+
+`imu_encoder`: our own small IMU encoder. `efficientnet_lite`: the demo's image encoder.
+"""

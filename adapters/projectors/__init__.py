@@ -4,7 +4,15 @@
 
     N media   T features of one medium   W their width   K tokens of one medium   D the LLM's width   I inner width
 
-One file for each family; `PROJECTORS` has them by the names that recipes use.
+One file for each family; `PROJECTORS` has them by the names that recipes use:
+
+1. `pooled`: ``linear`` and ``mlp``. Read it first.
+2. `resampler` (Flamingo), `qformer` (BLIP-2): learned queries attend to the features.
+3. `abstractor` (Honeybee), `shuffle` (InternVL, Idefics3): the features as a square grid.
+4. `each` (SPHINX), `mining` (Mini-Gemini): several kinds of features.
+5. `cross`: cross-attention between the LLM's layers (Flamingo).
+
+`fit`: what they share: sizes that must fit, and how last layers are drawn.
 
 Scale. A frozen LLM has only ever seen embeddings of its own table's scale, and elements of those tables are small
 (about 0.1 in SmolLM2, 0.01 in Llama-3). Each kind normalises its last activations and draws its last layer so that

@@ -33,7 +33,7 @@ class TrainingState:
     step: int = 0
     """Optimizer steps done."""
     bookmark: dict[str, Any] | None = None
-    """The stream's place after the last sample trained on, as `anymal.data.stream.merge_bookmarks` gives it."""
+    """The stream's place after the last sample trained on, as `anymal.data.order.merge_bookmarks` gives it."""
     refused: list[list] = field(default_factory=list)
     """The samples that the stream passes over since their loss was not finite, as `Stream.refused`."""
     wandb_id: str | None = None

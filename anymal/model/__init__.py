@@ -9,11 +9,11 @@
 4. `attention`: each packed sample by itself, without an attention mask. `cross_attention`: media between the LLM's
    layers.
 5. `activation_checkpointing`: what the backward pass keeps, and what it computes again.
-6. `loss`: cross-entropy, chunk by chunk. Its gradient is had in the forward pass.
+6. `loss`: cross-entropy, chunk by chunk; its gradient is computed in the forward pass.
 7. `generate`: answers, and how likely a given one is. `flops`: the arithmetic of a step.
 
 `registry` is what the core is handed: modalities and projectors by name. `fake_tensors` makes networks without weights.
-`hub` says why a model is not to be had.
+`hub` says why a model cannot be downloaded, and its licence.
 
     B samples in a micro-batch   T tokens of a row   A answer tokens   N media   K tokens of a medium   D LLM's width
 """
