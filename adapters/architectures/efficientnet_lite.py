@@ -89,7 +89,7 @@ class EfficientNetLiteModel(PreTrainedModel):
                 channels = after
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = SameConv2d(channels, 1280, 1), _norm(1280)
-        self._fc = nn.Linear(1280, config.num_classes)
+        self._fc = nn.Linear(1280, config.num_classes)  # of the published weights; no feature passes through it
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: object) -> BaseModelOutput:
@@ -99,10 +99,6 @@ class EfficientNetLiteModel(PreTrainedModel):
         for block in self._blocks:
             x = block(x)
         return BaseModelOutput(last_hidden_state=F.relu6(self._bn1(self._conv_head(x))))
-
-    def classify(self, pixel_values: Tensor) -> Tensor:
-        """ImageNet logits [N, classes]: not used by the adapter; shows that converted weights are in their place."""
-        return self._fc(self(pixel_values).last_hidden_state.mean((2, 3)))
 
 
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)

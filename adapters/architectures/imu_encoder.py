@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 CHANNELS = 6
-STRIDE = 8
 
 
 class IMUEncoderConfig(PreTrainedConfig):

@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
 
 
-def nf4_bytes(weights: int) -> int:
-    """Bytes of a matrix in nf4 with double quantisation, as bitsandbytes stores it; about 0.516 a weight.
-
-    Half a byte a weight; a scale of one byte for each block of 64; a float32 scale for each 256 of those scales; their
-    mean and tables of 16 and 256 values in float32.
-    """
-    scales = math.ceil(weights / BLOCK)
-    return math.ceil(weights / 2) + scales + 4 * (math.ceil(scales / BLOCK_OF_SCALES) + 1 + 16 + 256)
-
-
-def int8_bytes(rows: int, columns: int) -> int:
-    """Bytes of a matrix in 8 bits as bitsandbytes stores it: one a weight, and a float32 scale for each row."""
-    return rows * columns + 4 * rows
-
-
 def config_of(architecture: Mapping[str, Any], setting: str) -> "PreTrainedConfig":
     """A causal LM's transformers config from its model_type and sizes; nothing is read.
 
