@@ -1,6 +1,6 @@
 """Data preparation: the writer of shards, conversations, LLaVA's format, and what is held out.
 
-The formats that are read stand in ``test_data_prep_formats.py``, the real packages in ``test_data_prep_demo.py``.
+The formats of the demo's models are in ``test_demo_formats.py``, its real packages in ``test_demo_packages.py``.
 """
 
 import importlib

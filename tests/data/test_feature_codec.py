@@ -1,4 +1,4 @@
-"""Features in place of media: their bytes, whose they are, and tars of them beside the tars."""
+"""Features in place of media: their bytes, whose they are, and batches of which a part is encoded already."""
 
 import itertools
 import json
