@@ -5,8 +5,8 @@
 `REGISTRY` is what `anymal.launch` hands the core, with what other distributions add. Read `audio.py` first: it is the
 shortest modality that is whole. Then `projectors/`, which knows nothing of modalities.
 
-The files import torch and the standard library only; av, soundfile, torchaudio and transformers are imported
-by the functions that use them, so that listing a modality costs nothing to those who do not use it.
+Heavy libraries (av, soundfile, torchaudio, transformers) are imported by the functions that use them, and for type
+annotations under ``TYPE_CHECKING``: listing the modalities costs nothing to those who do not use them.
 """
 
 from importlib import import_module

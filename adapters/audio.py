@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from anymal.adapters.pretrained import call, load_config, load_network, save_network
 from anymal.adapters.signals import crop_centre, noted, resample
 from anymal.errors import BadSample, UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Noted
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+    from transformers import ASTFeatureExtractor, ClapFeatureExtractor, PreTrainedModel, WhisperFeatureExtractor
+    from transformers.models.clap.modeling_clap import ClapAudioModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 FAMILIES = {"clap": "audio_model", "audio-spectrogram-transformer": "", "whisper": "encoder"}
 """transformers' model types that are understood, and the part of the model that encodes audio (the whole, if empty)."""
@@ -97,8 +103,8 @@ def read_sound(data: bytes, max_seconds: float) -> tuple[Tensor, int]:
     return sound, rate
 
 
-def _mono(file: Any) -> Tensor:
-    """An open `soundfile.SoundFile` → the mean of its channels; the channels themselves are held a block at a time."""
+def _mono(file: "SoundFile") -> Tensor:
+    """An open file → [samples], the mean of its channels; the channels themselves are held a block at a time."""
     sound, read = torch.empty(file.frames), 0
     while read < file.frames:
         block = file.read(min(_BLOCK // file.channels, file.frames - read), dtype="float32", always_2d=True)
@@ -130,7 +136,7 @@ def _cut_off(data: bytes) -> str:
 class AudioDecoder:
     """bytes → the feature extractor's spectrogram of one clip, float32; with a note if the sound is longer."""
 
-    extractor: Any
+    extractor: "ASTFeatureExtractor | ClapFeatureExtractor | WhisperFeatureExtractor"
     """The encoder's feature extractor."""
     field: str
     """Which of its outputs the encoder takes."""
@@ -153,11 +159,11 @@ class AudioDecoder:
 
     def prepare(self, clip: Tensor) -> Tensor:
         """[samples] float32 at the encoder's rate → its spectrogram."""
-        made = self.extractor(clip.numpy(), sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
-        return made[self.field][0].float()
+        outputs = self.extractor(clip.numpy(), sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
+        return outputs[self.field][0].float()
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """A frozen audio network. Its features come in the order of time.
 
     Args:
@@ -167,7 +173,10 @@ class AudioEncoder(nn.Module):
         license: The weights' licence.
     """
 
-    def __init__(self, network: nn.Module, family: str, decode: AudioDecoder, license: str):
+    decode: AudioDecoder
+    savable = True
+
+    def __init__(self, network: "PreTrainedModel", family: str, decode: AudioDecoder, license: str):
         super().__init__()
         self.network, self.family, self.decode, self.license = network, family, decode, license
         self.eval()
@@ -190,8 +199,6 @@ class AudioEncoder(nn.Module):
         rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         return features[:, 2:].unflatten(1, (rows, -1)).transpose(1, 2).flatten(1, 2)
 
-    savable = True
-
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
         save_network(self.network, self.decode.extractor, folder, weights, self.license)
@@ -208,15 +215,17 @@ def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:
         raise UserError(f"{name!r} holds a {family}; audio encoders can be: {', '.join(FAMILIES)}")
     network = load_network(name, tower=FAMILIES[family] or None)
     from transformers import AutoFeatureExtractor
+    from transformers.models.clap.modeling_clap import ClapAudioModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     extractor = call("feature extractor", name, AutoFeatureExtractor.from_pretrained, trust_remote_code=False)
-    own = _own_seconds(extractor, family)
+    own = _own_seconds(extractor)
     seconds = options.seconds or own
     if not MIN_SECONDS <= seconds <= own:
         raise UserError(f"seconds is {seconds:g}; {name!r} takes clips of {MIN_SECONDS} to {own:g} s")
-    if family == "whisper":
+    if isinstance(network, WhisperEncoder):
         _shorten_whisper(network, extractor, name, seconds)
-    if family == "clap":
+    if isinstance(network, ClapAudioModel):
         _unfuse(network)
     decode = AudioDecoder(
         extractor=extractor,
@@ -227,15 +236,17 @@ def load_audio_encoder(name: str, options: AudioOptions) -> AudioEncoder:
     return AudioEncoder(network, family, decode, license_of(name))
 
 
-def _own_seconds(extractor: Any, family: str) -> float:
-    if family == "clap":
+def _own_seconds(extractor: "ASTFeatureExtractor | ClapFeatureExtractor | WhisperFeatureExtractor") -> float:
+    from transformers import ClapFeatureExtractor, WhisperFeatureExtractor
+
+    if isinstance(extractor, ClapFeatureExtractor):
         return extractor.max_length_s
-    if family == "whisper":
+    if isinstance(extractor, WhisperFeatureExtractor):
         return extractor.chunk_length
     return extractor.max_length / 100  # AST: frames of 10 ms
 
 
-def _unfuse(network: nn.Module) -> None:
+def _unfuse(network: "ClapAudioModel") -> None:
     """Take from CLAP the fusion with crops of a longer sound (channels 1 to 3 of its spectrograms).
 
     Decoding has cropped already. What is left is what it does with sounds that are not "longer", without looking at
@@ -244,7 +255,9 @@ def _unfuse(network: nn.Module) -> None:
     network.audio_encoder.enable_fusion = network.audio_encoder.patch_embed.enable_fusion = False
 
 
-def _shorten_whisper(network: nn.Module, extractor: Any, name: str, seconds: float) -> None:
+def _shorten_whisper(
+    network: "WhisperEncoder", extractor: "WhisperFeatureExtractor", name: str, seconds: float
+) -> None:
     """Let Whisper take clips of `seconds`, in whole positions: the start of its table of them is kept."""
     own, positions = network.config.max_source_positions, math.ceil(seconds * WHISPER_POSITIONS - 1e-6)
     if own != round(extractor.chunk_length * WHISPER_POSITIONS):  # for 1.1 s the product is 55.00000000000001

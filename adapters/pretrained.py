@@ -7,7 +7,7 @@ imported: a CUDA build of torchaudio beside a CPU torch would break its import (
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,23 @@ from anymal.errors import UserError
 from anymal.model.fake_tensors import new_tensors, without_weights
 from anymal.model.hub import unavailable
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedConfig, PreTrainedModel
+
+Loaded = TypeVar("Loaded")
+
 UNUSED = ("pooler", "head.", "_fc.", "vision_projection")
-"""Parts of names of weights that no encoder here uses, so a folder may lack them."""
+"""What the names of weights contain that no encoder here uses: a folder may lack them."""
 
 
-def call(what: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(name, *args, **kwargs)``, its errors turned into one that tells the user what could not be loaded.
+def call(what: str, name: str, function: Callable[..., Loaded], **kwargs: Any) -> Loaded:
+    """``function(name, **kwargs)``, its errors turned into one that tells the user what could not be loaded.
 
     Raises:
         UserError: It failed; the message holds the first line of the cause.
     """
     try:
-        return function(name, *args, **kwargs)
+        return function(name, **kwargs)
     except Exception as error:  # hub, network, JSON, safetensors and transformers each have errors of their own
         kind = "folder" if Path(name).exists() else "hub name (there is no such folder)"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -50,7 +55,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str) -> "PreTrainedConfig":
     """The encoder's transformers config; registers the architectures that this package adds.
 
     Raises:
@@ -70,7 +75,21 @@ def load_config(name: str) -> Any:
     return call("config", name, AutoConfig.from_pretrained, trust_remote_code=False)
 
 
-def load_network(name: str, *, tower: str | None = None, cls: type | None = None) -> nn.Module:
+def load_image_processor(name: str) -> "BaseImageProcessor":
+    """The encoder's image processor, the variant of it that prepares pixels with PIL: torchvision need not be there.
+
+    Raises:
+        UserError: It has none.
+    """
+    from transformers import AutoImageProcessor
+
+    load = AutoImageProcessor.from_pretrained
+    return call("image processor", name, load, backend="pil", trust_remote_code=False)
+
+
+def load_network(
+    name: str, *, tower: str | None = None, cls: "type[PreTrainedModel] | None" = None
+) -> "PreTrainedModel":
     """A pretrained network in fp32 on the CPU, in eval mode, without gradients.
 
     Args:
@@ -91,19 +110,38 @@ def load_network(name: str, *, tower: str | None = None, cls: type | None = None
             model.to_empty(device="cpu")
         return getattr(model, tower or "", model).eval().requires_grad_(False)
     with quiet():
-        load, own = (cls or AutoModel).from_pretrained, {"trust_remote_code": False}
-        model, report = call("weights", name, load, dtype=torch.float32, output_loading_info=True, **own)
+        model, report = load_weights("weights", name, cls or AutoModel, trust_remote_code=False)
     keep = tower is not None and hasattr(model, tower)
-    missing = [key for key in report["missing_keys"] if not any(part in key for part in UNUSED)]
+    missing = [key for key in report["missing_keys"] if not any(unused in key for unused in UNUSED)]
     missing = [key for key in missing if not keep or key.split(".")[0] == tower]
     if missing:
         raise UserError(f"{name!r} lacks {len(missing)} weights of its encoder, such as {sorted(missing)[0]}")
-    network = getattr(model, tower) if keep else model
-    network.saved_as = model.config, f"{tower}." if keep else ""
+    network = getattr(model, tower or "", model)
+    vars(network)["saved_as"] = model.config, f"{tower}." if keep else ""  # for `save_network`
     return network.eval().requires_grad_(False)
 
 
-def save_network(network: nn.Module, processor: Any, folder: Path, weights: Mapping[str, Tensor], license: str) -> None:
+def load_weights(what: str, name: str, cls: Any, **options: Any) -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """``cls.from_pretrained(name, **options)`` in fp32, and the report of it, which has ``missing_keys``.
+
+    Raises:
+        UserError: It cannot be loaded; the message calls it `what`.
+    """
+    return call(what, name, cls.from_pretrained, dtype=torch.float32, output_loading_info=True, **options)
+
+
+def is_savable(network: nn.Module) -> bool:
+    """Whether `load_network` loaded it, so that `save_network` can write it."""
+    return "saved_as" in vars(network)
+
+
+def save_network(
+    network: nn.Module,
+    processor: "BaseImageProcessor | FeatureExtractionMixin | None",
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    license: str,
+) -> None:
     """Write a network that was trained as a folder that `load_network` and the processors' loaders read again.
 
     The config is that of the model which `network` is a part of: of a two-tower model the folder lacks the other tower.
@@ -117,7 +155,7 @@ def save_network(network: nn.Module, processor: Any, folder: Path, weights: Mapp
     """
     from huggingface_hub import save_torch_state_dict
 
-    config, prefix = network.saved_as
+    config, prefix = vars(network)["saved_as"]
     config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)

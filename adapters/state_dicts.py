@@ -18,16 +18,16 @@ from anymal.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class StateDict:
-    """The tensors of a file, found by the names of our modules."""
+    """The tensors of a file, looked up by the names of our modules."""
 
     path: str
     """Of the file, for messages."""
     tensors: Mapping[str, Tensor]
     """By published name."""
     prefix: str
-    """What stands before every published name in this file, such as ``llma.``."""
+    """Of every published name in this file, such as ``llma.``."""
     names: Mapping[str, str]
-    """The key map: parts of our names → parts of the published ones."""
+    """The key map: substrings of our names → substrings of the published ones."""
 
     def key(self, name: str) -> str:
         """The published name of one of ours."""
@@ -51,8 +51,8 @@ class StateDict:
             UserError: It is missing, or has another shape.
         """
         shape = tuple(self.tensor(name).shape)
-        sizes = zip(wanted, shape, strict=False)
-        if len(shape) != len(wanted) or any(size not in (None, found) for size, found in sizes):
+        pairs = zip(wanted, shape, strict=False)
+        if len(shape) != len(wanted) or any(size not in (None, actual) for size, actual in pairs):
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
             raise UserError(f"{self.path}: {self.key(name)} has the shape {list(shape)}; wanted is [{sizes}]")
         return shape
@@ -64,19 +64,19 @@ class StateDict:
             UserError: One of them is missing.
         """
         numbered = re.compile(re.escape(self.key("blocks.")) + r"(\d+)\.")
-        found = {int(match[1]) for key in self.tensors if (match := numbered.match(key))}
-        for number in range(len(found)):
-            if number not in found:
-                raise UserError(f"{self.path} lacks {self.key('blocks.')}{number}, but has block {max(found)}")
-        return len(found)
+        numbers = {int(match[1]) for key in self.tensors if (match := numbered.match(key))}
+        for number in range(len(numbers)):
+            if number not in numbers:
+                raise UserError(f"{self.path} lacks {self.key('blocks.')}{number}, but has block {max(numbers)}")
+        return len(numbers)
 
-    def load(self, network: nn.Module, parts: tuple[str, ...], unused: tuple[str, ...]) -> None:
-        """Fill the network.
+    def load(self, network: nn.Module, prefixes: tuple[str, ...], unused: tuple[str, ...]) -> None:
+        """Copy the tensors into the network.
 
         Args:
             network: Whose state_dict's names are "ours".
-            parts: Beginnings of published names, all of which belong to the network.
-            unused: Beginnings of those among them that it does not need.
+            prefixes: Of published names, all of which belong to the network.
+            unused: Prefixes of those among them that it does not need.
 
         Raises:
             UserError: A tensor is missing, of another shape, or one that the network does not know.
@@ -85,9 +85,9 @@ class StateDict:
         for name, weight in weights.items():
             self.shape(name, *weight.shape)
         known = {self.key(name) for name in weights}
-        mine, needless = (tuple(self.prefix + part for part in several) for several in (parts, unused))
+        own, needless = (tuple(self.prefix + name for name in names) for names in (prefixes, unused))
         for key in self.tensors:
-            if key.startswith(mine) and key not in known and not key.startswith(needless):
+            if key.startswith(own) and key not in known and not key.startswith(needless):
                 raise UserError(f"{self.path} holds {key}, which this network does not have: it is another one")
         network.load_state_dict({name: self.tensor(name) for name in weights})
 
@@ -109,19 +109,20 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, and objects are not unpickled; {_WANTED}") from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{path} cannot be read: {reason}; {_WANTED}") from error
-    tensors = {key: value for key, value in held.items() if isinstance(value, Tensor)} if isinstance(held, dict) else {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}; {_WANTED}")
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
-        kind = f"a dict of {listed(list(held)[:5])}" if isinstance(held, dict) else f"a {type(held).__name__}"
-        raise UserError(f"{path} holds {kind}; {_WANTED}")
+        raise UserError(f"{path} holds a dict of {listed(list(loaded)[:5])}; {_WANTED}")
     return tensors
 
 
 def listed(names: Iterable[str]) -> str:
-    """For messages."""
+    """Names as a message shows them: ``a, b``, or ``nothing``."""
     return ", ".join(map(str, names)) or "nothing"

@@ -10,6 +10,7 @@ One room a concern, each with a page that says what happens in it. Imports point
 (import-linter says so in ``make check``):
 
     launch        what people start: an entry point for each program, recipes
+    doctor        what this machine has, and what to do about what is missing
     data_prep     anybody's data → shards
     adapters      the modalities (image, video, audio, imu) and the projectors
     serving       answer people: one prompt, a conversation, drawing
@@ -28,6 +29,8 @@ three are folders beside this one, linked into it, so that everything has one im
 """
 
 from anymal.environment import make_threads_yield, make_torchaudio_importable
+
+__version__ = "0.1.0"
 
 make_threads_yield()  # before the first import of torch
 make_torchaudio_importable()  # before the first import of transformers, which imports torchaudio unguarded

@@ -7,8 +7,7 @@ alone, which raise torchaudio's own error:
 
 - `make_torchaudio_importable`: whoever imports ``anymal`` gets a stand-in for the extension, in this process only.
 - ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for:
-so
-  other programs there work too. ``make install`` does that in its own ``.venv``.
+  other programs there work then, too. ``make install`` does that in its own ``.venv``.
 
 `swapped` stands in for a function of another library for a while.
 """
@@ -23,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 
+def installed_version(distribution: str) -> str:
+    """The version of a distribution; empty where there is none, or half of one. Imports nothing of it."""
+    try:
+        return importlib.metadata.version(distribution) or ""
+    except Exception:  # of an installation that was interrupted, it depends on Python's version which
+        return ""
+
+
 def versions_differ() -> bool:
     """Whether torch is a CPU build (its version ends in ``+cpu``) and torchaudio is not. Imports neither."""
-    try:
-        torch_version = importlib.metadata.version("torch")
-        torchaudio_version = importlib.metadata.version("torchaudio")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return torch_version.endswith("+cpu") and not torchaudio_version.endswith("+cpu")
+    torch_version, torchaudio_version = installed_version("torch"), installed_version("torchaudio")
+    return torch_version.endswith("+cpu") and torchaudio_version != "" and not torchaudio_version.endswith("+cpu")
 
 
 def make_torchaudio_importable() -> bool:
@@ -41,8 +44,7 @@ def make_torchaudio_importable() -> bool:
     if not versions_differ() or "torchaudio" in sys.modules:  # imported already, so it works as it is
         return False
     extension = types.ModuleType("torchaudio._extension")
-    extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    extension.fail_if_no_align = lambda function: function
+    vars(extension).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, fail_if_no_align=lambda function: function)
     sys.modules.setdefault("torchaudio._extension", extension)
     return True
 
@@ -55,11 +57,11 @@ def remove_extension() -> list[Path]:
     """
     if not versions_differ():
         return []
-    folder = Path(importlib.metadata.distribution("torchaudio").locate_file("torchaudio/lib"))
-    found = sorted(folder.glob("_torchaudio*.so"))
-    for file in found:
+    folder = Path(str(importlib.metadata.distribution("torchaudio").locate_file("torchaudio/lib")))
+    files = sorted(folder.glob("_torchaudio*.so"))
+    for file in files:
         file.unlink()
-    return found
+    return files
 
 
 def make_threads_yield() -> None:

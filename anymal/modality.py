@@ -5,17 +5,22 @@ A modality is one file in ``adapters/`` that makes a `Modality`, and one line in
     bytes ──decode (worker)──▶ [...] ──encoder (frozen)──▶ [N, tokens, width] ──projector (trained)──▶ [N, K, D]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from anymal.sample import Noted, Viewable
 
 
-class Encoder(Protocol):
-    """A frozen pretrained network (an ``nn.Module``) that owns its preprocessing, width and token count."""
+class Encoder(nn.Module):
+    """A frozen pretrained network that owns its preprocessing, width and token count.
+
+    Called with [N, ...] decoded media, it gives [N, tokens, width] features. It is differentiable, for runs in which it
+    learns. Any other ``nn.Module`` will do that has the attributes down to `decode`; it may lack those after it.
+    """
 
     width: int
     """Channels of a feature."""
@@ -25,9 +30,6 @@ class Encoder(Protocol):
     """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
-    savable: bool
-    """Whether its ``save_pretrained(folder, weights)`` writes a folder that the modality's loader takes. It may lack
-    the attribute; once trained, it is then saved as its weights alone."""
     decode: Callable[[bytes], Tensor | Noted | Viewable]
     """Turns the bytes of one shard member into the encoder's input for one medium, or what can be cut into views of it.
 
@@ -37,13 +39,39 @@ class Encoder(Protocol):
     with what was found and what is wanted: wrong format, channels, rate, length, NaN, or a size beyond its bounds.
     """
 
-    def __call__(self, media: Tensor) -> Tensor:
-        """[N, ...] decoded media → [N, tokens, width] features.
+    parts: tuple[tuple[int, int], ...]
+    """(tokens, width) of each kind of its features, where there are several. See `parts`."""
+    skips: bool
+    """Whether some views of a medium may be skipped, since there is nothing to see."""
 
-        Differentiable, for runs in which it learns. Those save it by its ``save_pretrained(folder, weights)``, if it
-        has one: a whole state dict of it → a folder (with a config.json) that the modality's loader reads.
-        """
-        ...
+    @property
+    def savable(self) -> bool:
+        """Whether it has a `save_pretrained`. If not, it is saved as its weights alone once it was trained."""
+        return False
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write a folder (with a config.json) that its modality's loader reads; `weights` are a whole state dict."""
+        raise NotImplementedError
+
+
+class Projector(nn.Module):
+    """A trained network: [N, tokens, width] features of an encoder → [N, K, D] embeddings for the LLM.
+
+    This class holds no code: any ``nn.Module`` that has ``tokens`` will do.
+    """
+
+    tokens: int
+    """K, the embeddings of one medium, or of a view of it."""
+    skip: nn.Parameter
+    """[D], what stands where a view was skipped. Only where the encoder has `Encoder.skips`."""
+    bridges: nn.ModuleDict
+    """Only where it also speaks to the LLM between its layers (`anymal.model.cross_attention`): the cross-attention
+    blocks, by the number of the decoder layer that each stands before. Each is called with hidden states [S, D],
+    latents [N, R, C] and the media spans of the S tokens, and gives [S, D]."""
+    context: nn.Module
+    """Only beside `bridges`: [N, tokens, width] → latents [N, R, C]."""
+    last_only: bool
+    """Only beside `bridges`: whether a token sees the last medium before it alone."""
 
 
 def parts(encoder: Encoder) -> tuple[tuple[int, int], ...]:
@@ -70,7 +98,7 @@ class Modality:
     """Endings of the shard members that hold it, longest first, without the leading dot: ``("imu.npy",)``."""
     options: type
     """A keyword-only dataclass of its decoding settings, a docstring under each field (shown by ``--help``)."""
-    load: Callable[[Any, object], Encoder]
+    load: Callable[[Any, Any], Encoder]
     """(hub name, local folder or a composition's mapping; options) → the encoder, on the CPU in fp32, in eval mode."""
 
     @property
@@ -86,14 +114,9 @@ class Adapter:
     modality: Modality
     """Its registry entry."""
     encoder: Encoder
-    """The frozen encoder, an ``nn.Module``."""
-    projector: nn.Module
-    """[N, tokens, width] → [N, K, D], with an attribute ``tokens`` (K).
-
-    One that also speaks to the LLM between its layers (`anymal.model.cross_attention`) has ``bridges``, a ModuleDict by
-    the number of the decoder layer that each stands before, of modules (hidden [S, D], latents [N, R, C], looks) → [S,
-    D]; ``context``, a module [N, tokens, width] → latents [N, R, C]; and ``last_only``: which media a token sees.
-    """
+    """[N, ...] → [N, tokens, width], frozen unless the recipe trains it."""
+    projector: Projector
+    """[N, tokens, width] → [N, K, D]."""
 
     @property
     def decode(self) -> Callable[[bytes], Tensor | Noted | Viewable]:

@@ -105,7 +105,7 @@ def make_data(cache: Path, seed: int) -> Path:
     of_imu = [f"shards={data}/imu/train", f"eval_shards={data}/imu/validation"]
     with contextlib.redirect_stdout(sys.stderr):  # the table stands alone
         demo_data.main([f"folder={data}", f"seed={seed}"])
-        pretrain.main([*of_imu, f"out={data}/imu-encoder"])
+        pretrain.main("", [*of_imu, f"out={data}/imu-encoder"])
     return data
 
 

@@ -23,10 +23,10 @@ from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.estimation.predict import predict
 from anymal.model.llm import device, on_gpu
-from anymal.model.multimodal import select_trainable
+from anymal.model.trainable import select_trainable
 from anymal.sample import Batch
 from anymal.training.engine import make_engine, start_processes
 
@@ -100,11 +100,11 @@ def one(name: str) -> None:
         Config, RECIPES / f"demo-{stage}.yaml", [*overrides, *fresh, "data.workers=0", f"data.batch_size={samples}"]
     )
     work = Workload(tokens=tokens, answers=tokens // 4)
-    rehearsal = Rehearsal(config, REGISTRY, gpu=on_gpu())
-    predicted = predict(rehearsal, work, samples, world=1)
-    batch = rehearsal.batch(work, samples, real=True)
-    del rehearsal
-    print(json.dumps({"predicted": predicted.total, "measured": measured(config, batch), "parts": predicted.parts}))
+    fake_step = FakeStep(config, REGISTRY, gpu=on_gpu())
+    predicted = predict(fake_step, work, samples, world=1)
+    batch = fake_step.batch(work, samples, real=True)
+    del fake_step
+    print(json.dumps({"predicted": predicted.total, "measured": measured(config, batch), "parts": predicted.by_part}))
 
 
 def main() -> None:

@@ -31,15 +31,16 @@ from anymal.adapters.image.modality import ImageDecoder, ImageEncoder
 from anymal.checkpoints.build import build_projector
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.estimation.predict import largest_batch, predict
 from anymal.modality import Adapter, parts
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing
-from anymal.model.flops import Cost
+from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import compute_dtype, set_frozen_mode
-from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Fit
+from anymal.model.trainable import select_trainable, trainable
 
 RESULTS = Path(__file__).parent / "results"
 CARD = 80e9
@@ -201,16 +202,16 @@ class Bench:
         self.model = random_model(self.config, scale)
         self.seconds_to_build = time.perf_counter() - began
         self.optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=1e-4)
-        self.cost = Cost(self.model)
+        self.step_flops = StepFlops(self.model, llm_flops(self.model.llm))
         self.rows: list[dict[str, Any]] = []
 
     def run(self, modes: list[str]) -> None:
         """Measure every mode of checkpointing; what no time is left for is noted as such."""
         for mode in modes:
-            rehearsal = self._set_checkpointing(mode)
+            fake_step = self._set_checkpointing(mode)
             for tokens in self.scale.samples:
                 self._in_time(
-                    mode, f"largest batch of {tokens}", lambda t=tokens, r=rehearsal, m=mode: self._largest(r, t, m)
+                    mode, f"largest batch of {tokens}", lambda t=tokens, r=fake_step, m=mode: self._largest(r, t, m)
                 )
             for row in self.scale.rows:
                 samples = row // self.scale.samples[0]
@@ -218,7 +219,7 @@ class Bench:
                 self._in_time(
                     mode,
                     what,
-                    lambda s=samples, r=rehearsal, m=mode, w=what: self._measure(r, self.scale.samples[0], s, m, w),
+                    lambda s=samples, r=fake_step, m=mode, w=what: self._measure(r, self.scale.samples[0], s, m, w),
                 )
 
     def _in_time(self, mode: str, what: str, run: Callable[[], dict[str, Any]]) -> None:
@@ -229,35 +230,35 @@ class Bench:
         self.rows.append(found)
         print(json.dumps({"model": self.name, **found}), flush=True)
 
-    def _set_checkpointing(self, mode: str) -> Rehearsal:
+    def _set_checkpointing(self, mode: str) -> FakeStep:
         set_checkpointing(self.model.llm, mode)
         self.model.train()
         llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
-        self.cost.llm = replace(self.cost.llm, recomputed=float(mode == "full"))
-        return Rehearsal(config, REGISTRY, gpu=not self.scale.dry)
+        self.step_flops.llm = replace(self.step_flops.llm, recomputed=float(mode == "full"))
+        return FakeStep(config, REGISTRY, gpu=not self.scale.dry)
 
-    def _largest(self, rehearsal: Rehearsal, tokens: int, mode: str) -> dict[str, Any]:
+    def _largest(self, fake_step: FakeStep, tokens: int, mode: str) -> dict[str, Any]:
         """From the estimate down until it fits, or up until it does not."""
         what = f"largest batch of {tokens}"
         work = self._work(tokens)
-        estimate = largest_batch(rehearsal, work, self.scale.card - RESERVE * (not self.scale.dry), world=1)
+        estimate = largest_batch(fake_step, work, self.scale.card - RESERVE * (not self.scale.dry), world=1)
         samples, fits = max(estimate, 1), {}
-        while samples > 0 and not self._fits(rehearsal, work, samples, fits):
+        while samples > 0 and not self._fits(fake_step, work, samples, fits):
             samples = min(int(samples * 0.95), samples - 1)
         for _ in range(3):
             more = max(int(samples * 1.04), samples + 1)
-            if samples == 0 or fits.get(more) is False or not self._fits(rehearsal, work, more, fits):
+            if samples == 0 or fits.get(more) is False or not self._fits(fake_step, work, more, fits):
                 break
             samples = more
         if samples == 0:
             return {"checkpointing": mode, "what": what, "samples": 0, "estimated_samples": estimate}
-        return self._measure(rehearsal, tokens, samples, mode, what) | {"estimated_samples": estimate}
+        return self._measure(fake_step, tokens, samples, mode, what) | {"estimated_samples": estimate}
 
-    def _fits(self, rehearsal: Rehearsal, work: Workload, samples: int, known: dict[int, bool]) -> bool:
+    def _fits(self, fake_step: FakeStep, work: Workload, samples: int, known: dict[int, bool]) -> bool:
         try:
-            self._step(rehearsal.batch(work, samples, real=True))
-            known[samples] = not self.scale.dry or predict(rehearsal, work, samples, world=1).total <= self.scale.card
+            self._step(fake_step.batch(work, samples, real=True))
+            known[samples] = not self.scale.dry or predict(fake_step, work, samples, world=1).total <= self.scale.card
         except torch.OutOfMemoryError:
             known[samples] = False
         self._clear()
@@ -280,11 +281,11 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def _measure(self, rehearsal: Rehearsal, tokens: int, samples: int, mode: str, what: str) -> dict[str, Any]:
+    def _measure(self, fake_step: FakeStep, tokens: int, samples: int, mode: str, what: str) -> dict[str, Any]:
         """Speed and memory of one kind of micro-batch, the estimate beside them."""
         work = self._work(tokens)
-        estimated = predict(rehearsal, work, samples, world=1).total
-        batch = rehearsal.batch(work, samples, real=True)
+        estimated = predict(fake_step, work, samples, world=1).total
+        batch = fake_step.batch(work, samples, real=True)
         self._clear()
         found = {"checkpointing": mode, "what": what, "samples": samples, "tokens": batch.ids.numel()}
         try:
@@ -294,7 +295,7 @@ class Bench:
         except torch.OutOfMemoryError:
             self._clear()
             return found | {"out_of_memory": True, "estimated_gb": estimated / 1e9}
-        needed, recomputed = (float(flops) for flops in self.cost.count(batch))
+        needed, recomputed = (float(flops) for flops in self.step_flops.count(batch))
         memory = None if self.scale.dry else torch.cuda.max_memory_allocated() / 1e9
         return found | {
             "tokens_per_s": batch.ids.numel() / seconds,

@@ -22,7 +22,8 @@ from anymal.data.packing import pack
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import fingerprint, select_trainable, trainable
 from anymal.sample import Batch
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-pretrain.yaml"

@@ -40,7 +40,8 @@ from anymal.data.stream import samples_once, unchanged
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.errors import UserError
 from anymal.model.fake_tensors import shapes_only
-from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import select_trainable, trainable
 from anymal.sample import Message, Part, Sample
 from stand_ins import replaced
 

@@ -58,7 +58,8 @@ from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.model.llm import device, on_gpu
-from anymal.model.multimodal import AnyMAL, select_trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import select_trainable
 from anymal.sample import IGNORED, Batch, Features, Tokens
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-finetune.yaml"

@@ -1,7 +1,7 @@
-"""Pictures whose objects are known → yes/no questions, half of them about objects that are not there.
+"""Pictures whose objects are known → yes/no questions about them.
 
-    python data_prep/negatives.py shards=data/coco out=data/coco-negatives questions=6
-    python data_prep/negatives.py shards=data/laion synonyms=objects.txt out=data/laion-negatives ways=[adversarial]
+    anymal negatives shards=data/coco out=data/coco-negatives questions=6
+    anymal negatives shards=data/laion synonyms=objects.txt out=data/laion-negatives ways=[adversarial]
 
 Models that never see a no say yes to everything that often goes with what they see. The questions, "Is there a dog in
 the picture?", are POPE's (Li and others: "Evaluating Object Hallucination in Large Vision-Language Models", arXiv
@@ -11,7 +11,7 @@ the picture?", are POPE's (Li and others: "Evaluating Object Hallucination in La
     popular      those that most pictures of the data hold
     adversarial  those that are most often together with what is there
 
-As many yes as no for every picture; the yes are the same in all ways. `launch/evaluate.py` reports POPE's figures for
+As many yes as no for every picture; the yes are the same in all ways. `anymal evaluate` reports POPE's figures for
 such shards; for training, blend them as one of ``data.datasets``.
 
 What a picture holds is read from its ``.json``: a list under "objects", of names or of ``{"name": …}``. Without one,
@@ -34,14 +34,13 @@ from typing import Any, Literal, get_args
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.config.schema import DataConfig
 from anymal.data import shards
 from anymal.data.loader import RawSample
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import walk
 from anymal.data_prep.objects import Names, read_table
-from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, UserError
 from anymal.evaluation.metrics import words
@@ -257,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start() -> None:
     """Run the program, for the command line."""
-    run(main)
+    run_program(main)
 
 
 if __name__ == "__main__":

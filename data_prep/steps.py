@@ -1,4 +1,4 @@
-"""What every step of data preparation shares: a whole output or none, worker processes, errors without a traceback.
+"""What every step of data preparation shares: a whole output or none, worker processes.
 
 A step is a program of this folder. It reads a source and leaves one folder behind; started again with that folder in
 place, it says so and does nothing.
@@ -8,13 +8,10 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
-
-from anymal.errors import UserError
 
 
 @contextlib.contextmanager
@@ -37,11 +34,3 @@ def mapped(pool: concurrent.futures.Executor, function: Callable, items: Iterabl
     """Results of `function` over `items`, computed in `pool`, in the order of the items, with a progress bar."""
     items = list(items)
     return tqdm(pool.map(function, items, chunksize=4), total=len(items), desc=label, unit=" samples", leave=False)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a program; what the user must change is shown without a traceback."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

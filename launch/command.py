@@ -7,10 +7,12 @@
 
 import ast
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
+import textwrap
 from pathlib import Path
+
+from anymal import __version__
 
 COMMANDS = {
     "pretrain": "anymal.launch.pretrain",
@@ -36,7 +38,7 @@ def start() -> None:
     if name in ("-h", "--help"):
         print(overview())
     elif name == "--version":
-        print(f"anymal {importlib.metadata.version('anymal')}")
+        print(f"anymal {__version__}")
     elif name in COMMANDS:
         sys.argv = [f"anymal {name}", *rest]
         importlib.import_module(COMMANDS[name]).start()
@@ -51,9 +53,10 @@ def overview() -> str:
     """What ``anymal --help`` prints: a line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {_summary(module)}" for name, module in COMMANDS.items()]
-    usage = "anymal COMMAND [RECIPE or SOURCE] name=value …        COMMAND --help lists every setting"
+    usage = "anymal COMMAND [RECIPE or SOURCE] name=value …     COMMAND --help lists every setting"
     recipes = ", ".join(sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.yaml")))
-    return "\n".join([usage, "", *lines, "", f"Recipes that come with it: {recipes}"])
+    recipes = textwrap.wrap(f"Recipes that come with it: {recipes}", 100, break_on_hyphens=False)
+    return "\n".join([usage, "", *lines, "", *recipes])
 
 
 def _summary(module: str) -> str:
@@ -61,3 +64,7 @@ def _summary(module: str) -> str:
     found = importlib.util.find_spec(module)
     source = Path(found.origin).read_text() if found and found.origin else ""
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    start()

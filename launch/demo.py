@@ -1,7 +1,7 @@
 """The whole pipeline on real data, on a machine without a GPU: `make demo`.
 
-    python launch/demo.py
-    python launch/demo.py seed=1
+    anymal demo
+    anymal demo seed=1
 
 Runs the programs that a real run uses, one after another, each as you would start it by hand (the commands are
 printed): download, convert, prepare, train the IMU encoder, stage 1, stage 2, evaluate, report. What is done already is

@@ -1,12 +1,12 @@
-"""Encode a recipe's media once, so that training reads features in place of media (see docs/features.md).
+"""Encode a recipe's media once: training then reads features in their place.
 
-    python launch/encode.py launch/recipes/demo-pretrain.yaml
-    python launch/encode.py launch/recipes/demo-pretrain.yaml data.features=int8     # half the bytes, a stated error
-    torchrun --nproc_per_node 8 launch/encode.py launch/recipes/anymal-image-8b.yaml data.shards=/data/laion
+    anymal encode demo-pretrain
+    anymal encode demo-pretrain data.features=int8      # half the bytes, a stated error
+    torchrun --nproc_per_node 8 launch/encode.py anymal-image-8b data.shards=/data/laion
 
-Takes the recipe of the training run and looks at its data and frozen encoders only, stage by stage. Start it several
-times, on several machines that share the data's file system, and they share the work. Started again, it goes on with
-what is missing.
+More is in docs/features.md. Takes the recipe of the training run and looks at its data and frozen encoders only, stage
+by stage. Start it several times, on several machines that share the data's file system, and they share the work.
+Started again, it goes on with what is missing.
 """
 
 

@@ -1,11 +1,12 @@
-"""What a recipe will need and cost, before anything is downloaded: memory by part, largest micro-batch, time, money.
+"""What a recipe will need and cost: memory, largest micro-batch, time, money.
 
-    python launch/estimate.py launch/recipes/anymal-image-8b.yaml data.shards=x tflops=400 price_per_hour=2.5
-    python launch/estimate.py launch/recipes/demo-finetune.yaml model.checkpoint=x gpu=false sample_tokens=64
+    anymal estimate anymal-image-8b data.shards=x tflops=400 price_per_hour=2.5
+    anymal estimate demo-finetune model.checkpoint=x gpu=false sample_tokens=64
 
-Reads the config.json of LLM and encoders (and the encoders' preprocessor_config.json), from a folder or the hub, and no
-weights: the model is built, and a step run, on tensors that have a shape but no content. Nothing of the LLM is read
-where `architecture` says what it is: it may be gated. The last line says whether the run fits. How: docs/cost.md.
+It says so before anything is downloaded: reads the config.json of LLM and encoders (and the encoders'
+preprocessor_config.json), from a folder or the hub, and no weights: the model is built, and a step run, on tensors that
+have a shape but no content. Nothing of the LLM is read where `architecture` says what it is: it may be gated. The last
+line says whether the run fits. How: docs/cost.md.
 """
 
 

@@ -1,7 +1,7 @@
-"""Score a checkpoint on held-out shards, beside a blank and a shuffled control.
+"""Score a checkpoint on held-out data, beside a blank and a shuffled control.
 
-    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test sets.imu=data/demo/imu/test
-    python launch/evaluate.py checkpoint=runs/demo/finetune sets.image=data/demo/image/test 'bits=[4,16,32]'
+    anymal evaluate checkpoint=runs/demo/finetune sets.image=data/demo/image/test sets.imu=data/demo/imu/test
+    anymal evaluate checkpoint=runs/demo/finetune sets.image=data/demo/image/test 'bits=[4,16,32]'
 
 Writes to `out`: records.jsonl (a line for each sample and condition, with the free answer, the loss, and how likely
 every option is), evaluation.json (the figures, computed from these), and some of the media. Prints tables.

@@ -1,10 +1,12 @@
-"""Stage 2: projectors and LoRA learn from interleaved multimodal conversations.
+"""Stage 2: projectors and LoRA learn from conversations with media.
 
-    deepspeed launch/finetune.py launch/recipes/mmit-lora.yaml data.shards=...
-    python launch/finetune.py launch/recipes/demo-finetune.yaml                      # one process, a CPU will do
+    anymal finetune demo-finetune      # one process, a CPU will do
+    deepspeed launch/finetune.py mmit-lora data.shards=...
+    deepspeed --module anymal.launch.finetune mmit-lora ...      # without a checkout
 
-A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone); settings after it,
-written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
+A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone). It is a file, or the name
+of one that comes with AnyMAL; settings after it, written a.b=value, override it. Started again, a run goes on from its
+latest checkpoint.
 """
 
 

@@ -1,11 +1,13 @@
 """Stage 1: encoders and LLM frozen, projectors learn from media-text pairs.
 
-    deepspeed launch/pretrain.py launch/recipes/anymal-image-8b.yaml data.shards='/data/laion/{00000..00999}.tar'
-    python launch/pretrain.py launch/recipes/demo-pretrain.yaml                      # one process, a CPU will do
-    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --no_local_rank launch/pretrain.py launch/recipes/demo-pretrain.yaml
+    anymal pretrain demo-pretrain      # one process, a CPU will do
+    deepspeed launch/pretrain.py anymal-image-8b data.shards='/data/laion/{00000..00999}.tar'
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --no_local_rank launch/pretrain.py demo-pretrain
+    deepspeed --module anymal.launch.pretrain anymal-image-8b ...      # without a checkout
 
-A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone); settings after it,
-written a.b=value, override it. Started again, a run goes on from its latest checkpoint.
+A recipe states the run, or several stages of one (docs/stages.md; stage=NAME runs one alone). It is a file, or the name
+of one that comes with AnyMAL; settings after it, written a.b=value, override it. Started again, a run goes on from its
+latest checkpoint.
 """
 
 

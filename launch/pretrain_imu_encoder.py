@@ -1,13 +1,14 @@
-"""Train the IMU encoder on labelled windows, once, so that stage 1 has a frozen one: none is published.
+"""Train the IMU encoder on labelled windows, once, so that stage 1 has one.
 
-    python launch/pretrain_imu_encoder.py shards=data/imu/train eval_shards=data/imu/validation out=models/imu
-    python launch/pretrain_imu_encoder.py shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
+    anymal pretrain-imu-encoder shards=data/imu/train eval_shards=data/imu/validation out=models/imu
+    anymal pretrain-imu-encoder shards='imu/{000..015}.tar' rate=200 out=models/imu-200hz steps=2000 width=256
 
-Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and ``json`` with a ``label``.
-The encoder (`anymal.adapters.architectures.imu_encoder`) learns to tell the labels apart through a linear layer on the
-mean of its features; that layer is dropped. Bad samples are skipped and named in ``OUT.skipped.jsonl``; a share of more
-than a tenth ends it. `out` becomes a folder that ``model.modalities.imu.encoder`` takes. The encoder has seen these
-labels, so a projector that is trained to name them mostly translates: its README says so, and so should you.
+None is published. Shards hold ``imu.npy`` (float array [samples, 6]: accelerometer with gravity, gyroscope) and
+``json`` with a ``label``. The encoder (`anymal.adapters.architectures.imu_encoder`) learns to tell the labels apart
+through a linear layer on the mean of its features; that layer is dropped. Bad samples are skipped and named in
+``OUT.skipped.jsonl``; a share of more than a tenth ends it. `out` becomes a folder that
+``model.modalities.imu.encoder`` takes. The encoder has seen these labels, so a projector that is trained to name them
+mostly translates: its README says so, and so should you.
 
 Runs in one process, on the GPU if there is one; 300 steps take 17 s of one CPU core, start included.
 """

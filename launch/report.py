@@ -1,6 +1,6 @@
-"""A run's results as one page that can be mailed, and as a table for the terminal.
+"""A run's results as one page that can be mailed, and as a table.
 
-    python launch/report.py runs/demo        # writes runs/demo/report.html
+    anymal report runs/demo        # writes runs/demo/report.html
 
 It reads what the other programs left in the run's folder: ``evaluation.json``, and for each stage (a subfolder such
 as ``pretrain``) ``metrics.jsonl`` and, where they are there, ``model.json`` (the rows of

@@ -17,7 +17,7 @@ from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.model.multimodal import select_trainable, trainable
+from anymal.model.trainable import select_trainable, trainable
 from anymal.training.run import main
 
 ROOT = Path(__file__).parent.parent

@@ -44,10 +44,10 @@ class SameConv2d(nn.Conv2d):
     def __init__(self, before: int, after: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(before, after, kernel, stride=stride, groups=groups, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:])
-        return super().forward(F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2)))
+        height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in input.shape[-2:])
+        return super().forward(F.pad(input, (width // 2, width - width // 2, height // 2, height - height // 2)))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -1,6 +1,10 @@
 """Images: a picture's bytes → pixels → patch features of one frozen vision encoder, or of several.
 
-1. `read`: bytes → picture, within bounds. `modality`: one encoder, its decoding, views of large pictures (`tiles`).
-2. `mixture`: a composition of encoders (channels, append), each a leaf in `backbone`, which take `pictures` as they
-are.
+    bytes ──read──▶ picture ──image processor──▶ pixels ──one encoder──▶ features                 modality
+                       └──────square──▶ uint8 ──each encoder's pixels──▶ features, joined        mixture
+
+1. `read`: bytes → picture, within bounds: what a stranger's file may cost is bounded there.
+2. `modality`: one encoder with its options and its decoding. Read it first. `tiles`: a large picture as several views.
+3. `mixture`: a composition of encoders, a tree of ``channels`` and ``append``. `pictures`: the square that all its
+   encoders are fed from. `backbone`: one encoder of the tree.
 """

@@ -1,8 +1,8 @@
 """One encoder of a composition: canonical pictures → a map of features. `anymal.adapters.image.mixture` joins several.
 
 Any vision network of transformers that takes ``pixel_values``: CLIP, SigLIP, DINOv2 (a class token and patches),
-ConvNeXt, SAM's image encoder (a map). Two that do not are made to: Pix2Struct, which wants its patches cut, and BLIP-2,
-of which vision tower and Q-Former are kept and give their queries, which form no map.
+ConvNeXt, SAM's image encoder (a map). Two that do not are wrapped: `Patches` cuts the patches for Pix2Struct; `Queries`
+is BLIP-2's vision tower and Q-Former, whose features form no map.
 
     N pictures   S side of the canonical square   W width of a feature   h, w rows and columns of its map
 """
@@ -10,7 +10,7 @@ of which vision tower and Q-Former are kept and give their queries, which form n
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,14 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 
 from anymal.adapters.image.pictures import BILINEAR, Pixels, pixels_for
-from anymal.adapters.pretrained import call, load_config, load_network
+from anymal.adapters.pretrained import load_config, load_image_processor, load_network
 from anymal.errors import UserError
 from anymal.model.fake_tensors import on_shapes
 from anymal.model.hub import license_of
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
 
 
 @dataclass(kw_only=True)
@@ -44,7 +48,7 @@ class LeafConfig:
 
     def __post_init__(self):
         if self.stages and self.layer:
-            raise UserError("stages takes the maps of all stages; layer has no place beside it")
+            raise UserError("stages takes the maps of all stages, and layer takes one: set only one of them")
         if self.layer > 0 or self.size < 0 or self.unshuffle < 1:
             raise UserError(
                 f"layer is {self.layer}, size {self.size} and unshuffle {self.unshuffle}; layer counts from the end, "
@@ -61,14 +65,25 @@ class Leaf(nn.Module):
         pixels: What it takes.
         config: Its settings.
         license: The weights' licence.
-        where: The place in the recipe, for errors.
+        where: The key in the recipe, for errors.
 
     Raises:
         UserError: The network cannot take pictures of this size, or its features are not what the settings ask for.
     """
 
+    side: int | None
+    """Rows and columns of its map; None if its features form none."""
+    parts: tuple[tuple[int, int], ...]
+    """As `anymal.modality.parts`."""
+
     def __init__(
-        self, network: nn.Module, processor: Any, pixels: Pixels, config: LeafConfig, license: str, where: str
+        self,
+        network: "PreTrainedModel | Patches | Queries",
+        processor: "BaseImageProcessor",
+        pixels: Pixels,
+        config: LeafConfig,
+        license: str,
+        where: str,
     ):
         super().__init__()
         self.network, self.processor, self.pixels, self.license = network, processor, pixels, license
@@ -120,16 +135,19 @@ class Leaf(nn.Module):
         return self._maps(self._features(pictures))
 
     def _tokens(self, features: Tensor) -> Tensor:
-        return features if self.side is None else as_tokens(*self._maps(features), self.keep_global)
+        if self.side is None:
+            return features
+        maps, whole = self._maps(features)
+        return as_tokens(maps, whole, self.keep_global)
 
     def _maps(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        maps = features
         if features.ndim == 3:
-            made = features[:, self.prefix :].transpose(1, 2).unflatten(2, (-1, self.side * self.unshuffle))
-        else:
-            made = features
-        made = F.pixel_unshuffle(made, self.unshuffle)
+            maps = features[:, self.prefix :].transpose(1, 2)
+            maps = maps.unflatten(2, (math.isqrt(maps.shape[2]), -1))
+        maps = F.pixel_unshuffle(maps, self.unshuffle)
         has_class_token = self.prefix and self.unshuffle == 1
-        return made, features[:, 0] if has_class_token else made.mean((2, 3))
+        return maps, features[:, 0] if has_class_token else maps.mean((2, 3))
 
     def _features(self, pictures: Tensor) -> Tensor:
         dtype = next(self.network.parameters()).dtype
@@ -165,20 +183,20 @@ class Patches(nn.Module):
         network: A ``Pix2StructVisionModel``.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: "PreTrainedModel"):
         super().__init__()
         self.network, self.config = network, network.config
 
-    def forward(self, pixel_values: Tensor, **more: Any) -> Any:
-        """[N, 3, H, W] → an output with ``last_hidden_state`` [N, patches, W]."""
+    def forward(self, pixel_values: Tensor, **more: Any) -> "BaseModelOutput":
+        """[N, 3, H, W] → ``last_hidden_state`` [N, patches, W]."""
         patch = math.isqrt(self.config.patch_embed_hidden_size // 3)
         cut = F.unfold(pixel_values, patch, stride=patch).unflatten(1, (3, -1))  # [N, 3, patch², patches]
         cut = cut.permute(0, 3, 2, 1).flatten(2)
-        # They count from 1: at 0 stands padding.
+        # They count from 1: 0 means padding.
         sides = [torch.arange(1, side // patch + 1, device=cut.device) for side in pixel_values.shape[2:]]
-        places = torch.cartesian_prod(*sides).to(cut.dtype).expand(len(cut), -1, -1)  # row and column of each
+        positions = torch.cartesian_prod(*sides).to(cut.dtype).expand(len(cut), -1, -1)  # row and column of each
         mask = torch.ones(cut.shape[:2], device=cut.device)
-        return self.network(flattened_patches=torch.cat([places, cut], 2), attention_mask=mask, **more)
+        return self.network(flattened_patches=torch.cat([positions, cut], 2), attention_mask=mask, **more)
 
 
 class Queries(nn.Module):
@@ -188,16 +206,16 @@ class Queries(nn.Module):
         network: A ``Blip2VisionModelWithProjection``; its projection is left out.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: "PreTrainedModel"):
         super().__init__()
-        self.vision_model, self.qformer = network.vision_model, network.qformer
-        self.query_tokens, self.config = network.query_tokens, network.config
+        self.vision_model, self.qformer = network.get_submodule("vision_model"), network.get_submodule("qformer")
+        self.query_tokens, self.config = network.get_parameter("query_tokens"), network.config
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Any:
-        """[N, 3, H, W] → an output with ``last_hidden_state`` [N, queries, W]."""
-        seen = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
-        queries = self.query_tokens.expand(len(seen), -1, -1)
-        return self.qformer(query_embeds=queries, encoder_hidden_states=seen)
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> "BaseModelOutput":
+        """[N, 3, H, W] → ``last_hidden_state`` [N, queries, W]."""
+        features = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=features)
 
 
 def load_leaf(config: LeafConfig, where: str) -> Leaf:
@@ -206,17 +224,13 @@ def load_leaf(config: LeafConfig, where: str) -> Leaf:
     Raises:
         UserError: It cannot be loaded, has no image processor, or does not fit its settings.
     """
-    from transformers import AutoImageProcessor
-
     network = _load(config.name)
-    processor = call(
-        "image processor", config.name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
-    )
+    processor = load_image_processor(config.name)
     pixels = pixels_for(processor, config.size, where)
     return Leaf(network.requires_grad_(False), processor, pixels, config, license_of(config.name), where)
 
 
-def _load(name: str) -> nn.Module:
+def _load(name: str) -> "PreTrainedModel | Patches | Queries":
     kind = load_config(name).model_type
     if kind == "blip-2":
         from transformers import Blip2VisionModelWithProjection
@@ -233,7 +247,7 @@ def _load(name: str) -> nn.Module:
     return load_network(name, tower="vision_encoder" if kind.startswith("sam") else "vision_model")
 
 
-def default_layer(network: nn.Module) -> int:
+def default_layer(network: "PreTrainedModel | Patches | Queries") -> int:
     """Whose output is used where a recipe does not say: see `anymal.adapters.image.modality.ImageOptions`."""
     return -2 if network.config.model_type.startswith("clip") else -1
 

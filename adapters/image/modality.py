@@ -12,19 +12,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from anymal.adapters.image.backbone import default_layer, output_of
+from anymal.adapters.image.mixture import Mixture, load_mixture
+from anymal.adapters.image.pictures import SquareDecoder
 from anymal.adapters.image.read import read_image
-from anymal.adapters.image.tiles import cut, grid_rule, largest_grid
-from anymal.adapters.pretrained import call, load_network, save_network
+from anymal.adapters.image.tiles import Colour, Grid, Size, cut, grid_rule, largest_grid
+from anymal.adapters.pretrained import load_image_processor, load_network, save_network
 from anymal.errors import UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 PADDING = (127, 127, 127)
 """Colour beside a picture that does not fill its tiles."""
@@ -60,7 +66,7 @@ class ImageOptions:
 class ImageDecoder:
     """bytes → [3, H, W] float32 (or what else the encoder's processor makes of one picture)."""
 
-    processor: Any
+    processor: "BaseImageProcessor"
     """The encoder's image processor."""
     max_pixels: int
     """As in `ImageOptions`."""
@@ -71,13 +77,13 @@ class ImageDecoder:
         """Raises `BadSample`."""
         return self.prepare([read_image(data, self.max_pixels)])["pixel_values"][0]
 
-    def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """PIL images of mode RGB → the processor's tensors, stacked over the pictures, ``pixel_values`` first."""
+    def prepare(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Images of mode RGB → the processor's tensors, stacked over the pictures; ``pixel_values`` as float32."""
         if self.square:
             side = max(max(picture.size) for picture in pictures)
             pictures = [picture.resize((side, side)) for picture in pictures]
-        made = self.processor(images=list(pictures), return_tensors="pt")
-        tensors = {key: torch.as_tensor(value) for key, value in made.items()}
+        outputs = self.processor(images=list(pictures), return_tensors="pt")
+        tensors = {key: torch.as_tensor(value) for key, value in outputs.items()}
         return tensors | {"pixel_values": tensors["pixel_values"].float()}
 
 
@@ -85,21 +91,16 @@ class ImageDecoder:
 class TilesDecoder:
     """bytes → a picture that can be cut into views [V, 3, H, W]."""
 
-    images: ImageDecoder
+    images: ImageDecoder | SquareDecoder
     """Prepares each view."""
-    rule: Callable[[tuple[int, int], int, int], tuple[int, int]]
+    rule: Callable[[Size, int, int], Grid]
     """As `anymal.adapters.image.tiles.grid_rule` gives it."""
     side: int
     """Pixels of a view's side."""
     most: int
     """Most tiles."""
-    pad: tuple[int, int, int] | None
+    pad: Colour | None
     """As in `anymal.adapters.image.tiles.cut`."""
-
-    @property
-    def processor(self) -> Any:
-        """The encoder's image processor."""
-        return self.images.processor
 
     @property
     def most_views(self) -> int:
@@ -116,14 +117,14 @@ class TilesDecoder:
             grids[columns * rows + (columns * rows > 1)] = (columns, rows)
 
         def views(count: int) -> Views:
-            found = cut(picture, grids[count], self.side, pad=self.pad)
-            made = self.images.prepare([view for view in found if view is not None])["pixel_values"]
-            return Views(tensor=made, skipped=tuple(view is None for view in found))
+            tiles = cut(picture, grids[count], self.side, pad=self.pad)
+            pixels = self.images.prepare([tile for tile in tiles if tile is not None])["pixel_values"]
+            return Views(tensor=pixels, skipped=tuple(tile is None for tile in tiles))
 
         return Viewable(choices=tuple(sorted(grids, reverse=True)), views=views)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Encoder):
     """A frozen vision network that gives patch features: class and register tokens are dropped.
 
     Args:
@@ -134,22 +135,26 @@ class ImageEncoder(nn.Module):
         license: The weights' licence.
     """
 
-    def __init__(self, network: nn.Module, decode: ImageDecoder, layer: int, license: str):
+    savable = True
+
+    def __init__(self, network: "PreTrainedModel", decode: ImageDecoder, layer: int, license: str):
         super().__init__()
-        self.network, self.decode, self.license = network, decode, license
+        self.network, self.license = network, license
+        self.decode = self._images = decode
         self.layer = layer or default_layer(network)
         self.constants: list[str] = []
-        sample = decode.prepare([_blank()])
+        sample = decode.prepare([Image.new("RGB", (256, 256))])
         self.shape = tuple(sample["pixel_values"].shape[1:])
         for key, value in sample.items():  # NaFlex encoders also take a mask and a shape, the same for every square
             if key != "pixel_values":
                 self.register_buffer(f"constant_{key}", value, persistent=False)
                 self.constants.append(key)
-        self.prefix, self.grid = 0, None
+        self.prefix = 0
+        self.grid: tuple[int, int] | None = None
         with torch.no_grad():
             first = self._network(sample["pixel_values"])
         if first.ndim == 4:
-            self.grid = tuple(first.shape[2:])
+            self.grid = (first.shape[2], first.shape[3])
         else:
             patches = self._patches(sample["pixel_values"])
             self.prefix = max(first.shape[1] - patches, 0) if patches else 0
@@ -162,11 +167,14 @@ class ImageEncoder(nn.Module):
         """[N, 3, H, W] → [N, tokens, width]."""
         return self._tokens(self._network(pixels))
 
-    savable = True
+    @property
+    def images(self) -> ImageDecoder:
+        """Prepares whole pictures, whatever `decode` does."""
+        return self._images
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
-        save_network(self.network, self.decode.processor, folder, weights, self.license)
+        save_network(self.network, self.images.processor, folder, weights, self.license)
 
     def _network(self, pixels: Tensor) -> Tensor:
         constants = {}
@@ -187,36 +195,23 @@ class ImageEncoder(nn.Module):
         return (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
 
 
-def _blank() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (256, 256))
-
-
-def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> nn.Module:
+def load_image_encoder(name: str | Mapping[str, Any], options: ImageOptions) -> ImageEncoder | Mixture:
     """A vision encoder by hub name or local folder, or a composition; frozen, in fp32 on the CPU, with its decoding.
 
     Raises:
         UserError: It cannot be loaded, has no image processor, or not as many layers as `options.layer` asks for.
     """
     if not isinstance(name, str):
-        from anymal.adapters.image.mixture import load_mixture
-
         if options.layer:
             raise UserError("options.layer is for an encoder that is named alone; in a composition each has its layer")
         return with_tiles(load_mixture(name, max_pixels=options.max_pixels), options)
     network = load_network(name, tower="vision_model")
-    from transformers import AutoImageProcessor
-
-    processor = call(
-        "image processor", name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
-    )
     flexible = network.config.model_type.startswith("siglip2")
-    decode = ImageDecoder(processor=processor, max_pixels=options.max_pixels, square=flexible)
+    decode = ImageDecoder(processor=load_image_processor(name), max_pixels=options.max_pixels, square=flexible)
     return with_tiles(ImageEncoder(network, decode, options.layer, license_of(name)), options)
 
 
-def with_tiles(encoder: ImageEncoder, options: ImageOptions) -> ImageEncoder:
+def with_tiles(encoder: ImageEncoder | Mixture, options: ImageOptions) -> ImageEncoder | Mixture:
     """The encoder with a decoding that makes views of large pictures, if the options ask for it.
 
     Raises:
@@ -226,7 +221,7 @@ def with_tiles(encoder: ImageEncoder, options: ImageOptions) -> ImageEncoder:
         rule = grid_rule(options.tiles)
         side = encoder.shape[-1]
         encoder.decode = TilesDecoder(
-            images=encoder.decode, rule=rule, side=side, most=options.max_tiles, pad=PADDING if options.pad else None
+            images=encoder.images, rule=rule, side=side, most=options.max_tiles, pad=PADDING if options.pad else None
         )
         encoder.skips = options.pad
     return encoder

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from anymal.adapters.image.read import read_image
@@ -24,8 +25,8 @@ FITS = ("pad", "squash")
 BICUBIC, BILINEAR = "bicubic", "bilinear"
 
 
-def square(picture: Any, size: int, fit: str) -> Tensor:
-    """A PIL image of mode RGB, or a crop of one → uint8 [3, size, size].
+def square(picture: Image.Image, size: int, fit: str) -> Tensor:
+    """An image of mode RGB, or a crop of one → uint8 [3, size, size].
 
     Args:
         picture: Of any size and shape.
@@ -33,14 +34,12 @@ def square(picture: Any, size: int, fit: str) -> Tensor:
         fit: ``"pad"`` keeps its shape and fills up with its own mean colour, half on each side; ``"squash"`` fills the
             square.
     """
-    from PIL import Image, ImageOps
-
     if picture.width == picture.height or fit == "squash":
-        made = picture.resize((size, size), Image.Resampling.BICUBIC)
+        squared = picture.resize((size, size), Image.Resampling.BICUBIC)
     else:
-        mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-        made = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color=mean)
-    return torch.from_numpy(np.array(made)).permute(2, 0, 1).contiguous()
+        mean = tuple(picture.resize((1, 1), Image.Resampling.BOX).tobytes())
+        squared = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color=mean)
+    return torch.from_numpy(np.array(squared)).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class SquareDecoder:
         """Raises `BadSample`."""
         return square(read_image(data, self.max_pixels), self.size, self.fit)
 
-    def prepare(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        """PIL images of mode RGB → ``pixel_values`` [len, 3, S, S], as `ImageDecoder.prepare`."""
+    def prepare(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Images of mode RGB → ``pixel_values`` [len, 3, S, S], as `ImageDecoder.prepare`."""
         return {"pixel_values": torch.stack([square(picture, self.size, self.fit) for picture in pictures])}
 
 
@@ -91,7 +90,7 @@ class Pixels:
             pixels = F.interpolate(pixels, (self.size, self.size), mode=self.mode, align_corners=False, antialias=True)
         if not self.mean:
             return pixels
-        channels = (pixels.clamp(0, 255) * self.scale).unbind(1)  # bicubic goes beyond the values that it is given
+        channels = (pixels.clamp(0, 255) * self.scale).unbind(1)  # bicubic filters overshoot
         return torch.stack([(c - mean) / std for c, mean, std in zip(channels, self.mean, self.std, strict=True)], 1)
 
 
@@ -99,9 +98,9 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
     """What an encoder takes, from its image processor.
 
     Args:
-        processor: An image processor of transformers.
+        processor: An image processor of transformers; which attributes it has depends on the encoder.
         size: Side of its square; 0 takes the processor's own.
-        where: The place in the recipe, for errors.
+        where: The key in the recipe, for errors.
 
     Raises:
         UserError: The processor does not say its size, or has none.
@@ -121,13 +120,13 @@ def pixels_for(processor: Any, size: int, where: str) -> Pixels:
     cropped = processor.crop_size if getattr(processor, "do_center_crop", False) else None
     sizes = cropped or processor.size
     if sizes is None:
-        raise UserError(f"{where}: an encoder of flexible resolution has no place in a composition")
-    given = [sizes[key] for key in ("height", "shortest_edge", "longest_edge") if sizes[key]]
-    if not size and not given:
+        raise UserError(f"{where}: an encoder of flexible resolution cannot be part of a composition")
+    named = [sizes[key] for key in ("height", "shortest_edge", "longest_edge") if sizes[key]]
+    if not size and not named:
         raise UserError(f"{where}: its image processor names no size in pixels; set size")
     normalise = getattr(processor, "do_normalize", True)
     return Pixels(
-        size=size or given[0],
+        size=size or named[0],
         mode=BILINEAR if getattr(processor, "resample", None) == 2 else BICUBIC,  # Pillow's number
         scale=processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0,
         mean=tuple(processor.image_mean) if normalise else (0.0,) * 3,

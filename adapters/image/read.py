@@ -4,7 +4,8 @@ import io
 import math
 import re
 import warnings
-from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from anymal.errors import BadSample
 
@@ -27,24 +28,21 @@ MAX_SCANS = 32
 """Of a progressive JPEG. Encoders write about ten; each goes over the whole picture, and ten thousand take 26 s."""
 MAX_SEGMENTS = 4096
 """Of a JPEG: scans, tables, and metadata in pieces of 64 kB."""
-_MARKER = re.compile(
-    rb"\xff[^\x00\x01\xff\xd0-\xd7]"
-)  # of a JPEG's segment, or of its end; within scans it is never data
 MAX_ASPECT = 50
 """Longest side over shortest. Encoders scale the short side to hundreds of pixels: a line of 1 x 60000 gets huge."""
+# The marker of a JPEG's segment, or of its end; within scans these bytes are never data.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
 
-def read_image(data: bytes, max_pixels: int) -> Any:
+def read_image(data: bytes, max_pixels: int) -> Image.Image:
     """Decode a picture, its orientation applied and its transparency put on white.
 
     Returns:
-        A PIL image in mode RGB.
+        An image in mode RGB.
 
     Raises:
         BadSample: Not a picture of a known format, cut off, animated, or larger than the bounds.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if len(data) > MAX_BYTES:
         raise BadSample(f"a picture of {len(data)} bytes; at most {MAX_BYTES} are read")
     if data.count(b"Exif\0\0") > MAX_EXIF:
@@ -88,22 +86,20 @@ def _check_scans(data: bytes) -> None:
     Raises:
         BadSample: It is one.
     """
-    scans, place = 0, 2
+    scans, position = 0, 2
     for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, place)
-        if found is None or found[0] == b"\xff\xd9":
+        marker = _MARKER.search(data, position)
+        if marker is None or marker[0] == b"\xff\xd9":
             return
-        scans += found[0] == b"\xff\xda"
+        scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
             raise BadSample(f"a JPEG of more than {MAX_SCANS} scans")
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
     raise BadSample(f"a JPEG of more than {MAX_SEGMENTS} segments")
 
 
-def _rgb(picture: Any) -> Any:
-    """A PIL image of any mode → one of mode RGB."""
-    from PIL import Image
-
+def _rgb(picture: Image.Image) -> Image.Image:
+    """An image of any mode → one of mode RGB."""
     if picture.mode.startswith("I"):  # 16 bits a channel: convert() would clip it to white
         picture = picture.point(lambda value: value / 256).convert("L")
     if picture.has_transparency_data:
@@ -112,20 +108,18 @@ def _rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def _reduced(picture: Any) -> Any:
-    """A large PIL image → one of mode RGB and at most `LARGE` pixels, each the mean of a square of the picture's."""
-    from PIL import Image
-
+def _reduced(picture: Image.Image) -> Image.Image:
+    """A large image → one of mode RGB and at most `LARGE` pixels, each the mean of a square of the picture's."""
     width, height = picture.size
     factor = math.ceil(math.sqrt(width * height / LARGE))
-    made = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    reduced = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     rows = 64 * factor
     for top in range(0, height, rows):
         strip = picture.crop((0, top, width, min(top + rows, height)))
-        made.paste(_rgb(strip).reduce(factor), (0, top // factor))
+        reduced.paste(_rgb(strip).reduce(factor), (0, top // factor))
     if orientation := picture.getexif().get(ORIENTATION):
-        made.getexif()[ORIENTATION] = orientation
-    return made
+        reduced.getexif()[ORIENTATION] = orientation
+    return reduced
 
 
 def check_aspect(width: int, height: int) -> None:

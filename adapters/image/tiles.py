@@ -13,12 +13,14 @@ A view is a square of `side` pixels. Which grid a picture gets is one of the rul
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from PIL import Image
 
 from anymal.errors import UserError
 
 Size = tuple[int, int]  # width, height in pixels
 Grid = tuple[int, int]  # columns, rows
+Colour = tuple[int, int, int]  # red, green, blue
 
 LLAVA_NEXT: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 ENOUGH_AREA = 0.6
@@ -88,35 +90,33 @@ def largest_grid(rule: Callable[[Size, int, int], Grid], side: int, most: int) -
     return max(columns * rows for columns, rows in grids)
 
 
-def cut(picture: Any, grid: Grid, side: int, *, pad: tuple[int, int, int] | None) -> list[Any]:
+def cut(picture: Image.Image, grid: Grid, side: int, *, pad: Colour | None) -> list[Image.Image | None]:
     """The picture as a whole view, followed by its tiles in reading order; by itself if the grid has a single tile.
 
     Args:
-        picture: A PIL image of mode RGB.
+        picture: Of mode RGB.
         grid: Columns and rows.
         side: Pixels of a view's side.
         pad: Colour of what is left over when the picture is scaled to fit, at the right and below; None squashes it.
 
     Returns:
-        PIL images of side x side; None for a tile that holds nothing but padding.
+        Images of side x side; None for a tile that holds nothing but padding.
     """
     width, height = grid[0] * side, grid[1] * side
     whole, _ = fit(picture, (side, side), pad)
     if grid == (1, 1):
         return [whole]
     canvas, filled = fit(picture, (width, height), pad)
-    views = [whole]
+    views: list[Image.Image | None] = [whole]
     for top in range(0, height, side):
         for left in range(0, width, side):
-            seen = left < filled[0] and top < filled[1]
-            views.append(canvas.crop((left, top, left + side, top + side)) if seen else None)
+            shows_picture = left < filled[0] and top < filled[1]
+            views.append(canvas.crop((left, top, left + side, top + side)) if shows_picture else None)
     return views
 
 
-def fit(picture: Any, size: Size, pad: tuple[int, int, int] | None) -> tuple[Any, Size]:
+def fit(picture: Image.Image, size: Size, pad: Colour | None) -> tuple[Image.Image, Size]:
     """The picture scaled to `size`, and how much of it the picture fills from its upper left corner."""
-    from PIL import Image
-
     if pad is None:
         return picture.resize(size, Image.Resampling.BICUBIC), size
     scale = min(size[0] / picture.width, size[1] / picture.height)

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import load_config, load_network, save_network
+from anymal.adapters.pretrained import is_savable, load_config, load_network, save_network
 from anymal.adapters.signals import hold_last, noted, resample
 from anymal.errors import BadSample, UserError
-from anymal.modality import Modality
+from anymal.modality import Encoder, Modality
 from anymal.model.hub import license_of
 from anymal.sample import Noted
 
@@ -42,7 +42,7 @@ ONE_G = (0.8, 1.3)
 """m/s²: a recording whose median lies between these, all in one direction, is in g. On Earth gravity alone is 9.8; and
 without it, motion goes to and fro: its mean over seconds is a change of speed over a time, and comes to nothing."""
 MAX_MEDIAN = 50.0
-"""m/s²: nobody stands five times gravity for half of a recording. Such a one is in m/s² and taken for g, or in mg."""
+"""m/s²: nobody bears five times gravity for half of a recording. It is in m/s² and taken for g, or in mg."""
 
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ def read_recording(data: bytes, max_samples: int, scale: tuple[float, float] = (
     A pickled array is refused, not opened.
 
     Raises:
-        BadSample: Anything else; the message says what was found and what is wanted.
+        BadSample: Anything else; the message says what it is and what is wanted.
     """
     stream = io.BytesIO(data)
     try:
@@ -141,7 +141,7 @@ def read_recording(data: bytes, max_samples: int, scale: tuple[float, float] = (
     if not np.isfinite(recording).all():
         raise BadSample(f"{int((~np.isfinite(recording)).sum())} of {recording.size} values are NaN or infinite")
     with np.errstate(over="ignore"):  # what becomes infinite is refused like all that is too large
-        recording *= np.repeat(np.float32(scale), 3)
+        recording *= np.repeat(np.array(scale, np.float32), 3)
     _check_units(recording, in_g=scale[0] != 1)
     return recording
 
@@ -174,7 +174,7 @@ def _check_units(recording: np.ndarray, *, in_g: bool) -> None:
         )
 
 
-class IMUEncoder(nn.Module):
+class IMUEncoder(Encoder):
     """The frozen IMU network with its decoding."""
 
     def __init__(self, network: nn.Module, decode: IMUDecoder, license: str):
@@ -192,7 +192,7 @@ class IMUEncoder(nn.Module):
     @property
     def savable(self) -> bool:
         """Whether it came from a folder, not from a file of somebody else's format."""
-        return hasattr(self.network, "saved_as")
+        return is_savable(self.network)
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,10 @@ from anymal.data.stream import walk
 from anymal.errors import BadSample, UserError
 from anymal.files import is_done, whole_folder
 from anymal.model.llm import device
-from anymal.sample import with_note
+from anymal.sample import Noted
+
+if TYPE_CHECKING:
+    from anymal.adapters.architectures.imu_encoder import IMUEncoderModel
 
 
 @dataclass(kw_only=True)
@@ -80,9 +83,9 @@ def read_windows(source: Any, decode: IMUDecoder, what: str, log: Path) -> tuple
         UserError: No shard, no sample, or too many bad ones.
     """
     quarantine = Quarantine(log, max_in_a_row=20, max_share=0.1)
-    found = walk(DataConfig(shards=source, workers=0), use=partial(_labelled, decode), quarantine=quarantine)
+    samples = walk(DataConfig(shards=source, workers=0), use=partial(_labelled, decode), quarantine=quarantine)
     windows, labels, notes = [], [], Counter()
-    for window, note, label in tqdm(found, desc=f"read {what}", unit=" windows", leave=False):
+    for window, note, label in tqdm(samples, desc=f"read {what}", unit=" windows", leave=False):
         windows.append(window)
         labels.append(label)
         notes[note] += 1
@@ -96,9 +99,10 @@ def read_windows(source: Any, decode: IMUDecoder, what: str, log: Path) -> tuple
 
 
 def _labelled(decode: IMUDecoder, raw: RawSample) -> tuple[Tensor, str, str]:
-    """The window, what decoding noted, and the label."""
+    """The window [6, S], what decoding noted, and the label."""
     label = _label(raw.members)
-    return *with_note(decode(raw.members["imu.npy"])), label
+    decoded = decode(raw.members["imu.npy"])
+    return (decoded.tensor, decoded.note, label) if isinstance(decoded, Noted) else (decoded, "", label)
 
 
 def _label(members: dict[str, bytes]) -> str:
@@ -124,11 +128,13 @@ def augment(windows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(settings: IMUTraining, network: nn.Module, windows: Tensor, targets: Tensor, classes: int) -> nn.Module:
-    """Train the encoder, and the linear layer that is returned, on standardised windows [n, 6, S] and targets [n]."""
-    place = device()
+    """Train the encoder, and the linear classifier that is returned, on standardised windows [n, 6, S] and targets [n].
+
+    Cross-entropy with label smoothing on the mean of the features; AdamW, linear warm-up, then a cosine to zero.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
-    network.to(place).train()
-    head = nn.Sequential(nn.Dropout(0.2), nn.Linear(settings.width, classes)).to(place)
+    network.to(device()).train()
+    head = nn.Sequential(nn.Dropout(0.2), nn.Linear(settings.width, classes)).to(device())
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     warmup = max(1, settings.steps // 20)
@@ -142,8 +148,8 @@ def train(settings: IMUTraining, network: nn.Module, windows: Tensor, targets: T
         if len(order) < settings.batch_size:
             order = torch.cat((order, torch.randperm(len(windows), generator=generator)))
         chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-        features = network(augment(windows[chosen], generator).to(place)).last_hidden_state
-        loss = F.cross_entropy(head(features.mean(1)), targets[chosen].to(place), label_smoothing=0.1)
+        features = network(augment(windows[chosen], generator).to(device())).last_hidden_state
+        loss = F.cross_entropy(head(features.mean(1)), targets[chosen].to(device()), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -166,7 +172,7 @@ def accuracy(network: nn.Module, head: nn.Module, windows: Tensor, targets: Tens
     return right / len(windows)
 
 
-def save(network: nn.Module, settings: IMUTraining, count: int, figures: list[str]) -> None:
+def save(network: "IMUEncoderModel", settings: IMUTraining, count: int, figures: list[str]) -> None:
     """Write the encoder's folder, whole or not at all, with a README that says what it has seen."""
     labels = network.config.labels
     readme = [
@@ -189,12 +195,54 @@ def save(network: nn.Module, settings: IMUTraining, count: int, figures: list[st
 
 
 def run(settings: IMUTraining) -> float | None:
-    """Read, train, score, save. Returns the held-out accuracy if there is a held-out set."""
+    """Read, train, measure the accuracy, save. Returns the accuracy on the held-out windows, if there are any."""
     from anymal.adapters.architectures.imu_encoder import IMUEncoderConfig, IMUEncoderModel
 
     torch.manual_seed(settings.seed)
-    size = {"rate": settings.rate, "seconds": settings.seconds}
-    raw = IMUDecoder(
+    decode = _decoder(settings)
+    log = Path(settings.out).with_name(f"{Path(settings.out).name}.skipped.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    windows, names = read_windows(settings.shards, decode, "training windows", log)
+    labels = sorted(set(names))
+    if len(labels) < 2:
+        raise UserError(f"all {len(names)} windows are labelled {labels[0]!r}; there is nothing to tell apart")
+    mean, std = windows.mean((0, 2)), windows.std((0, 2)).clamp_min(1e-3)
+    config = IMUEncoderConfig(
+        rate=settings.rate,
+        seconds=settings.seconds,
+        hidden_size=settings.width,
+        blocks=settings.blocks,
+        mean=mean.tolist(),
+        std=std.tolist(),
+        labels=labels,
+    )
+    network = IMUEncoderModel(config)
+
+    def standardised(windows: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+        """The windows as the encoder takes them, and their labels' numbers."""
+        return (windows - mean[:, None]) / std[:, None], torch.tensor([labels.index(name) for name in names])
+
+    inputs, targets = standardised(windows, names)
+    head = train(settings, network, inputs, targets, len(labels))
+    figures = [f"Accuracy on its own windows: {accuracy(network, head, inputs, targets):.1%}."]
+    held_out = None
+    if settings.eval_shards is not None:
+        others, other_names = read_windows(settings.eval_shards, decode, "held-out windows", log)
+        unknown = sorted(set(other_names) - set(labels))
+        if unknown:
+            raise UserError(f"the held-out windows have labels that training has not: {', '.join(unknown)}")
+        held_out = accuracy(network, head, *standardised(others, other_names))
+        most = Counter(other_names).most_common(1)[0][1] / len(others)
+        figures.append(f"Accuracy on {len(others)} held-out windows: {held_out:.1%} (most frequent label: {most:.1%}).")
+    save(network, settings, len(windows), figures)
+    print("\n".join([*figures, f"Written: {settings.out}"]))
+    return held_out
+
+
+def _decoder(settings: IMUTraining) -> IMUDecoder:
+    """Decodes as the adapter does, into m/s² and rad/s, but does not standardise: that is yet to be measured."""
+    return IMUDecoder(
         rate=settings.rate,
         encoder_rate=settings.rate,
         samples=round(settings.rate * settings.seconds),
@@ -203,38 +251,6 @@ def run(settings: IMUTraining) -> float | None:
         std=(1.0,) * 6,
         scale=IMUOptions(acceleration=settings.acceleration, rotation=settings.rotation).scale,
     )
-    log = Path(settings.out).with_name(f"{Path(settings.out).name}.skipped.jsonl")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
-    windows, names = read_windows(settings.shards, raw, "training windows", log)
-    labels = sorted(set(names))
-    if len(labels) < 2:
-        raise UserError(f"all {len(names)} windows are labelled {labels[0]!r}; there is nothing to tell apart")
-    mean, std = windows.mean((0, 2)), windows.std((0, 2)).clamp_min(1e-3)
-    config = IMUEncoderConfig(
-        **size, hidden_size=settings.width, blocks=settings.blocks, mean=mean.tolist(), std=std.tolist(), labels=labels
-    )
-    network = IMUEncoderModel(config)
-
-    def prepared(some: Tensor, of: list[str]) -> tuple[Tensor, Tensor]:
-        return (some - mean[:, None]) / std[:, None], torch.tensor([labels.index(name) for name in of])
-
-    head = train(settings, network, *prepared(windows, names), len(labels))
-    figures, held_out = (
-        [f"Accuracy on its own windows: {accuracy(network, head, *prepared(windows, names)):.1%}."],
-        None,
-    )
-    if settings.eval_shards is not None:
-        others, other_names = read_windows(settings.eval_shards, raw, "held-out windows", log)
-        unknown = sorted(set(other_names) - set(labels))
-        if unknown:
-            raise UserError(f"the held-out windows have labels that training has not: {', '.join(unknown)}")
-        held_out = accuracy(network, head, *prepared(others, other_names))
-        most = Counter(other_names).most_common(1)[0][1] / len(others)
-        figures.append(f"Accuracy on {len(others)} held-out windows: {held_out:.1%} (most frequent label: {most:.1%}).")
-    save(network, settings, len(windows), figures)
-    print("\n".join([*figures, f"Written: {settings.out}"]))
-    return held_out
 
 
 @process_as_found()

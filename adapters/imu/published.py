@@ -49,8 +49,8 @@ class Attention(nn.Module):
         if self.bias_kv:
             keys = torch.cat([keys, self.bias_k.expand(len(x), -1, -1)], dim=1)
             values = torch.cat([values, self.bias_v.expand(len(x), -1, -1)], dim=1)
-        heads = (part.unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (queries, keys, values))
-        return self.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        queries, keys, values = (x.unflatten(-1, (-1, HEAD)).transpose(1, 2) for x in (queries, keys, values))
+        return self.out_proj(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -88,16 +88,16 @@ class ImageBindTrunk(nn.Module):
         ".fc2.": ".mlp.fc2.",
     }
 
-    def __init__(self, given: StateDict):
+    def __init__(self, weights: StateDict):
         super().__init__()
-        width, inputs = given.shape("stem.weight", None, None)
-        _, positions, _ = given.shape("positions", 1, None, width)
-        blocks = max(given.blocks() - 1, 0)
-        hidden, _ = given.shape("blocks.0.fc1.weight", None, width)
-        _check_heads(given, width)
+        width, inputs = weights.shape("stem.weight", None, None)
+        _, positions, _ = weights.shape("positions", 1, None, width)
+        blocks = max(weights.blocks() - 1, 0)
+        hidden, _ = weights.shape("blocks.0.fc1.weight", None, width)
+        _check_heads(weights, width)
         if inputs % CHANNELS:
             raise UserError(
-                f"{given.path}: {given.key('stem.weight')} takes {inputs} values, no multiple of {CHANNELS}"
+                f"{weights.path}: {weights.key('stem.weight')} takes {inputs} values, no multiple of {CHANNELS}"
             )
         self.unused = (f"modality_trunks.imu.blocks.{blocks}.",)
         self.kernel = inputs // CHANNELS
@@ -143,12 +143,12 @@ class OneLLMTrunk(nn.Module):
         ".fc2.": ".mlp.c_proj.",
     }
 
-    def __init__(self, given: StateDict):
+    def __init__(self, weights: StateDict):
         super().__init__()
-        width, _, kernel = given.shape("stem.weight", None, CHANNELS, None)
-        positions, _ = given.shape("positions", None, width)
-        hidden, _ = given.shape("blocks.0.fc1.weight", None, width)
-        _check_heads(given, width)
+        width, _, kernel = weights.shape("stem.weight", None, CHANNELS, None)
+        positions, _ = weights.shape("positions", None, width)
+        hidden, _ = weights.shape("blocks.0.fc1.weight", None, width)
+        _check_heads(weights, width)
         self.samples = positions - 1 + kernel - 1
         self.stem = nn.Conv1d(CHANNELS, width, kernel, bias=False)
         self.start = nn.Parameter(torch.empty(width))
@@ -157,7 +157,7 @@ class OneLLMTrunk(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 Block(width, hidden, epsilon=1e-5, activation=QuickGELUActivation(), bias_kv=False)
-                for _ in range(given.blocks())
+                for _ in range(weights.blocks())
             )
         )
 
@@ -187,18 +187,18 @@ class IMU2CLIPTrunk(nn.Module):
         "gru.": "net.5.",
     }
 
-    def __init__(self, given: StateDict):
+    def __init__(self, weights: StateDict):
         super().__init__()
         before, times, convolutions = CHANNELS, self.samples, []
         for i in range(3):
-            after, _, kernel = given.shape(f"convolutions.{i}.weight", None, before, None)
+            after, _, kernel = weights.shape(f"convolutions.{i}.weight", None, before, None)
             convolutions.append(nn.Conv1d(before, after, kernel, dilation=2, bias=False))
             before, times = after, (times - 2 * (kernel - 1)) // 3
-        given.shape("gru.weight_ih_l0", None, times)
-        _, width = given.shape("gru.weight_hh_l0", None, None)
+        weights.shape("gru.weight_ih_l0", None, times)
+        _, width = weights.shape("gru.weight_hh_l0", None, None)
         if before % 4:
             raise UserError(
-                f"{given.path}: {given.key('convolutions.2.weight')} has {before} channels, no multiple of 4"
+                f"{weights.path}: {weights.key('convolutions.2.weight')} has {before} channels, no multiple of 4"
             )
         self.window_norm, self.channel_norm = nn.GroupNorm(2, CHANNELS), nn.GroupNorm(4, before)
         self.convolutions = nn.ModuleList(convolutions)
@@ -214,30 +214,31 @@ class IMU2CLIPTrunk(nn.Module):
         return BaseModelOutput(last_hidden_state=state.transpose(0, 1))
 
 
-TRUNKS: dict[str, type] = {
+Trunk = ImageBindTrunk | OneLLMTrunk | IMU2CLIPTrunk
+TRUNKS: dict[str, type[Trunk]] = {
     "imagebind": ImageBindTrunk,
     "onellm": OneLLMTrunk,
     "imu2clip": IMU2CLIPTrunk,
 }
 """What ``options.trunk`` can be."""
-TOLD_BY = {
+SIGNATURES = {
     "imagebind": "modality_preprocessors.imu.imu_stem.proj.weight",
     "onellm": "conv1.imu.weight",
     "imu2clip": "net.5.weight_ih_l0",
 }
-"""The published name that tells one file from another."""
+"""The tensor by whose published name a file is recognised."""
 
 
-def load_trunk(path: str, kind: str = "") -> nn.Module:
+def load_trunk(path: str, kind: str = "") -> Trunk:
     """A published IMU network from its file, in fp32 on the CPU, in eval mode, without gradients.
 
     Args:
         path: Of a state_dict.
-        kind: A name in `TRUNKS`; empty tells it by the file's names.
+        kind: A name in `TRUNKS`; empty recognises it by the file's names.
 
     Returns:
-        A module with attributes ``samples`` (S), ``rate`` (Hz) and ``license``; inside
-        `anymal.model.fake_tensors.shapes_only` on fake tensors, and no weight is read.
+        A module that has ``samples`` (S), ``rate`` (Hz) and ``license``. Inside
+        `anymal.model.fake_tensors.shapes_only` it is made of fake tensors, and no weight is read.
 
     Raises:
         UserError: There is no such file, it is no state_dict, or not one of this network. Names file and tensor.
@@ -246,23 +247,25 @@ def load_trunk(path: str, kind: str = "") -> nn.Module:
         hint = nearest(kind, TRUNKS, "it can be empty, or one of")
         raise UserError(f"model.modalities.imu.options.trunk is {kind!r}; {hint}")
     tensors = read_state_dict(path)
-    found = {name: key for name, end in TOLD_BY.items() for key in tensors if key.endswith(end)}
-    if not found or (kind and kind not in found):
-        missing = f"tensor {TOLD_BY[kind]} of {kind}" if kind else f"IMU network of {listed(TRUNKS)}"
-        held = listed(found) if found else f"{listed(list(tensors)[:3])}, …"
-        raise UserError(f"{path} holds no {missing}; it holds {held}")
-    kind = kind or next(iter(found))
+    kinds = {name: key for name, end in SIGNATURES.items() for key in tensors if key.endswith(end)}
+    if not kinds or (kind and kind not in kinds):
+        missing = f"tensor {SIGNATURES[kind]} of {kind}" if kind else f"IMU network of {listed(TRUNKS)}"
+        contents = listed(kinds) if kinds else f"{listed(list(tensors)[:3])}, …"
+        raise UserError(f"{path} holds no {missing}; it holds {contents}")
+    kind = kind or next(iter(kinds))
     trunk = TRUNKS[kind]
-    given = StateDict(path=path, tensors=tensors, prefix=found[kind].removesuffix(TOLD_BY[kind]), names=trunk.names)
+    weights = StateDict(
+        path=path, tensors=tensors, prefix=kinds[kind].removesuffix(SIGNATURES[kind]), names=trunk.names
+    )
     with new_tensors():
-        network = trunk(given)
-        given.load(network, trunk.parts, network.unused)
+        network = trunk(weights)
+        weights.load(network, trunk.parts, network.unused)
     return network.eval().requires_grad_(False)
 
 
-def _check_heads(given: StateDict, width: int) -> None:
+def _check_heads(weights: StateDict, width: int) -> None:
     if width % HEAD:
-        raise UserError(f"{given.path}: {given.key('stem.weight')} gives {width} channels, no multiple of {HEAD}")
+        raise UserError(f"{weights.path}: {weights.key('stem.weight')} gives {width} channels, no multiple of {HEAD}")
 
 
 def _check_window(windows: Tensor, samples: int) -> None:

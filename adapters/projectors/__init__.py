@@ -16,8 +16,8 @@ Precision. Parameters are fp32; features of any floating type are taken in the p
 
 from anymal.adapters.projectors.abstractor import AbstractorOptions, abstractor
 from anymal.adapters.projectors.cross import CrossAttentionOptions, cross_attention
+from anymal.adapters.projectors.each import EachOptions, each
 from anymal.adapters.projectors.mining import mining
-from anymal.adapters.projectors.parts import EachOptions, each
 from anymal.adapters.projectors.pooled import linear, mlp
 from anymal.adapters.projectors.qformer import QFormerOptions, qformer
 from anymal.adapters.projectors.resampler import resampler

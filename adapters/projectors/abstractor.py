@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anymal.adapters.projectors.fit import asked_tokens, grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit
 
 
@@ -32,14 +33,14 @@ class AbstractorOptions:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place: [N, C, h, w] → the same.
+    """LayerNorm over the channels at each position: [N, C, h, w] → the same.
 
     Not the BatchNorm of RegNet: a medium's embeddings must not depend on what else is in its batch.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, h, w] → [N, C, h, w]."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
 def _convolution(before: int, after: int, side: int = 1, groups: int = 1) -> nn.Sequential:
@@ -86,7 +87,7 @@ class ResidualBlock(nn.Module):
         return F.silu(self.layers(x) + self.shortcut(x))
 
 
-class Abstractor(nn.Module):
+class Abstractor(Projector):
     """Residual convolutions over the grid, average pooling to √K x √K, residual convolutions, an mlp.
 
     As in Honeybee a learned embedding for each of the T positions is added to the features (it makes that a choice; we
@@ -131,7 +132,7 @@ class Abstractor(nn.Module):
         return self.readout(self.norm_out(maps.flatten(2).transpose(1, 2)))
 
 
-def abstractor(config: ProjectorConfig, options: AbstractorOptions, fit: Fit) -> nn.Module:
+def abstractor(config: ProjectorConfig, options: AbstractorOptions, fit: Fit) -> Projector:
     """Honeybee's C-Abstractor: convolutions, pooling to a square number of tokens, convolutions.
 
     It has `config.layers` blocks on either side of the pooling, and `config.width` channels, or the encoder's width.

@@ -1,4 +1,4 @@
-"""``cross_attention``: the LLM's layers look at the media, which take but one token of the row each.
+"""``cross_attention``: the LLM's layers attend to the media, which take but one token of the row each.
 
 Source: Flamingo, arXiv 2204.14198, section 3.1. Latents come from its Perceiver resampler; before some of the frozen
 LLM's layers stands a block of cross-attention and a feed-forward layer, each added through a gate that is shut at the
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from anymal.adapters.projectors.resampler import Resampler
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
-from anymal.model.cross_attention import Look
+from anymal.modality import Projector
+from anymal.model.cross_attention import MediaSpan
 from anymal.model.registry import Fit
 
 LATENTS = 64
@@ -73,39 +74,39 @@ class GatedCrossAttention(nn.Module):
             )
             self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, latents: Tensor, looks: Sequence[Look]) -> Tensor:
+    def forward(self, hidden: Tensor, latents: Tensor, spans: Sequence[MediaSpan]) -> Tensor:
         """hidden [S, D], latents [N, R, I], and what of them each token sees → [S, D], in the type of `hidden`."""
         x = hidden.to(self.gate.dtype)
-        x = x + self.gate.tanh() * self.out(self._attend(self.query(self.norm(x)), latents.to(x.dtype), looks))
+        x = x + self.gate.tanh() * self.out(self._attend(self.query(self.norm(x)), latents.to(x.dtype), spans))
         if self.feed_forward is not None:
             x = x + self.feed_forward_gate.tanh() * self.feed_forward(x)
         return x.to(hidden.dtype)
 
-    def _attend(self, query: Tensor, latents: Tensor, looks: Sequence[Look]) -> Tensor:
-        """query [S, I] → [S, I]. Neighbours with looks of one size go through torch's kernel together."""
+    def _attend(self, query: Tensor, latents: Tensor, spans: Sequence[MediaSpan]) -> Tensor:
+        """query [S, I] → [S, I]. Neighbouring spans of one size go through torch's kernel together."""
         media = self.key_value(latents).unbind(0)  # [R, 2I] each
         groups = [
-            (size, list(alike)) for size, alike in groupby(looks, lambda look: (look.tokens, look.last - look.first))
+            (size, list(alike)) for size, alike in groupby(spans, lambda span: (span.tokens, span.last - span.first))
         ]
-        parts = query.split([tokens * len(alike) for (tokens, _), alike in groups])
-        found = []
-        for ((tokens, _), alike), part in zip(groups, parts, strict=True):
-            seen = torch.stack([torch.cat(media[look.first : look.last]) for look in alike])
+        queries = query.split([tokens * len(alike) for (tokens, _), alike in groups])
+        outputs = []
+        for ((tokens, _), alike), some in zip(groups, queries, strict=True):
+            seen = torch.stack([torch.cat(media[span.first : span.last]) for span in alike])
             key, value = (self._split(half) for half in seen.chunk(2, dim=-1))
-            attended = F.scaled_dot_product_attention(self._split(part.unflatten(0, (len(alike), tokens))), key, value)
-            found.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(found)
+            attended = F.scaled_dot_product_attention(self._split(some.unflatten(0, (len(alike), tokens))), key, value)
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class CrossAttentionProjector(nn.Module):
+class CrossAttentionProjector(Projector):
     """What stands in the row for a medium, what the LLM's layers see of it, and the blocks through which they do.
 
     Args:
         context: Features [N, T, W] → latents [N, R, I].
-        bridges: The blocks by the number of the decoder layer that each stands before.
+        blocks: By the number of the decoder layer that each stands before.
         llm_width: D.
         last_only: Whether a token sees only the last medium before it.
         scale: Standard deviation of the elements of the embedding that stands in the row.
@@ -117,23 +118,24 @@ class CrossAttentionProjector(nn.Module):
         self,
         *,
         context: nn.Module,
-        bridges: dict[int, GatedCrossAttention],
+        blocks: dict[int, GatedCrossAttention],
         llm_width: int,
         last_only: bool,
         scale: float,
     ):
         super().__init__()
         self.last_only = last_only
+        # `place`, `context` and `bridges` are names of tensors in checkpoints.
         self.place = nn.Parameter(scale * torch.randn(1, llm_width))
         self.context = context
-        self.bridges = nn.ModuleDict({str(layer): bridge for layer, bridge in bridges.items()})
+        self.bridges = nn.ModuleDict({str(layer): block for layer, block in blocks.items()})
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, T, W] → [N, 1, D]: for every medium the same learned embedding, which says that there is one."""
         return self.place.expand(len(features), 1, -1)
 
 
-def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit: Fit) -> nn.Module:
+def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit: Fit) -> Projector:
     """Flamingo's: R is `config.tokens` (0: 64), I is `config.width` or the encoder's, blocks of the resampler `layers`.
 
     Raises:
@@ -152,7 +154,7 @@ def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit
             f"projector.options.every is {options.every}, but the LLM has {fit.llm_layers} decoder layers: no block "
             "would stand anywhere"
         )
-    block = {"llm_width": fit.llm_width, "width": inner, "heads": config.heads, "feed_forward": options.feed_forward}
+    settings = {"llm_width": fit.llm_width, "width": inner, "heads": config.heads, "feed_forward": options.feed_forward}
     return CrossAttentionProjector(
         context=Resampler(
             width=width,
@@ -163,7 +165,7 @@ def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit
             blocks=config.layers,
             heads=config.heads,
         ),
-        bridges={layer: GatedCrossAttention(**block) for layer in layers},
+        blocks={layer: GatedCrossAttention(**settings) for layer in layers},
         llm_width=fit.llm_width,
         last_only=options.last_only,
         scale=fit.scale,

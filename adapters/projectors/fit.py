@@ -26,6 +26,18 @@ def asked_tokens(config: ProjectorConfig) -> int:
     return config.tokens
 
 
+def check_tokens(config: ProjectorConfig, tokens: int) -> None:
+    """Refuse another number of tokens than the one that a kind makes by itself.
+
+    Raises:
+        UserError: `config.tokens` is neither 0 nor `tokens`.
+    """
+    if config.tokens not in (0, tokens):
+        raise UserError(
+            f"projector.tokens is {config.tokens}, but {config.kind} makes {tokens} of these features; set it to 0"
+        )
+
+
 def inner_width(config: ProjectorConfig, width: int) -> int:
     """I of a kind with attention: `config.width`, or W.
 

@@ -11,14 +11,15 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymal.adapters.projectors.parts import check_tokens
+from anymal.adapters.projectors.fit import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit, NoOptions
 
 
-class MiningProjector(nn.Module):
+class MiningProjector(Projector):
     """Every query attends only to those M x M features of the map that show the same patch of the picture.
 
     Each φ is a LayerNorm and a linear layer to C, one each for queries, keys and values. What is gathered is added to
@@ -43,19 +44,19 @@ class MiningProjector(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
-        (self.tokens, self.width), (count, cell_width) = queries, cells
+        (self.tokens, self.width), (count, self.cell_width) = queries, cells
         self.rows, self.cell = math.isqrt(self.tokens), math.isqrt(count // self.tokens)
         self.query = nn.Sequential(nn.LayerNorm(self.width), nn.Linear(self.width, self.width))
-        self.key = nn.Sequential(nn.LayerNorm(cell_width), nn.Linear(cell_width, self.width))
-        self.value = nn.Sequential(nn.LayerNorm(cell_width), nn.Linear(cell_width, self.width))
+        self.key = nn.Sequential(nn.LayerNorm(self.cell_width), nn.Linear(self.cell_width, self.width))
+        self.value = nn.Sequential(nn.LayerNorm(self.cell_width), nn.Linear(self.cell_width, self.width))
         sizes = {"width": self.width, "features": self.tokens, "tokens": self.tokens, "llm_width": llm_width}
         self.mlp = PooledProjector(**sizes, inner=inner, scale=scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, Q + Q · M², max(C, H)] → [N, Q, D]."""
-        features = features.to(self.query[0].weight.dtype)
+        features = features.to(next(self.parameters()).dtype)
         queries = features[:, : self.tokens, : self.width]
-        cells = features[:, self.tokens :, : self.key[0].normalized_shape[0]]
+        cells = features[:, self.tokens :, : self.cell_width]
         keys, values = self._by_patch(self.key(cells)), self._by_patch(self.value(cells))
         gathered = F.scaled_dot_product_attention(self.query(queries)[:, :, None], keys, values)[:, :, 0]
         return self.mlp(queries + gathered)
@@ -66,12 +67,12 @@ class MiningProjector(nn.Module):
         return maps.unflatten(1, (rows, cell, rows, cell)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
+def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
     """Mini-Gemini's mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
 
     Raises:
-        UserError: The parts are not a square of queries and a square map with M x M cells to each, or `config.tokens`
-            is neither 0 nor the number of queries.
+        UserError: The encoder does not give a square of queries and a square map with M x M cells to each, or
+            `config.tokens` is neither 0 nor the number of queries.
     """
     counts = [count for count, _ in fit.parts]
     rows = [math.isqrt(count) for count in counts]

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from anymal.adapters.projectors.fit import scaled_mlp
 from anymal.config.schema import ProjectorConfig
+from anymal.modality import Projector
 from anymal.model.registry import Fit, NoOptions
 
 
-class PooledProjector(nn.Module):
+class PooledProjector(Projector):
     """Average pooling over the features, LayerNorm, then a linear layer or an mlp.
 
     One rule for any number of features: S is the largest divisor of K that is not above T. The T features are
@@ -43,17 +44,17 @@ class PooledProjector(nn.Module):
         return self.layers(self.norm(features)).reshape(len(features), self.tokens, self.llm_width)
 
 
-def linear(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
+def linear(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
     """Pool, then one linear layer: AnyMAL's for audio and IMU."""
     return _pooled(config, fit, inner=())
 
 
-def mlp(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
+def mlp(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
     """Pool, then linear layers with GELU between: LLaVA-1.5's."""
     return _pooled(config, fit, inner=(config.width or fit.llm_width,) * (config.layers - 1))
 
 
-def _pooled(config: ProjectorConfig, fit: Fit, inner: tuple[int, ...]) -> nn.Module:
+def _pooled(config: ProjectorConfig, fit: Fit, inner: tuple[int, ...]) -> Projector:
     features, width = fit.only(config)
     tokens = config.tokens or features  # 0: one for each, as in LLaVA
     sizes = {"width": width, "features": features, "tokens": tokens, "llm_width": fit.llm_width}

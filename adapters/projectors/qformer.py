@@ -7,17 +7,21 @@ Source: arXiv 2301.12597, section 3.1. The network is transformers' own; queries
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from anymal.adapters.pretrained import call, load_config, quiet
+from anymal.adapters.pretrained import load_config, load_weights, quiet
 from anymal.adapters.projectors.fit import asked_tokens, inner_width, scaled_linear
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.fake_tensors import without_weights
 from anymal.model.registry import Fit
+
+if TYPE_CHECKING:
+    from transformers import Blip2QFormerConfig, PreTrainedConfig
 
 
 @dataclass(kw_only=True)
@@ -37,7 +41,7 @@ class QFormerOptions:
             raise UserError("cross_attention_frequency must be at least 1, and feed_forward cannot be negative")
 
 
-class QFormer(nn.Module):
+class QFormer(Projector):
     """K learned queries gather from T features, through layers of self- and cross-attention.
 
     Around transformers' `Blip2QFormerModel`: LayerNorm on the features; an embedding for each of the T positions, which
@@ -58,7 +62,7 @@ class QFormer(nn.Module):
         features: int,
         tokens: int,
         llm_width: int,
-        config: Any,
+        config: "Blip2QFormerConfig",
         scale: float = 1.0,
         normalise: bool = True,
     ):
@@ -84,7 +88,7 @@ class QFormer(nn.Module):
         return self.network(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
 
-def qformer(config: ProjectorConfig, options: QFormerOptions, fit: Fit) -> nn.Module:
+def qformer(config: ProjectorConfig, options: QFormerOptions, fit: Fit) -> Projector:
     """BLIP-2's Q-Former: learned queries attend to the features.
 
     It has `config.layers` layers of `config.heads` heads; its inner width is `config.width`, or the encoder's (BLIP-2:
@@ -131,7 +135,7 @@ SETTINGS = {
 """What we call BLIP-2's sizes."""
 
 
-def _blip2_config(name: str, sizes: Mapping[str, int]) -> Any:
+def _blip2_config(name: str, sizes: Mapping[str, int]) -> "PreTrainedConfig":
     """The config of a BLIP-2 checkpoint of these sizes, its Q-Former's without dropout and without a text branch.
 
     Raises:
@@ -148,7 +152,7 @@ def _blip2_config(name: str, sizes: Mapping[str, int]) -> Any:
     return config
 
 
-def _start_from(name: str, config: Any, model: QFormer) -> None:
+def _start_from(name: str, config: "PreTrainedConfig", model: QFormer) -> None:
     """Copy the queries and the Q-Former of a BLIP-2 checkpoint into `model`; nothing else of it is read.
 
     Raises:
@@ -159,18 +163,17 @@ def _start_from(name: str, config: Any, model: QFormer) -> None:
     class Taken(Blip2PreTrainedModel):
         """Two attributes of `Blip2Model`, under its names."""
 
-        def __init__(self, config: Any):
+        def __init__(self, config: "PreTrainedConfig"):
             super().__init__(config)
             self.query_tokens = nn.Parameter(torch.zeros(1, *model.queries.shape))
             self.qformer = Blip2QFormerModel(config.qformer_config)
             self.post_init()
 
-    load = Taken.from_pretrained
     with quiet():
-        taken, report = call("Q-Former", name, load, config=config, dtype=torch.float32, output_loading_info=True)
+        taken, report = load_weights("Q-Former", name, Taken, config=config)
     lacks = sorted(report["missing_keys"])
     if lacks:
         raise UserError(f"projector.options.init: {name!r} lacks {len(lacks)} weights, such as {lacks[0]}")
     with torch.no_grad():
-        model.queries.copy_(taken.query_tokens[0])
-    model.network.load_state_dict(taken.qformer.state_dict())
+        model.queries.copy_(taken.get_parameter("query_tokens")[0])
+    model.network.load_state_dict(taken.get_submodule("qformer").state_dict())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anymal.adapters.projectors.fit import asked_tokens, inner_width, scaled_linear
 from anymal.config.schema import ProjectorConfig
+from anymal.modality import Projector
 from anymal.model.registry import Fit, NoOptions
 
 
@@ -42,7 +43,7 @@ class ResamplerBlock(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class Resampler(nn.Module):
+class Resampler(Projector):
     """Perceiver resampler: K learned latents gather from T features through blocks of cross-attention.
 
     As Flamingo defines it: keys and values over the concatenation of features and latents, LayerNorm on both, a
@@ -89,7 +90,7 @@ class Resampler(nn.Module):
         return self.project_out(self.norm_out(latents))
 
 
-def resampler(config: ProjectorConfig, options: NoOptions, fit: Fit) -> nn.Module:
+def resampler(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
     """Flamingo's Perceiver resampler: AnyMAL's for images and video.
 
     Its inner width is `config.width`, or the encoder's.

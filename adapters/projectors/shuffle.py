@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anymal.adapters.projectors.fit import grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit
 
 
@@ -28,7 +29,7 @@ class PixelShuffleOptions:
             raise UserError(f"factor is {self.factor}; it must be at least 1")
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(Projector):
     """Space to depth, LayerNorm, then a linear layer or an mlp. A token is a cell, in reading order, nothing pooled.
 
     Args:
@@ -57,7 +58,7 @@ class PixelShuffle(nn.Module):
         return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fit) -> nn.Module:
+def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fit) -> Projector:
     """Space to depth, then linear layers: InternVL's (2 layers) and Idefics3's (1).
 
     It has `config.layers` layers, of inner width `config.width` or the LLM's.
@@ -73,11 +74,11 @@ def pixel_shuffle(config: ProjectorConfig, options: PixelShuffleOptions, fit: Fi
             f"projector.options.factor is {options.factor}, but the encoder's features form a grid of {side} x {side}, "
             f"which has no whole number of cells of {options.factor} x {options.factor}"
         )
-    made = (side // options.factor) ** 2
-    if config.tokens not in (0, made):
+    tokens = (side // options.factor) ** 2
+    if config.tokens not in (0, tokens):
         raise UserError(
-            f"projector.tokens is {config.tokens}, but pixel_shuffle by {options.factor} makes {made} of {features} "
-            f"features; write {made}, or 0 for as many as there are"
+            f"projector.tokens is {config.tokens}, but pixel_shuffle by {options.factor} makes {tokens} of {features} "
+            f"features; write {tokens}, or 0 for as many as there are"
         )
     inner = (config.width or fit.llm_width,) * (config.layers - 1)
     sizes = {"width": width, "side": side, "llm_width": fit.llm_width, "factor": options.factor}

@@ -12,12 +12,17 @@ PyAV alone does it: decord and decord2 read beyond the end of a file whose index
 import io
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anymal.adapters.image.read import check_aspect
 from anymal.errors import BadSample
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 CONTAINERS = {"mp4": "MP4 or MOV", "matroska": "Matroska or WebM", "avi": "AVI", "mpegts": "MPEG-TS", "mpeg": "MPEG-PS"}
 """FFmpeg's demuxers that are used. The one is chosen by the first bytes and no other is tried: FFmpeg also has demuxers
@@ -53,7 +58,7 @@ def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
 
     container = _container(data)
     try:
-        with av.open(io.BytesIO(data), format=container) as file:
+        with av.open(io.BytesIO(data), "r", format=container) as file:
             if not file.streams.video:
                 raise BadSample(f"a {CONTAINERS[container]} file without video")
             stream = file.streams.video[0]
@@ -63,7 +68,7 @@ def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
             check_aspect(width, height)
             index, end = _scan(file, stream, container)
             times = index.times
-            seconds = float((times[-1] - times[0]) * stream.time_base) if times else 0.0
+            seconds = float((times[-1] - times[0]) * (stream.time_base or 0)) if times else 0.0
             promised = (file.duration or 0) / av.time_base
             declared = stream.frames
     except BadSample:
@@ -78,7 +83,7 @@ def read_index(data: bytes, max_seconds: float, max_pixels: int) -> Index:
     return index
 
 
-def _scan(file: Any, stream: Any, container: str) -> tuple[Index, float]:
+def _scan(file: "InputContainer", stream: "VideoStream", container: str) -> tuple[Index, float]:
     """Read every packet of an open file: its `Index`, and when the last packet of all ends, in seconds."""
     times: list[int] = []
     keyframes: list[int] = []
@@ -93,7 +98,7 @@ def _scan(file: Any, stream: Any, container: str) -> tuple[Index, float]:
             continue
         if packet.is_corrupt:
             raise BadSample("the clip is cut off or damaged: a packet is not whole")
-        if packet.is_discard or packet.pts is None:  # cut away by an edit list, or without a place in time
+        if packet.is_discard or packet.pts is None:  # cut away by an edit list, or without a time
             ordinary = False
         shown += not packet.is_discard
         if shown > MAX_FRAMES:
@@ -151,9 +156,9 @@ def frames_by_seeking(data: bytes, wanted: list[int], index: Index, max_pixels: 
     """
     import av
 
-    found: dict[int, np.ndarray] = {}
+    decoded: dict[int, np.ndarray] = {}  # by time
     try:
-        with av.open(io.BytesIO(data), format=index.container) as file:
+        with av.open(io.BytesIO(data), "r", format=index.container) as file:
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1  # the loader has a worker for each core already
             frames, reached = iter(()), None
@@ -165,15 +170,15 @@ def frames_by_seeking(data: bytes, wanted: list[int], index: Index, max_pixels: 
                 frame = next((frame for frame in frames if frame.pts is None or frame.pts >= time), None)
                 if frame is None or frame.pts != time:
                     return None
-                found[time], reached = _upright(frame, max_pixels), time
+                decoded[time], reached = _upright(frame, max_pixels), time
     except BadSample:
         raise
     except Exception:  # FFmpeg's errors: decoding from the start then says whether the clip is bad
         return None
-    return [found[index.times[position]] for position in wanted]
+    return [decoded[index.times[position]] for position in wanted]
 
 
-def _upright(frame: Any, max_pixels: int) -> np.ndarray:
+def _upright(frame: "VideoFrame", max_pixels: int) -> np.ndarray:
     """[height, width, 3] uint8 RGB, turned as the file says that it is to be shown."""
     if frame.width * frame.height > max_pixels:
         raise BadSample(f"a frame of {frame.width} x {frame.height} pixels; at most {max_pixels}")
@@ -191,7 +196,7 @@ def frames_from_start(data: bytes, wanted: list[int], index: Index, max_pixels: 
     kept: dict[int, np.ndarray] = {}
     decoded = 0
     try:
-        with av.open(io.BytesIO(data), format=index.container) as file:
+        with av.open(io.BytesIO(data), "r", format=index.container) as file:
             stream = file.streams.video[0]
             stream.codec_context.thread_count = 1  # as above
             for frame in file.decode(stream):

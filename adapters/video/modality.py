@@ -11,19 +11,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
+from anymal.adapters.image.mixture import Mixture
 from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
-from anymal.adapters.pretrained import call, load_config, load_network, save_network
+from anymal.adapters.image.pictures import SquareDecoder
+from anymal.adapters.pretrained import load_config, load_image_processor, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
-from anymal.modality import Modality, parts
+from anymal.modality import Encoder, Modality, parts
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 IMAGE_ENCODER_FRAMES = 4
 
@@ -57,7 +63,7 @@ class VideoOptions:
 class VideoDecoder:
     """bytes → [F, 3, H, W] float32."""
 
-    images: ImageDecoder
+    images: ImageDecoder | SquareDecoder
     """Prepares frames as the encoder wants them."""
     frames: int
     """F."""
@@ -66,13 +72,11 @@ class VideoDecoder:
 
     def __call__(self, data: bytes) -> Tensor:
         """Raises `BadSample`."""
-        from PIL import Image
-
         frames = read_frames(data, self.frames, self.max_seconds, self.images.max_pixels)
         return self.prepare([Image.fromarray(frame) for frame in frames])
 
-    def prepare(self, pictures: list[Any]) -> Tensor:
-        """PIL images → [F, 3, H, W]."""
+    def prepare(self, pictures: list[Image.Image]) -> Tensor:
+        """F images of mode RGB → [F, 3, H, W]."""
         pixels = self.images.prepare(pictures)["pixel_values"]
         return pixels[0] if pixels.ndim == 5 else pixels  # a video network's processor takes the frames as one clip
 
@@ -83,11 +87,6 @@ class FrameViewsDecoder:
 
     clips: VideoDecoder
     """Reads F frames."""
-
-    @property
-    def processor(self) -> Any:
-        """The encoder's image processor."""
-        return self.clips.images.processor
 
     @property
     def most_views(self) -> int:
@@ -104,10 +103,10 @@ class FrameViewsDecoder:
         return Viewable(choices=tuple(range(len(frames), 0, -1)), views=views)
 
 
-class FramesEncoder(nn.Module):
+class FramesEncoder(Encoder):
     """A frozen image encoder applied to each frame; tokens are the frames' features, one frame after the other."""
 
-    def __init__(self, encoder: ImageEncoder, decode: VideoDecoder, pool: int):
+    def __init__(self, encoder: ImageEncoder | Mixture, decode: VideoDecoder, pool: int):
         super().__init__()
         self.encoder, self.decode, self.license, self.pool = encoder, decode, encoder.license, pool
         if pool:
@@ -125,19 +124,22 @@ class FramesEncoder(nn.Module):
     @property
     def savable(self) -> bool:
         """Whether the image encoder is."""
-        return getattr(self.encoder, "savable", False)
+        return self.encoder.savable
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the image encoder, as a folder that images and video can be encoded with."""
         self.encoder.save_pretrained(folder, {n.removeprefix("encoder."): tensor for n, tensor in weights.items()})
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(Encoder):
     """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
 
-    def __init__(self, network: nn.Module, decode: VideoDecoder, pool: int, license: str):
+    savable = True
+
+    def __init__(self, network: "PreTrainedModel", images: ImageDecoder, decode: VideoDecoder, pool: int, license: str):
         super().__init__()
         self.network, self.decode, self.license, self.pool = network, decode, license, pool
+        self._images = images
         config = network.config
         self.times, side = config.num_frames // config.tubelet_size, config.image_size // config.patch_size
         self.grid = (side, side)
@@ -153,11 +155,9 @@ class ClipEncoder(nn.Module):
         features = _pool(features.unflatten(1, (self.times, -1)).flatten(0, 1), self.grid, self.pool)
         return features.unflatten(0, (len(clips), self.times)).flatten(1, 2)
 
-    savable = True
-
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a folder that the loader of this modality reads; `weights` are a whole state dict of this encoder."""
-        save_network(self.network, self.decode.images.processor, folder, weights, self.license)
+        save_network(self.network, self._images.processor, folder, weights, self.license)
 
 
 def _check_pool(pool: int, grid: tuple[int, int] | None) -> None:
@@ -173,39 +173,41 @@ def _pool(features: Tensor, grid: tuple[int, int] | None, pool: int) -> Tensor:
     return F.adaptive_avg_pool2d(maps, math.isqrt(pool)).flatten(2).transpose(1, 2)
 
 
-def load_video_encoder(name: str | Mapping[str, Any], options: VideoOptions) -> nn.Module:
+def load_video_encoder(
+    name: str | Mapping[str, Any], options: VideoOptions
+) -> ClipEncoder | FramesEncoder | ImageEncoder | Mixture:
     """A video network, or an image encoder (a composition, too) for each frame; frozen, in fp32 on the CPU.
+
+    Returns:
+        With `options.views` the image encoder itself: it takes the frames as views.
 
     Raises:
         UserError: It cannot be loaded, or takes another number of frames than `options.frames`.
     """
-    config = load_config(name) if isinstance(name, str) else None
-    if not hasattr(config, "tubelet_size"):
-        image_options = ImageOptions(layer=options.layer, max_pixels=options.max_pixels)
-        encoder = load_image_encoder(name, image_options)
-        if len(parts(encoder)) > 1:
-            raise UserError("the encoder appends several kinds of features; those of frames have to be of one kind")
-        frames = options.frames or IMAGE_ENCODER_FRAMES
-        decode = VideoDecoder(images=encoder.decode, frames=frames, max_seconds=options.max_seconds)
-        if options.views:
-            if options.pool:
-                raise UserError("pool has no meaning with views=true: projector.tokens says what a frame takes")
-            encoder.decode = FrameViewsDecoder(clips=decode)
-            return encoder
+    if isinstance(name, str) and hasattr(config := load_config(name), "tubelet_size"):
+        return _load_clip_encoder(name, config, options)
+    encoder = load_image_encoder(name, ImageOptions(layer=options.layer, max_pixels=options.max_pixels))
+    if len(parts(encoder)) > 1:
+        raise UserError("the encoder appends several kinds of features; those of frames have to be of one kind")
+    frames = options.frames or IMAGE_ENCODER_FRAMES
+    decode = VideoDecoder(images=encoder.images, frames=frames, max_seconds=options.max_seconds)
+    if not options.views:
         return FramesEncoder(encoder, decode, options.pool)
+    if options.pool:
+        raise UserError("pool has no meaning with views=true: projector.tokens says what a frame takes")
+    encoder.decode = FrameViewsDecoder(clips=decode)
+    return encoder
+
+
+def _load_clip_encoder(name: str, config: "PreTrainedConfig", options: VideoOptions) -> ClipEncoder:
     if options.views:
         raise UserError(f"views=true is for image encoders; {name!r} takes whole clips")
     if options.frames not in (0, config.num_frames):
         raise UserError(f"frames is {options.frames}, but {name!r} takes {config.num_frames}")
     network = load_network(name)
-    from transformers import AutoImageProcessor
-
-    processor = call(
-        "image processor", name, AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
-    )
-    images = ImageDecoder(processor=processor, max_pixels=options.max_pixels)
+    images = ImageDecoder(processor=load_image_processor(name), max_pixels=options.max_pixels)
     decode = VideoDecoder(images=images, frames=config.num_frames, max_seconds=options.max_seconds)
-    return ClipEncoder(network, decode, options.pool, license_of(name))
+    return ClipEncoder(network, images, decode, options.pool, license_of(name))
 
 
 MODALITY = Modality(

@@ -18,7 +18,7 @@ from anymal.config.settings import options
 from anymal.config.stages import encoder_names
 from anymal.data.prepare import Prepare, prepare
 from anymal.errors import UserError
-from anymal.modality import Adapter, Encoder, parts
+from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors
 from anymal.model.hub import license_of
 from anymal.model.llm import load_llm
@@ -144,7 +144,7 @@ def load_encoder(registry: Registry, name: str, config: ModalityConfig) -> Encod
     return modality.load(config.encoder, given)
 
 
-def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> nn.Module:
+def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> Projector:
     """A fresh projector [N, T, W] → [N, K, D] with an attribute ``tokens`` (K).
 
     Raises:

@@ -3,7 +3,8 @@
     defaults (schema) ◀── recipe.yaml ◀── name=value … ──settings──▶ a checked `Config` ──stages──▶ one for each stage
 
 1. `schema`: dataclasses, one home for each setting, its meaning under the field. Read it first.
-2. `settings`: a recipe and overrides → dataclasses, checked by OmegaConf; back to YAML, without secrets.
+2. `settings`: a recipe (a file, or the name of one that comes with the package) and overrides → dataclasses, checked by
+   OmegaConf; back to YAML, without secrets.
 3. `stages`: a recipe that lists stages → the settings of each.
-4. `command_line`: ``[recipe] name=value …`` → the above; ``--help``; how every program begins and ends.
+4. `command_line`: ``[RECIPE or SOURCE] name=value …`` → the above; ``--help``; how every program begins and ends.
 """

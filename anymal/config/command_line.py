@@ -1,4 +1,4 @@
-"""The command line of every program: ``[recipe.yaml] [a.b=value ...]``, and a ``--help`` that lists every setting."""
+"""The command line of every program: ``[RECIPE or SOURCE] a.b=value …``, and a ``--help`` that lists every setting."""
 
 import ast
 import atexit
@@ -72,9 +72,12 @@ def parse_args(
     *,
     defaults: Sequence[str] = (),
     more_help: Sequence[str] = (),
+    source: str = "",
     read: Callable[..., Any] = load,
 ) -> Any:
-    """Read ``[recipe.yaml] [a.b=value ...]`` from the command line; `defaults` are overrides that the recipe beats.
+    """Read ``[RECIPE] a.b=value …`` from the command line; `defaults` are overrides that the recipe beats.
+
+    A program that takes no recipe names as its `source` the setting that a first argument without ``=`` is.
 
     ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
     launcher passes is accepted and not needed: the rank comes from the environment. Returns what `read` makes of it,
@@ -90,7 +93,10 @@ def parse_args(
     arguments = [a for a in arguments if not a.startswith("--local_rank=")]
     recipe = None
     if arguments and "=" not in arguments[0]:
-        recipe = arguments.pop(0)
+        if source:
+            arguments[0] = f"{source}={arguments[0]}"
+        else:
+            recipe = arguments.pop(0)
     return read(schema, recipe, [a.removeprefix("--") for a in arguments], defaults)
 
 

@@ -144,8 +144,8 @@ class DataConfig:
     """What is read, and how."""
 
     shards: Any = None
-    """Tars of the only dataset: a path, a brace pattern (a/{000..015}.tar), a folder, an http(s) address or a pattern
-    of addresses, or a list of these."""
+    """Tars of the only dataset: a path, a brace pattern (a/{000..015}.tar), a folder, an address (https://, s3://, gs://,
+    hf://datasets/…) or a pattern of addresses, or a list of these."""
     cache: str = ""
     """Folder for downloaded tars; empty takes $ANYMAL_CACHE/shards, or ~/.cache/anymal/shards."""
     cache_gb: float = 0.0

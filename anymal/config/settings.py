@@ -2,7 +2,8 @@
 
 A run is stated by one YAML recipe; dotted overrides follow it on the command line:
 
-    python launch/pretrain.py launch/recipes/demo.yaml optim.lr=1e-3 train=[projectors,lora]
+    anymal pretrain launch/recipes/demo-pretrain.yaml optim.lr=1e-3 train=[projectors,lora]
+    anymal pretrain demo-pretrain optim.lr=1e-3                # the same one: it comes with the package
 
 OmegaConf merges and checks them against dataclasses such as `anymal.config.schema.Config`; unknown keys are errors that
 name the nearest one.
@@ -22,7 +23,11 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from anymal.errors import UserError, alternatives, nearest
 
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+"""Those that come with the package."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BEFORE_HOST = re.compile(r"(?<=://)([^/\s]*@|[^/:\[\s]*:(?!\d*([/?#]|$))\S*@)")  # user:password@, with any / in it
+_SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW", re.IGNORECASE)  # what names itself a secret in the environment
 _SHORT = 8  # characters: what is shorter is no secret, and may well stand somewhere else by chance
 _as_written: dict[tuple[str, str], str] = {}  # a setting's dotted name and its value → how the recipe has it
 _environment: dict[str, str] = {}  # the variables of the environment that recipes were made of
@@ -41,7 +46,7 @@ def load(
 
     Args:
         schema: A dataclass.
-        recipe: A YAML file.
+        recipe: A YAML file, or the name of one that comes with the package.
         overrides: They beat all else.
         defaults: Overrides that the recipe beats.
         part: A name for messages, and settings that beat the recipe's: those of a stage.
@@ -61,14 +66,15 @@ def load(
             times = given.count(name)
             raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
     if recipe is not None:
-        if not Path(recipe).is_file():
-            raise UserError(f"there is no recipe {recipe}")
-        sources.append((str(recipe), lambda: OmegaConf.load(recipe)))
+        file = find_recipe(recipe)
+        sources.append((str(recipe), lambda: OmegaConf.load(file)))
     if part is not None:
         sources.append((part[0], lambda: OmegaConf.create(part[1])))
     for override in overrides:
         if "=" not in override:
-            raise UserError(f"{override!r} is neither a recipe nor an override; an override is written a.b=value")
+            raise UserError(
+                f"{public_message(override)!r} is neither a recipe nor an override; an override is written a.b=value"
+            )
         sources.append((override, lambda override=override: OmegaConf.from_dotlist([override])))
     for name, read in sources:
         try:
@@ -79,9 +85,9 @@ def load(
                     OmegaConf.update(config, setting, None)  # a list takes a dict's place; OmegaConf merges neither
             config = OmegaConf.merge(config, settings)
         except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"{name}: {_reason(error)}") from error
+            raise UserError(public_message(f"{name}: {_reason(error)}")) from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
-            raise UserError(f"{name} is not valid YAML: {error}") from error
+            raise UserError(public_message(f"{name} is not valid YAML: {error}")) from error
     try:
         with _read_as("kept" if keep_unset else "values"):
             missing = sorted(OmegaConf.missing_keys(config) | asked)
@@ -90,6 +96,21 @@ def load(
             return OmegaConf.to_object(_with_home(config))
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_reason(error)}") from error
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, given by its path or, like ``eagle-x4``, by the name of one that comes with the package.
+
+    Raises:
+        UserError: There is none; of those that come with the package, the nearest is named.
+    """
+    own = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) in own:
+        return own[str(recipe)]
+    hint = nearest(Path(recipe).stem, sorted(own), "those that come with AnyMAL:")
+    raise UserError(f"there is no recipe {recipe}; {hint}")
 
 
 def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -193,11 +214,30 @@ def _public(value: Any, name: str) -> Any:
 
 
 def public_text(text: str) -> str:
-    """A text without values of the environment that the settings hold, and if it is an address, without its query."""
-    for key, value in sorted(_environment.items(), key=lambda item: -len(item[1])):
+    """A text without values of the environment that the settings hold; an address without its query, user, password."""
+    text = _without(_environment, text)
+    return _public_address(text) if _ADDRESS.match(text) else text
+
+
+def public_message(text: str) -> str:
+    """What a library or a server says, as `public_text`, for addresses anywhere in it, and without the values of the
+    environment's variables that are secrets by their names.
+    """
+    secrets = {name: value for name, value in os.environ.items() if _SECRET.search(name)}
+    text = _without(_environment | secrets, text)
+    return re.sub(rf"{_ADDRESS.pattern}\S*[^\s:;,.'\")]", lambda found: _public_address(found[0]), text)
+
+
+def _without(environment: Mapping[str, str], text: str) -> str:
+    """The text with the names of variables in place of their values."""
+    for key, value in sorted(environment.items(), key=lambda item: -len(item[1])):
         if len(value) >= _SHORT and os.environ.get(key) == value:
             text = text.replace(value, f"${{oc.env:{key}}}")
-    return re.split("[?#]", text, maxsplit=1)[0] if _ADDRESS.match(text) else text
+    return text
+
+
+def _public_address(address: str) -> str:
+    return re.split("[?#]", _BEFORE_HOST.sub("", address), maxsplit=1)[0]
 
 
 def _reason(error: Exception) -> str:

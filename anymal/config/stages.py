@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from anymal.config.schema import Config, encoder_learns
-from anymal.config.settings import derived, load
+from anymal.config.settings import derived, find_recipe, load
 from anymal.errors import UserError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -80,10 +80,11 @@ def load_stages(
 
 def _parts(recipe: str | Path | None) -> dict[str, dict[str, Any]]:
     """The part of each stage by its name, with the stage before as where it starts; empty where there are none."""
-    if recipe is None or not Path(recipe).is_file():
+    if recipe is None:
         return {}
+    file = find_recipe(recipe)
     try:
-        settings = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
+        settings = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except Exception:  # not YAML: `load` says so
         return {}
     listed = settings.get("stages", []) if isinstance(settings, dict) else []

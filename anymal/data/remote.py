@@ -1,11 +1,10 @@
-"""Tars behind http(s) addresses: each is downloaded whole, once, into a folder that a machine's processes share.
+"""Tars at addresses: each is downloaded whole, once, into a folder that a machine's processes share.
 
-Called by `manifest` only: everything else sees a local tar. No index is needed on the other side. Nothing but http and
-https is ever spoken, also where a server redirects to something else.
+Called by `manifest` only: everything else sees a local tar. No index is needed on the other side. http and https are
+spoken here, and nothing else where a server redirects to something else; `object_store` reads s3, gs and hf.
 """
 
 import errno
-import fcntl
 import hashlib
 import http.client
 import json
@@ -16,18 +15,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from anymal.config.settings import public_text
+from filelock import FileLock
+
+from anymal.config.settings import public_message, public_text
+from anymal.data import object_store
 from anymal.errors import UserError
 
 TRIES, BACKOFF, TIMEOUT = 5, 1.0, 60.0  # tries without progress; seconds before the second, doubling; for one answer
 _LARGEST_JSON = 1 << 25  # bytes; a larger one takes more memory than the counts in it are worth
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -37,28 +38,44 @@ def is_url(name: str) -> bool:
 
 
 def check(url: str) -> None:
-    """Refuse what is no address of a tar, without asking anybody.
+    """Refuse what is no address of a tar, or cannot be read here, without asking anybody.
 
     Raises:
-        UserError: Another scheme, not a .tar, no host, or a password in it.
+        UserError: Another scheme, or one whose library is not installed; not a .tar, no host, or a password in it.
     """
-    if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
+    store = object_store.scheme_of(url)
+    if re.search(r"[\x00-\x1f\x7f]", url) or (not store and not re.fullmatch(r"[!-~]*", url)):
         raise UserError(
             f"{public_text(url)!r}: an address has no spaces and only ASCII characters; write the others as %XX"
         )
     try:
-        parts, name = urllib.parse.urlsplit(url), _without_query(url)
+        parts = urllib.parse.urlsplit(url)
     except ValueError as error:
         raise UserError(f"{public_text(url)} is not an address: {error}") from error
-    if parts.scheme.lower() not in ("http", "https"):
-        how = "mount the bucket and give its path, or give pre-signed https addresses"
-        raise UserError(f"{name}: {parts.scheme}:// is not read, only files, http:// and https://; {how}")
-    if not parts.hostname or "@" in parts.netloc:
-        raise UserError(f"{parts.scheme}://…{parts.path}: wanted is https://HOST/PATH.tar, without user or password")
+    scheme, name = parts.scheme.lower(), public_text(url)
+    if not store and scheme not in ("http", "https"):
+        known = ", ".join(f"{known}://" for known in ("http", "https", *object_store.INSTALL))
+        raise UserError(f"{name}: {scheme}:// is not read, only files, {known}")
+    if not _is_host(parts, store):
+        wanted = "BUCKET" if store else "HOST"
+        raise UserError(f"{scheme}://…: wanted is {scheme}://{wanted}/PATH.tar, without user or password")
+    if store and re.search("[?#]", url):
+        raise UserError(f"{name}: an object is named without ? and #; its endpoint and credentials are not settings")
     if not parts.path.endswith(".tar"):
         packed = re.search(r"\.(tar\.\w+|tgz|tbz2?|txz)$", parts.path)
         hint = "it is compressed; decompress it where it lies" if packed else "its path must end in .tar"
         raise UserError(f"{name} is not the address of a tar: {hint}")
+    if store:
+        object_store.require(store)
+
+
+def _is_host(parts: urllib.parse.SplitResult, store: str) -> bool:
+    """Whether an address has a host and nothing before it, or a bucket: a key with a / in it looks like a port."""
+    try:
+        port = parts.port
+    except ValueError:
+        return False
+    return bool(parts.hostname) and "@" not in parts.netloc and not (store and port is not None)
 
 
 def _without_query(url: str) -> str:
@@ -70,8 +87,8 @@ def _without_query(url: str) -> str:
 class Remote:
     """A tar elsewhere, and where it lies once it is here."""
 
-    url: str
-    """Its address."""
+    url: str = field(repr=False)
+    """Its address; what follows the ? may be a signature."""
     cache: str
     """Folder of everything that was downloaded."""
     limit: int = 0
@@ -98,7 +115,7 @@ class Remote:
         """
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with _lock(f"{self.path}.lock"):
+            with FileLock(f"{self.path}.lock"):
                 if _touch(self.path):
                     return
                 part = f"{self.path}.part"
@@ -117,17 +134,13 @@ class Remote:
     def published(self, what: str) -> Any:
         """The JSON at an address beside the tar; None if there is none, or no JSON."""
         try:
-            with _ask(f"{self.name.rsplit('/', 1)[0]}/{what}") as answer:
+            url = f"{self.name.rsplit('/', 1)[0]}/{what}"
+            if object_store.scheme_of(url):
+                return json.loads(object_store.read(url, _LARGEST_JSON))
+            with _ask(url) as answer:
                 return json.loads(answer.read(_LARGEST_JSON))
-        except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        except (OSError, http.client.HTTPException, object_store.Refused, ValueError, RecursionError):
             return None
-
-
-@contextmanager
-def _lock(path: str) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _touch(path: str) -> bool:
@@ -185,10 +198,11 @@ class _Progress:
 def _download(remote: Remote, part: str) -> float | None:
     """Write the tar to `part`, going on after a cut where the server allows; its time of change, if known."""
     progress, furthest, tries = _Progress(), 0, 0
+    receive = _receive_object if object_store.scheme_of(remote.url) else _receive
     with open(part, "wb") as file:
         while True:
             try:
-                _receive(remote.url, file, progress)
+                receive(remote.url, file, progress)
                 if progress.total in (None, progress.got):
                     break
                 problem = f"{progress.got:,} of {progress.total:,} bytes came"
@@ -196,12 +210,16 @@ def _download(remote: Remote, part: str) -> float | None:
                 problem = f"the server says {error.code} {error.reason}"
                 if error.code == 416:
                     progress.validator = ""  # nothing to go on with: from the beginning
-                elif error.code not in _TRANSIENT:
+                elif error.code not in object_store.TRANSIENT:
                     raise UserError(f"{remote.name} cannot be downloaded: {problem}") from error
+            except object_store.Refused as error:
+                raise UserError(f"{remote.name} cannot be downloaded: {error}") from error
+            except http.client.InvalidURL as error:  # which it quotes, with all that is secret in it
+                raise UserError(f"{remote.name} cannot be downloaded: it leads to what is no address") from error
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in _LOCAL:
                     raise
-                problem = str(error) or type(error).__name__
+                problem = public_message(str(error)) or type(error).__name__
             tries = 1 if progress.got > furthest else tries + 1
             furthest = max(furthest, progress.got)
             if tries >= TRIES:
@@ -226,12 +244,31 @@ def _receive(url: str, file: Any, progress: _Progress) -> None:
         if not rest:
             length, tag = answer.headers.get("Content-Length"), answer.headers.get("ETag", "")
             changed = answer.headers.get("Last-Modified", "")
-            progress.got, progress.total = 0, None if length is None else int(length)
             progress.validator = tag if tag.startswith('"') else changed  # a weak tag promises no equal bytes
             with suppress(ValueError):
                 progress.modified = parsedate_to_datetime(changed).timestamp() if changed else None
-            file.seek(0)
-            file.truncate()
+            progress.total = None if length is None else int(length)
+            _begin_again(file, progress)
         while block := answer.read(1 << 20):
             file.write(block)
             progress.got += len(block)
+
+
+def _receive_object(url: str, file: Any, progress: _Progress) -> None:
+    """What is missing of an object, or all of it if it is no longer the one that the beginning is of."""
+    about = object_store.about(url)
+    if about.identity != progress.validator:
+        progress.total, progress.validator, progress.modified = about.size, about.identity, about.modified
+        _begin_again(file, progress)
+    for block in object_store.blocks(url, progress.got):
+        file.write(block)
+        progress.got += len(block)
+    if object_store.about(url) != about:
+        progress.validator = ""
+        raise ValueError("it was changed while it was downloaded")
+
+
+def _begin_again(file: Any, progress: _Progress) -> None:
+    progress.got = 0
+    file.seek(0)
+    file.truncate()

@@ -27,7 +27,7 @@ from braceexpand import braceexpand
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from anymal.config.settings import public_text
+from anymal.config.settings import public_message, public_text
 from anymal.data import remote
 from anymal.errors import BadSample, UserError
 from anymal.files import file_mode
@@ -69,7 +69,7 @@ class Index:
 
 
 def expand(shards: Any) -> list[str]:
-    """The tars that a recipe's ``shards`` names: a path, a folder, an http(s) address, a pattern, or a list of these.
+    """The tars that a recipe's ``shards`` names: a path, a folder, an address, a pattern, or a list of these.
 
     Raises:
         UserError: One does not exist, is compressed, is a command or of another scheme, is listed twice, or there is
@@ -92,7 +92,8 @@ def expand(shards: Any) -> list[str]:
 def _expand_one(name: str) -> list[str]:
     path = os.path.expanduser(name)
     if name.startswith("pipe:"):
-        raise UserError(f"{name}: commands in the place of shards are never run; write their output to a tar first")
+        # not named in full: commands that fetch something hold what it takes to fetch it
+        raise UserError("pipe:…: commands in the place of shards are never run; write their output to a tar first")
     if remote.is_url(name):
         return _expand_url(name)
     if os.path.isdir(path):
@@ -120,7 +121,7 @@ def _expand_url(name: str) -> list[str]:
     try:
         urls = list(braceexpand(name))
     except ValueError as error:
-        raise UserError(f"{public_text(name)} is not a brace pattern: {error}") from error
+        raise UserError(public_message(f"{name} is not a brace pattern: {error}")) from error
     for url in urls:
         remote.check(url)
     return urls

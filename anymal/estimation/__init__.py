@@ -3,6 +3,8 @@
     Config ──fake_llm, fake_step──▶ a step on tensors without data ──memory──▶ bytes alive at each moment ──predict──▶
     tables
 
-`fake_llm` makes the LLM from its config, `fake_step` runs a recipe's training step on it, `memory` counts what is kept
-alive, and `predict` is the program: the peak, the largest micro-batch, time and money. Read `fake_step` first.
+1. `fake_step` makes a recipe's model without weights and runs a training step on it. Read it first.
+2. `fake_llm`: the LLM of that, from its config alone.
+3. `memory` tracks what the step keeps alive.
+4. `predict` is the program: the peak, the largest micro-batch, time and money.
 """

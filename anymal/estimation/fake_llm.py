@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from anymal.errors import UserError, nearest
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.llm import set_frozen_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from anymal.model.llm import CausalLM
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # of bitsandbytes' nf4, and of its double quantisation
 
@@ -33,7 +38,7 @@ def int8_bytes(rows: int, columns: int) -> int:
     return rows * columns + 4 * rows
 
 
-def config_of(architecture: Mapping[str, Any], setting: str) -> Any:
+def config_of(architecture: Mapping[str, Any], setting: str) -> "PreTrainedConfig":
     """A causal LM's transformers config from its model_type and sizes; nothing is read.
 
     Args:
@@ -61,7 +66,7 @@ def config_of(architecture: Mapping[str, Any], setting: str) -> Any:
         raise UserError(f"{setting}: {' '.join(str(error).split())}") from error
 
 
-def with_layers(config: Any, layers: int) -> Any:
+def with_layers(config: "PreTrainedConfig", layers: int) -> "PreTrainedConfig":
     """A copy of the LLM's config with only so many decoder layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -71,7 +76,7 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
+def make_llm(settings: LLMConfig, config: "PreTrainedConfig", fake: FakeTensorMode, dtype: torch.dtype) -> "CausalLM":
     """The causal LM of `config` on fake tensors, frozen, quantised and in the mode that `load_llm` leaves.
 
     Args:
@@ -98,7 +103,7 @@ def make_llm(settings: LLMConfig, config: Any, fake: FakeTensorMode, dtype: torc
     return llm
 
 
-def quantise_shapes(llm: nn.Module, bits: int, dtype: torch.dtype, fake: FakeTensorMode) -> None:
+def quantise_shapes(llm: "CausalLM", bits: int, dtype: torch.dtype, fake: FakeTensorMode) -> None:
     """Put bitsandbytes' layers where transformers puts them when it loads an LLM at 4 or 8 bits, on fake tensors."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -107,16 +112,15 @@ def quantise_shapes(llm: nn.Module, bits: int, dtype: torch.dtype, fake: FakeTen
         if type(module) is nn.Linear and name not in skipped:
             make = _linear4bit if bits == 4 else _linear8bit
             llm.set_submodule(name, make(module, dtype, fake))
-    # What PEFT and transformers ask a quantised model.
-    setattr(llm, f"is_loaded_in_{bits}bit", True)
-    llm.is_quantized = True
+    for attribute in (f"is_loaded_in_{bits}bit", "is_quantized"):  # what PEFT and transformers ask a quantised model
+        setattr(llm, attribute, True)
 
 
 def _linear4bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> nn.Module:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-    made = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
+    quantised = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta")
     scales = math.ceil(linear.weight.numel() / BLOCK)
     with fake:
         state = QuantState(
@@ -135,32 +139,33 @@ def _linear4bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> 
             ),
         )
         packed = torch.empty(math.ceil(linear.weight.numel() / 2), 1, dtype=torch.uint8)
-    made.weight = nn.Parameter(packed, requires_grad=False)
-    made.weight.quant_state, made.weight.quant_type, made.weight.compress_statistics = state, "nf4", True
-    made.bias, made.quant_state, made.compute_type_is_set = linear.bias, state, True
-    return made
+    weight: Any = nn.Parameter(packed, requires_grad=False)  # bitsandbytes keeps the quantisation in its attributes
+    weight.quant_state, weight.quant_type, weight.compress_statistics = state, "nf4", True
+    quantised.weight = weight
+    quantised.bias, quantised.quant_state, quantised.compute_type_is_set = linear.bias, state, True
+    return quantised
 
 
 def _linear8bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> nn.Module:
     from bitsandbytes.nn import Linear8bitLt
 
-    made = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
+    quantised = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
     with fake:
-        made.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.int8), requires_grad=False)
-        made.state.CB, made.state.SCB = made.weight.data, torch.empty(linear.out_features)
-    made.weight.CB = made.weight.SCB = None
-    made.bias = linear.bias
-    return made
+        weight: Any = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.int8), requires_grad=False)
+        quantised.state.CB, quantised.state.SCB = weight.data, torch.empty(linear.out_features)
+    weight.CB = weight.SCB = None
+    quantised.weight, quantised.bias = weight, linear.bias
+    return quantised
 
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, quantisation's scales and tables included; shared ones count once."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    for part in module.modules():
-        state = getattr(getattr(part, "weight", None), "quant_state", None)
+    for layer in module.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None:
             tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-        scales = getattr(getattr(part, "state", None), "SCB", None)
+        scales = getattr(getattr(layer, "state", None), "SCB", None)
         if isinstance(scales, Tensor):
             tensors.append(scales)
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -1,17 +1,18 @@
-"""A recipe's training step on tensors without data: what its model holds, and what a step keeps alive.
+"""A recipe's training step on tensors without data: what its model takes, and what a step keeps alive.
 
-Decoder layers are alike, so a shallow LLM of two depths is run, and each part of each phase's peak is drawn out
+Decoder layers are alike, so a shallow LLM of two depths is run, and each part of each phase's peak is extrapolated
 linearly to the real depth. Everything else (widths, encoders, projectors, loss, the batch) is as in the run itself.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from anymal.checkpoints import networks
@@ -19,16 +20,21 @@ from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import Checkpointing, Config
 from anymal.data.packing import pack
 from anymal.data.view_budget import degrade
+from anymal.environment import swapped
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
-from anymal.estimation.memory import Footprint, as_on
+from anymal.estimation.memory import MemoryTracker, computing_on
 from anymal.modality import Adapter
 from anymal.model.fake_tensors import shapes_only
-from anymal.model.flops import Cost
-from anymal.model.llm import add_lora, base_model, read_config
-from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.flops import StepFlops, llm_flops
+from anymal.model.llm import add_lora, base_model, output_layer, read_config, token_embedding
+from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Registry
-from anymal.sample import IGNORED, Batch, Tokens
+from anymal.model.trainable import select_trainable, trainable
+from anymal.sample import IGNORED, Batch, Features, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DEPTHS = (2, 4)
 PHASES = ("encode", "language model", "projectors backward")
@@ -47,8 +53,8 @@ class Workload:
 
 
 @dataclass(kw_only=True)
-class Held:
-    """What a process holds between steps, in bytes, and how many numbers are trained."""
+class ResidentMemory:
+    """What a process keeps in memory between steps, in bytes, and how many numbers are trained."""
 
     body: int
     embeddings_and_head: int
@@ -61,8 +67,8 @@ class Held:
     """Bytes of a decoder layer: what ZeRO-3 gathers at once."""
 
 
-class Rehearsal:
-    """The model of a recipe without weights.
+class FakeStep:
+    """A recipe's training step without weights or data.
 
     Args:
         config: The recipe.
@@ -74,18 +80,19 @@ class Rehearsal:
         UserError: A config is not there, or settings do not fit.
     """
 
-    def __init__(self, config: Config, registry: Registry, *, gpu: bool, llm_config: Any = None):
+    def __init__(self, config: Config, registry: Registry, *, gpu: bool, llm_config: "PreTrainedConfig | None" = None):
         self.config, self.registry, self.gpu = config, registry, gpu
         self._llm_config = llm_config or read_config(config.model.llm.name)
-        self.layers = self._llm_config.get_text_config().num_hidden_layers
-        kinds = getattr(self._llm_config.get_text_config(), "layer_types", None) or ["alike"]
+        text = self._llm_config.get_text_config()
+        self.layers: int = text.num_hidden_layers
+        kinds = getattr(text, "layer_types", None) or ["alike"]
         self._depths = DEPTHS if self.layers > DEPTHS[1] and len(set(kinds)) == 1 else (self.layers,)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with shapes_only(self._fake):
             self.adapters: dict[str, Adapter] = build_adapters(
                 registry,
                 config.model.modalities,
-                self._llm_config.get_text_config().hidden_size,
+                text.hidden_size,
                 llm_layers=self.layers,
             )
         if any(hasattr(adapter.projector, "bridges") for adapter in self.adapters.values()):
@@ -98,7 +105,7 @@ class Rehearsal:
         settings, learns = self.config.model.llm, networks.llm_learns(self.config)
         settings = replace(settings, bits=32) if learns else settings  # as load_llm has it
         llm = make_llm(settings, with_layers(self._llm_config, depth), self._fake, dtype)
-        with as_on(self._fake, gpu=self.gpu):
+        with computing_on(self._fake, gpu=self.gpu):
             if "lora" in self.config.train:
                 llm = add_lora(llm, self.config.model.lora)
             model = AnyMAL(llm, self.adapters, self.config.train)
@@ -108,28 +115,27 @@ class Rehearsal:
             select_trainable(model, self.config.train)
         return model
 
-    def _deep(self, shallow: Mapping[int, float]) -> float:
+    def _extrapolated(self, shallow: Mapping[int, float]) -> float:
         """A figure at the real depth from the same at the depths that were run."""
         if len(self._depths) == 1:
             return shallow[self.layers]
         low, high = self._depths
         return shallow[low] + (shallow[high] - shallow[low]) * (self.layers - low) / (high - low)
 
-    def held(self) -> Held:
+    def resident_memory(self) -> ResidentMemory:
         """What is there before a step begins."""
 
-        def over(measure: Any) -> int:
-            return round(self._deep({depth: measure(model) for depth, model in self._models.items()}))
+        def at_depth(measure: Callable[[AnyMAL], int]) -> int:
+            return round(self._extrapolated({depth: measure(model) for depth, model in self._models.items()}))
 
         model = self._models[self._depths[-1]]
-        base = base_model(model.llm)
-        outside = stored_bytes(torch.nn.ModuleList([base.get_input_embeddings(), base.get_output_embeddings()]))
-        lora = over(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if "lora_" in n))
-        trained = over(lambda m: sum(p.numel() for p in trainable(m).values()))
-        whole = over(lambda m: stored_bytes(m.llm))
+        outside = stored_bytes(nn.ModuleList([token_embedding(model.llm), output_layer(model.llm)]))
+        lora = at_depth(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if "lora_" in n))
+        trained = at_depth(lambda m: sum(p.numel() for p in trainable(m).values()))
+        whole = at_depth(lambda m: stored_bytes(m.llm))
         body = whole - outside - 4 * lora
         learns, llm_learns = set(map(id, trainable(model).values())), networks.llm_learns(self.config)
-        return Held(
+        return ResidentMemory(
             body=0 if llm_learns else body,  # then it is among what is trained
             embeddings_and_head=0 if llm_learns else outside,
             encoders=sum(
@@ -147,7 +153,7 @@ class Rehearsal:
 
         Media in views take as many as ``data.max_tokens`` lets them beside the answer.
         """
-        names, found = list(self.adapters), []
+        names, rows = list(self.adapters), []
         for i in range(samples):
             media = work.media or [names[i % len(names)]] if names else []
             sizes = [self.adapters[kind].tokens for kind in media]
@@ -158,8 +164,8 @@ class Rehearsal:
             taken = degrade(choices, self.config.data.max_tokens - work.answers)
             views = [tokens // size for tokens, size in zip(taken, sizes, strict=True)]
             kinds = [kind for kind, count in zip(media, views, strict=True) for _ in range(count)]
-            found.append((max(work.tokens, work.answers + sum(taken)), kinds))
-        return found
+            rows.append((max(work.tokens, work.answers + sum(taken)), kinds))
+        return rows
 
     def mean_tokens(self, work: Workload) -> int:
         """Tokens of a sample, on average over the modalities that take turns."""
@@ -173,7 +179,9 @@ class Rehearsal:
             sizes = [self.adapters[kind].tokens for kind in kinds]
             runs = [(kind, sum(sizes[:n]), sizes[n]) for n, kind in enumerate(kinds)]
             shapes = [self.adapters[kind].encoder.shape for kind in kinds]
-            media = [torch.randn(shape) if real else torch.zeros(()).expand(shape) for shape in shapes]
+            media: list[Tensor | Features] = [
+                torch.randn(shape) if real else torch.zeros(()).expand(shape) for shape in shapes
+            ]
             labels = [IGNORED] * (length - work.answers) + [0] * work.answers
             packed.append(Tokens(key=str(i), ids=[0] * length, labels=labels, runs=runs, media=media))
         with nullcontext() if real else self._fake:
@@ -183,30 +191,29 @@ class Rehearsal:
         """FLOPs of a micro-batch by part, and those recomputed on top."""
         rows = self.rows(work, samples)
         tokens, squares = sum(length for length, _ in rows), sum(length**2 for length, _ in rows)
-        cost, parts = self.cost, Counter()
-        llm = cost.llm
-        parts[f"LLM body ({llm.per_weight}N)"] = llm.per_weight * llm.body * tokens
-        parts["its attention"] = 6 * llm.attention * squares
-        parts["head at answers"] = llm.per_weight * llm.head * work.answers * samples
-        parts["LoRA"] = 6 * llm.lora * tokens
+        counter, llm, needed = self.step_flops, self.step_flops.llm, Counter()
+        needed[f"LLM body ({llm.per_weight}N)"] = llm.per_weight * llm.body * tokens
+        needed["its attention"] = 6 * llm.attention * squares
+        needed["head at answers"] = llm.per_weight * llm.head * work.answers * samples
+        needed["LoRA"] = 6 * llm.lora * tokens
         for kind in (kind for _, kinds in rows for kind in kinds):
-            media = cost.media_flops(kind, self.adapters[kind].encoder.shape)
-            parts["encoders"] += media - cost.projector[kind]
-            parts["projectors"] += cost.projector[kind]
+            media = counter.media_flops(kind, self.adapters[kind].encoder.shape)
+            needed["encoders"] += media - counter.projector[kind]
+            needed["projectors"] += counter.projector[kind]
         for length, kinds in rows:
-            for kind in cost.bridges.keys() & set(kinds):
+            for kind in counter.cross_attention.keys() & set(kinds):
                 before = sum(self.adapters[other].tokens for other in kinds[: kinds.index(kind)])
-                parts["cross-attention"] += cost.bridges[kind] * (length - before)
-        return parts, llm.recomputed_flops(tokens, squares)
+                needed["cross-attention"] += counter.cross_attention[kind] * (length - before)
+        return needed, llm.recomputed_flops(tokens, squares)
 
-    def with_checkpointing(self, mode: Checkpointing) -> "Rehearsal":
+    def with_checkpointing(self, mode: Checkpointing) -> "FakeStep":
         """The same with another ``model.llm.checkpointing``."""
         llm = replace(self.config.model.llm, checkpointing=mode)
         config = replace(self.config, model=replace(self.config.model, llm=llm))
-        return Rehearsal(config, self.registry, gpu=self.gpu, llm_config=self._llm_config)
+        return FakeStep(config, self.registry, gpu=self.gpu, llm_config=self._llm_config)
 
     def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
-        """What a step keeps alive beyond what is held, by phase and by label, in bytes.
+        """What a step keeps alive beyond what is resident, by phase and by label, in bytes.
 
         Raises:
             UserError: A network cannot be run on shapes alone.
@@ -216,71 +223,86 @@ class Rehearsal:
             return self._peaks[key]
         batch = self.batch(work, samples)
         try:
-            runs = {depth: _step(model, batch, self) for depth, model in self._models.items()}
+            runs = {depth: self._run(model, batch) for depth, model in self._models.items()}
         except DataDependentOutputException as error:
             raise UserError(
                 "a network of this recipe looks at numbers to know its shapes (SigLIP 2 of flexible resolution does), "
                 "so no step can be run without weights; estimate with another encoder in its place"
             ) from error
-        found = {}
+        peaks = {}
         for phase in PHASES:
-            labels = set().union(*(run[phase] for run in runs.values()))
-            found[phase] = Counter(
-                {label: round(self._deep({d: run[phase][label] for d, run in runs.items()})) for label in labels}
+            labels = sorted(set().union(*(run[phase] for run in runs.values())))  # the same table in every process
+            peaks[phase] = Counter(
+                {
+                    label: round(self._extrapolated({depth: run[phase][label] for depth, run in runs.items()}))
+                    for label in labels
+                }
             )
-        self._peaks[key] = found
-        return found
+        self._peaks[key] = peaks
+        return peaks
 
     @cached_property
-    def cost(self) -> Cost:
+    def step_flops(self) -> StepFlops:
         """FLOPs, with the LLM at its real depth."""
-        costs = {depth: Cost(model, self.config.model.llm.checkpointing) for depth, model in self._models.items()}
-        cost = costs[self._depths[-1]]
-        deep = {
-            name: round(self._deep({depth: getattr(c.llm, name) for depth, c in costs.items()}))
-            for name in ("body", "embeddings", "head", "lora", "attention")
+        checkpointing = self.config.model.llm.checkpointing
+        counts = {depth: llm_flops(model.llm, checkpointing) for depth, model in self._models.items()}
+
+        def at_depth(name: str) -> int:
+            return round(self._extrapolated({depth: getattr(count, name) for depth, count in counts.items()}))
+
+        deepest = self._depths[-1]
+        llm = replace(
+            counts[deepest],
+            body=at_depth("body"),
+            embeddings=at_depth("embeddings"),
+            head=at_depth("head"),
+            lora=at_depth("lora"),
+            attention=at_depth("attention"),
+        )
+        return StepFlops(self._models[deepest], llm)
+
+    def _run(self, model: AnyMAL, batch: Batch) -> dict[str, Counter[str]]:
+        """Encode, forward, backward. What is alive at each phase's peak, by label, in bytes.
+
+        Gradients of what learns are taken away as ZeRO does, into a buffer that is counted apart.
+        """
+        tracker = MemoryTracker()
+        watched: dict[str, list[nn.Module]] = {
+            "LLM layers": [base_model(model.llm).get_decoder()],
+            "head and loss": [output_layer(model.llm)],
+            "projectors": [*model.projectors.values()],
+            "encoders": [*model.encoders.values()],
         }
-        cost.llm = replace(cost.llm, **deep)
-        return cost
+        hooks = []
+        if self.config.engine.zero:
+            for parameter in trainable(model).values():
+                hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
 
+        def left_llm(_: Tensor) -> None:
+            tracker.phase = "projectors backward"
 
-def _step(model: AnyMAL, batch: Batch, rehearsal: Rehearsal) -> dict[str, Counter[str]]:
-    """Encode, forward, backward; gradients of what learns are taken away as ZeRO does, into a buffer counted apart."""
-    footprint = Footprint()
-    base = base_model(model.llm)
-    watched = {"LLM layers": [base.get_decoder()], "head and loss": [base.get_output_embeddings()]}
-    watched |= {"projectors": list(model.projectors.values()), "encoders": list(model.encoders.values())}
-    hooks = []
-    if rehearsal.config.engine.zero:
-        for parameter in trainable(model).values():
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
+        def embed(batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            row, absent = type(model).embed(model, batch, features)
+            if row.requires_grad:
+                row.register_hook(left_llm)
+            return row, absent
 
-    def left_llm(*_: Any) -> None:
-        footprint.phase = "projectors backward"
-
-    def embed(*arguments: Any) -> Any:
-        row, absent = type(model).embed(model, *arguments)
-        if row.requires_grad:
-            row.register_hook(left_llm)
-        return row, absent
-
-    packed = len(batch.keys) > 1
-    with as_on(rehearsal._fake, gpu=rehearsal.gpu, packed=packed), footprint:
-        for label, modules in watched.items():
-            for module in modules:
-                footprint.watch(module, label)
-        model.embed = embed
-        try:
-            footprint.phase = "encode"
-            moved = batch.to("cpu")
-            features = model.encode(moved.media)
-            footprint.phase = "language model"
-            total, _ = model(moved, features)
-            total.backward()
-        finally:
-            del model.embed
-            for hook in hooks:
-                hook.remove()
-            model.zero_grad(set_to_none=True)
-    media = Counter({"batch": sum(tensor.numel() * tensor.element_size() for tensor in batch.media.values())})
-    return {phase: footprint.peaks.get(phase, Counter()) + media for phase in PHASES}
+        packed = len(batch.keys) > 1
+        with computing_on(self._fake, gpu=self.gpu, packed=packed), tracker, swapped(model, "embed", embed):
+            for label, modules in watched.items():
+                for module in modules:
+                    tracker.watch(module, label)
+            try:
+                tracker.phase = "encode"
+                moved = batch.to("cpu")
+                features = model.encode(moved.media)
+                tracker.phase = "language model"
+                total, _ = model(moved, features)
+                total.backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                model.zero_grad(set_to_none=True)
+        tensors = [media for media in batch.media.values() if isinstance(media, Tensor)]
+        resident = Counter({"batch": sum(media.numel() * media.element_size() for media in tensors)})
+        return {phase: tracker.peaks.get(phase, Counter()) + resident for phase in PHASES}

@@ -1,11 +1,11 @@
 """Every byte that a training step keeps alive, counted on tensors without data.
 
-The modules that train run on fake tensors (shape, dtype and storage, no content): whatever autograd keeps,
-checkpointing recomputes or the loss holds is seen as it happens; no formula stands in for it. See
-`anymal/estimation/fake_step.py`.
+The modules that train run on fake tensors (shape, dtype and storage, no content). What autograd keeps, activation
+checkpointing recomputes and the loss holds is seen as it happens; no formula stands in for it. See
+`anymal.estimation.fake_step`.
 
 A torch without CUDA cannot follow gradients through tensors that claim to be on a GPU. The fake tensors are therefore
-on the CPU, and `as_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.
+on the CPU, and `computing_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.
 """
 
 import functools
@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
 """What autocast computes in float32 on a GPU but not on a CPU, as far as our modules use it."""
 
 
-class Footprint(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all tensors made inside that are alive, and what each phase's peak consisted of."""
 
     def __init__(self) -> None:
@@ -39,60 +40,65 @@ class Footprint(TorchDispatchMode):
         """By phase, the bytes alive at its peak by label."""
         self.phase = "step"
         """The phase that is going on."""
-        self._now: Counter[str] = Counter()
+        self._alive: Counter[str] = Counter()
         self._labels = ["other"]
-        self._known: dict[int, weakref.ref] = {}
+        self._storages: dict[int, weakref.ref] = {}
         self._watched: list[nn.Module] = []
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
         for module in self._watched:
             del module.forward
-        super().__exit__(*error)
+        super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):  # what was there before: a view of it is nothing new
-            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in self._known:
-                self._known[key] = weakref.ref(leaf.untyped_storage(), functools.partial(self._forget, key))
+            if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in self._storages:
+                self._storages[key] = weakref.ref(leaf.untyped_storage(), functools.partial(self._forget, key))
         out = func(*args, **(kwargs or {}))
         if str(func) == "bitsandbytes.gemm_4bit.default":
             self._note_workspace(args)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self._add(leaf)
         return out
 
     def _note_workspace(self, args: tuple) -> None:
         """The kernel dequantises scales and matrix inside: alive for a moment, unseen from outside."""
         weights = math.prod(args[2])
-        self._compare({"dequantised": weights * args[0].element_size() + 4 * math.ceil(weights / BLOCK)})
+        self._update_peak({"dequantised": weights * args[0].element_size() + 4 * math.ceil(weights / BLOCK)})
 
-    def _see(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._storages:
             return
         size, label = storage.nbytes(), self._label()
-        self._now[label] += size
-        self._known[key] = weakref.ref(storage, functools.partial(self._free, key, size, label))
-        self._compare({})
+        self._alive[label] += size
+        self._storages[key] = weakref.ref(storage, functools.partial(self._free, key, size, label))
+        self._update_peak({})
 
     def _forget(self, key: int, _: Any) -> None:
-        self._known.pop(key, None)
+        self._storages.pop(key, None)
 
     def _free(self, key: int, size: int, label: str, _: Any) -> None:
-        if self._known.pop(key, None) is not None:
-            self._now[label] -= size
+        if self._storages.pop(key, None) is not None:
+            self._alive[label] -= size
 
-    def _compare(self, more: dict[str, int]) -> None:
+    def _update_peak(self, more: dict[str, int]) -> None:
         peak = self.peaks.setdefault(self.phase, Counter())
-        if sum(self._now.values()) + sum(more.values()) > peak.total():
-            self.peaks[self.phase] = self._now + Counter(more)
+        if sum(self._alive.values()) + sum(more.values()) > peak.total():
+            self.peaks[self.phase] = self._alive + Counter(more)
 
     def _label(self) -> str:
         return "backward" if torch._C._current_autograd_node() is not None else self._labels[-1]
 
     def watch(self, module: nn.Module, label: str) -> None:
-        """What `module` makes in its forward pass goes by `label`."""
+        """What `module` allocates in its forward pass goes by `label`."""
         forward = module.forward
 
         @functools.wraps(forward)
@@ -108,13 +114,13 @@ class Footprint(TorchDispatchMode):
 
 
 @contextmanager
-def as_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[None]:
+def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[None]:
     """Inside, new tensors are fake, and modules choose what they would choose on a GPU (or on a CPU).
 
     Args:
         fake: The mode that the modules' own tensors belong to.
         gpu: Which.
-        packed: Whether a row holds several samples: attention then takes a mask.
+        packed: Whether a row holds several samples: attention then takes an attention mask.
     """
     with ExitStack() as stack:
         if gpu:

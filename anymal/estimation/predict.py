@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -12,13 +12,16 @@ from anymal.config.schema import Checkpointing, Config
 from anymal.config.stages import Recipe, load_untrained
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import config_of
-from anymal.estimation.fake_step import Held, Rehearsal, Workload
+from anymal.estimation.fake_step import FakeStep, ResidentMemory, Workload
 from anymal.model.llm import read_config
 from anymal.model.registry import Registry
 from anymal.training.engine import BUCKET
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 GB, TERA = 1e9, 1e12
-ROUNDS = 6  # of rehearsals in search of the largest micro-batch
+ROUNDS = 6  # of fake steps in search of the largest micro-batch
 MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
@@ -66,85 +69,85 @@ class EstimateConfig(Recipe):
 class Prediction:
     """Memory of one process at its peak, by part, in bytes."""
 
-    parts: Counter
-    """What is held between steps, and what a step keeps alive at the worst moment."""
+    by_part: Counter[str]
+    """What is there between steps, and what a step keeps alive at the worst moment."""
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.parts.total()
+        return self.by_part.total()
 
 
-def predict(rehearsal: Rehearsal, work: Workload, samples: int, *, world: int) -> Prediction:
+def predict(fake_step: FakeStep, work: Workload, samples: int, *, world: int) -> Prediction:
     """The peak of a training step."""
-    held = rehearsal.held()
-    base = _held_parts(held, rehearsal.config, world)
-    moments = [base + _during(held, rehearsal.config, world) + peak for peak in rehearsal.peaks(work, samples).values()]
-    moments.append(base + _optimizer_step(held, rehearsal.config, world))
+    resident, config = fake_step.resident_memory(), fake_step.config
+    base = _resident_by_part(resident, config, world)
+    moments = [base + _during(resident, config, world) + peak for peak in fake_step.peaks(work, samples).values()]
+    moments.append(base + _optimizer_step(resident, config, world))
     return Prediction(max(moments, key=Counter.total))
 
 
-def _held_parts(held: Held, config: Config, world: int) -> Counter:
+def _resident_by_part(resident: ResidentMemory, config: Config, world: int) -> Counter:
     """What is there all the time. ZeRO-3 divides the LLM as well, and gathers a layer while it fetches the next."""
     zero = config.engine.zero
     over = world if zero == 3 else 1
-    gathered = 2 * held.largest_layer if over > 1 else 0
-    moments = 8 * held.trained / (world if zero else 1)
+    gathered = 2 * resident.largest_layer if over > 1 else 0
+    moments = 8 * resident.trained / (world if zero else 1)
     # Stages 1 to 3 keep a copy of this process's share of the trained parameters for the optimizer.
-    weights = 4 * held.trained / over + (4 * held.trained / world if zero else 0)
+    weights = 4 * resident.trained / over + (4 * resident.trained / world if zero else 0)
     return Counter(
         {
-            f"LLM body, {config.model.llm.bits} bits": round(held.body / over) + gathered,
-            "embeddings and head": round(held.embeddings_and_head / over),
-            "encoders": held.encoders,
-            "frozen projectors": held.frozen_projectors,
+            f"LLM body, {config.model.llm.bits} bits": round(resident.body / over) + gathered,
+            "embeddings and head": round(resident.embeddings_and_head / over),
+            "encoders": resident.encoders,
+            "frozen projectors": resident.frozen_projectors,
             "trained weights, float32": round(weights),
             "AdamW's moments": round(moments),
         }
     )
 
 
-def _during(held: Held, config: Config, world: int) -> Counter:
-    """Gradients beside the activations: in ZeRO's bucket, and of earlier micro-batches."""
+def _during(resident: ResidentMemory, config: Config, world: int) -> Counter:
+    """Gradients beside the activations: in ZeRO's bucket, and with gradient accumulation of earlier micro-batches."""
     if not config.engine.zero:  # they are among what the step keeps, unless they were there before
-        return Counter({"gradients": 4 * held.trained if config.optim.accumulate > 1 else 0})
-    kept = 4 * held.trained / world if config.optim.accumulate > 1 else 0
-    return Counter({"gradients": round(4 * min(BUCKET, held.trained) + kept)})
+        return Counter({"gradients": 4 * resident.trained if config.optim.accumulate > 1 else 0})
+    kept = 4 * resident.trained / world if config.optim.accumulate > 1 else 0
+    return Counter({"gradients": round(4 * min(BUCKET, resident.trained) + kept)})
 
 
-def _optimizer_step(held: Held, config: Config, world: int) -> Counter:
+def _optimizer_step(resident: ResidentMemory, config: Config, world: int) -> Counter:
     """The optimizer's step: gradients (under ZeRO once more, flat) and AdamW's two temporaries of their size."""
-    share = 4 * held.trained / (world if config.engine.zero else 1)
+    share = 4 * resident.trained / (world if config.engine.zero else 1)
     return Counter({"gradients": round(share * (2 if config.engine.zero else 1)), "AdamW at work": round(2 * share)})
 
 
-def largest_batch(rehearsal: Rehearsal, work: Workload, room: float, *, world: int) -> int:
+def largest_batch(fake_step: FakeStep, work: Workload, room: float, *, world: int) -> int:
     """The most samples in a micro-batch whose peak stays below `room` bytes; 0 if not even one does.
 
     Each phase's peak grows with the samples and, where attention takes a mask, with their square: a parabola is laid
-    through three micro-batches, and what it says is rehearsed in its turn until it holds.
+    through three micro-batches, and what it says is tried in its turn until it holds.
     """
-    found: dict[int, int] = {}
+    totals: dict[int, int] = {}
 
-    def rehearse(samples: int) -> int:
-        if samples not in found:
-            found[samples] = predict(rehearsal, work, samples, world=world).total
-        return found[samples]
+    def total(samples: int) -> int:
+        if samples not in totals:
+            totals[samples] = predict(fake_step, work, samples, world=world).total
+        return totals[samples]
 
-    step = max(1, len(rehearsal.adapters))  # each modality as often as the others
+    step = max(1, len(fake_step.adapters))  # each modality as often as the others
     points = [2 * step, 4 * step, 8 * step]  # from two on, a row is packed
     for _ in range(ROUNDS):
-        curve = np.polyfit(points, [rehearse(n) for n in points], 2)
-        few = 8 * max(found)  # few samples say little about very many
-        guess = min(_last_below(curve, room), few, MOST_TOKENS // rehearsal.mean_tokens(work))
-        if guess in found or guess < 1:
+        curve = np.polyfit(points, [total(n) for n in points], 2)
+        few = 8 * max(totals)  # few samples say little about very many
+        guess = min(_last_below(curve, room), few, MOST_TOKENS // fake_step.mean_tokens(work))
+        if guess in totals or guess < 1:
             break
-        rehearse(guess)
-        points = sorted(sorted(found, key=lambda n: abs(n - guess))[:3])
-    for samples in range(min(points) - 1, 0, -1) if min(found.values()) > room else ():
-        if rehearse(samples) <= room:
+        total(guess)
+        points = sorted(sorted(totals, key=lambda n: abs(n - guess))[:3])
+    for samples in range(min(points) - 1, 0, -1) if min(totals.values()) > room else ():
+        if total(samples) <= room:
             break
-    return max((n for n, size in found.items() if size <= room), default=0)
+    return max((n for n, size in totals.items() if size <= room), default=0)
 
 
 def _last_below(curve: np.ndarray, room: float) -> int:
@@ -158,21 +161,21 @@ def _last_below(curve: np.ndarray, room: float) -> int:
     return below
 
 
-def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+def _cache(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of what one medium's features cost to make, and to read once they were written by launch/encode.py."""
     rate = config.tflops or config.run.peak_tflops
-    if not rate or not rehearsal.adapters:
+    if not rate or not fake_step.adapters:
         return []
-    needed, _ = rehearsal.flops(work, samples)
+    needed, _ = fake_step.flops(work, samples)
     saved = needed["encoders"] / needed.total()
-    token = (needed.total() - needed["encoders"]) / (samples * rehearsal.mean_tokens(work))
+    token = (needed.total() - needed["encoders"]) / (samples * fake_step.mean_tokens(work))
     lines = [f"Encoding one medium at {rate:g} TFLOP/s; reading its features (bf16) at {config.read_mb_per_s:g} MB/s"]
     lines += [f"  {'':<34} {'as tokens':>9} {'encode, ms':>11} {'read, ms':>9} {'kB':>9}"]
     pays = []
-    for kind, adapter in rehearsal.adapters.items():
+    for kind, adapter in fake_step.adapters.items():
         size = 2 * adapter.encoder.tokens * adapter.encoder.width
         read = size / config.read_mb_per_s / 1e3
-        flops = rehearsal.cost.media_flops(kind, adapter.encoder.shape) - rehearsal.cost.projector[kind]
+        flops = fake_step.step_flops.media_flops(kind, adapter.encoder.shape) - fake_step.step_flops.projector[kind]
         encode = flops / rate / 1e9
         lines.append(f"  {kind:<34} {flops / token:>9,.1f} {encode:>11.3f} {read:>9.3f} {size / 1e3:>9,.0f}")
         pays += [kind] if read < encode else []
@@ -183,7 +186,7 @@ def _cache(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateC
 
 @process_as_found()
 def main(usage: str, registry: Registry) -> None:
-    """Read the command line, rehearse and print, stage by stage."""
+    """Read the command line, estimate and print, stage by stage."""
     stages = parse_args(EstimateConfig, usage, more_help=registry.describe(), read=load_untrained)
     rooms = {}
     for config in stages:
@@ -192,7 +195,7 @@ def main(usage: str, registry: Registry) -> None:
         rooms[config.stage] = estimate(config, registry)
         print(_fits(rooms[config.stage]))
     if len(stages) > 1:
-        tightest = min(rooms, key=rooms.get)
+        tightest = min(rooms, key=lambda name: rooms[name])
         print(f"\nAll {len(stages)} stages, of which {tightest} takes most\n{_fits(rooms[tightest])}")
 
 
@@ -201,17 +204,17 @@ def _fits(room: float) -> str:
 
 
 def estimate(config: EstimateConfig, registry: Registry) -> float:
-    """Rehearse and print; `room_left`."""
+    """Estimate and print; `room_left`."""
     work = Workload(tokens=config.sample_tokens, answers=config.answer_tokens, media=config.media)
-    rehearsal = Rehearsal(config, registry, gpu=config.gpu, llm_config=llm_config_of(config))
-    samples = max(1, config.data.row_tokens // rehearsal.mean_tokens(work))
+    fake_step = FakeStep(config, registry, gpu=config.gpu, llm_config=llm_config_of(config))
+    samples = max(1, config.data.row_tokens // fake_step.mean_tokens(work))
     if not config.data.row_tokens:
         samples = config.data.batch_size
-    print("\n".join(_memory(rehearsal, work, samples, config)))
-    print("\n".join(_checkpointing(rehearsal, work, samples, config)))
-    print("\n".join(arithmetic(rehearsal, work, samples, config)))
-    print("\n".join(_cache(rehearsal, work, samples, config)))
-    return room_left(config, predict(rehearsal, work, samples, world=config.world))
+    print("\n".join(_memory(fake_step, work, samples, config)))
+    print("\n".join(_checkpointing(fake_step, work, samples, config)))
+    print("\n".join(arithmetic(fake_step, work, samples, config)))
+    print("\n".join(_cache(fake_step, work, samples, config)))
+    return room_left(config, predict(fake_step, work, samples, world=config.world))
 
 
 def room_left(config: EstimateConfig, predicted: Prediction) -> float:
@@ -219,7 +222,7 @@ def room_left(config: EstimateConfig, predicted: Prediction) -> float:
     return (config.gpu_gb - config.reserve_gb) * GB - predicted.total
 
 
-def llm_config_of(config: EstimateConfig) -> Any:
+def llm_config_of(config: EstimateConfig) -> "PreTrainedConfig":
     """The LLM's transformers config: by `architecture`, else read by its name."""
     if config.architecture:
         return config_of(config.architecture, "architecture")
@@ -229,39 +232,39 @@ def llm_config_of(config: EstimateConfig) -> Any:
         raise UserError(f"{error}; or say by architecture what it is (see --help)") from error
 
 
-def _memory(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+def _memory(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of a micro-batch's memory by part."""
-    predicted = predict(rehearsal, work, samples, world=config.world)
-    each = rehearsal.mean_tokens(work)
+    predicted = predict(fake_step, work, samples, world=config.world)
+    each = fake_step.mean_tokens(work)
     lines = [f"Memory at the peak of a step: {samples} samples of {each} tokens in a row, GB (10^9 bytes)"]
-    lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in predicted.parts.items() if size]
+    lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in predicted.by_part.items() if size]
     return [*lines, f"  {'in all':<34} {predicted.total / GB:>9.3f}", ""]
 
 
-def _checkpointing(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+def _checkpointing(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of what each mode of checkpointing takes, and what fits on the card with it."""
     room = (config.gpu_gb - config.reserve_gb) * GB
     chosen = config.model.llm.checkpointing
     lines = [f"Largest micro-batch on {config.gpu_gb:g} GB, of which {config.reserve_gb:g} GB are kept free"]
     lines += [f"  {'model.llm.checkpointing':<34} {'GB now':>9} {'samples':>9} {'tokens':>9}"]
     for mode in get_args(Checkpointing):
-        tried = rehearsal.with_checkpointing(mode)
+        tried = fake_step.with_checkpointing(mode)
         now = predict(tried, work, samples, world=config.world).total
         most = largest_batch(tried, work, room, world=config.world)
         name = f"{mode} (the recipe's)" if mode == chosen else mode
-        lines.append(f"  {name:<34} {now / GB:>9.3f} {most:>9,} {most * rehearsal.mean_tokens(work):>9,}")
+        lines.append(f"  {name:<34} {now / GB:>9.3f} {most:>9,} {most * fake_step.mean_tokens(work):>9,}")
     return [*lines, ""]
 
 
-def arithmetic(rehearsal: Rehearsal, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+def arithmetic(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
     """The table of FLOPs, and what they take in time and money."""
-    needed, recomputed = rehearsal.flops(work, samples)
-    tokens = samples * rehearsal.mean_tokens(work)
+    needed, recomputed = fake_step.flops(work, samples)
+    tokens = samples * fake_step.mean_tokens(work)
     per_step = samples * config.optim.accumulate * config.world
     lines = [f"Arithmetic: GFLOP a token, TFLOP an optimizer step of {per_step} samples on {config.world} GPU(s)"]
     micro = config.optim.accumulate * config.world
-    parts = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
-    lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in parts.items() if n]
+    by_part = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
+    lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in by_part.items() if n]
     total = needed.total() * config.optim.accumulate / TERA  # of one GPU
     with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
     rows = []

@@ -6,14 +6,17 @@ No modality is named here: how a medium is shown follows from its file's ending.
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
+from anymal.config.command_line import parse_args
 from anymal.errors import UserError
 from anymal.evaluation.scores import CONDITIONS, OWN
 from anymal.evaluation.tables import Table, chose_right, percent, print_table, remarks, said_right, sets_of, tables
@@ -21,6 +24,14 @@ from anymal.evaluation.tables import Table, chose_right, percent, print_table, r
 CARDS = 8
 """Predictions shown for each modality: the first ones that have a medium, not chosen ones."""
 STAGES = ("pretrain", "finetune")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Settings of a report."""
+
+    run: str = MISSING
+    """A run's folder; ``run=`` may be left out."""
 
 
 def write_report(run: Path) -> Path:
@@ -220,12 +231,9 @@ def _card(run: Path, prediction: Mapping[str, Any]) -> str:
     )
 
 
-def main(usage: str, arguments: Sequence[str] | None = None) -> None:
+def main(usage: str, argv: Sequence[str] | None = None) -> None:
     """Write the report of the run named on the command line, and print the table."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise SystemExit(usage)
-    run = Path(arguments[0])
+    run = Path(parse_args(ReportConfig, usage, argv, source="run").run)
     page = write_report(run)
     if (run / "evaluation.json").is_file():
         print(print_table(json.loads((run / "evaluation.json").read_text())), end="\n\n")

@@ -27,7 +27,7 @@ from anymal.errors import BadSample, UserError
 from anymal.features.report import Figures, report
 from anymal.modality import Encoder
 from anymal.model.llm import device
-from anymal.model.multimodal import place_encoder, run_encoder
+from anymal.model.multimodal import freeze_encoder, run_encoder
 from anymal.model.registry import Registry
 from anymal.sample import Noted, Viewable, with_note
 
@@ -122,7 +122,7 @@ class Encode:
         self.precision = data.features if data.features in feature_codec.PRECISIONS else "bf16"
         self.identities = {name: feature_codec.identity(encoder) for name, encoder in self.encoders.items()}
         for encoder in self.encoders.values():
-            place_encoder(encoder, device)
+            freeze_encoder(encoder, device)
 
     def written(self, tar: str, listed: dict[str, list[str]] | None = None) -> feature_cache.FeatureTar | None:
         """The feature tar that makes encoding the tar needless; None if there is none yet."""

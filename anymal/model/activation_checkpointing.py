@@ -1,4 +1,4 @@
-"""What autograd keeps of a decoder layer for the backward pass, and how to keep less of it.
+"""Activation checkpointing: what autograd keeps of a decoder layer for the backward pass, and how to keep less of it.
 
 Linear layers whose weights are frozen keep no input. What is left: the inputs of the norms; queries, keys, values and
 the output of attention; and in the MLP gate, up and act(gate). ``docs/memory.md`` has the figures.
@@ -10,7 +10,7 @@ the output of attention; and in the MLP gate, up and act(gate). ``docs/memory.md
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from anymal.config.schema import Checkpointing
 from anymal.errors import UserError
 
+LAYERS_FUNCTION = "_gradient_checkpointing_func"
+"""The attribute of transformers' decoder layers that says by which function a layer's forward pass is called."""
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_Result = TypeVar("_Result")
 
 
 def set_checkpointing(llm: nn.Module, mode: Checkpointing) -> None:
@@ -36,36 +40,39 @@ def set_checkpointing(llm: nn.Module, mode: Checkpointing) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # Non-reentrant: the inputs of the first layer need no gradient in a text-only batch.
-    way = {"none": None, "selective": keep_less, "full": partial(checkpoint, use_reentrant=False)}[mode]
+    functions: dict[str, Callable | None] = {
+        "none": None,
+        "selective": checkpoint_selectively,
+        "full": partial(checkpoint, use_reentrant=False),
+    }
+    function = functions[mode]
     layers = [module for module in llm.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if way is not None and not layers:
+    if function is not None and not layers:
         raise UserError(f"model.llm.checkpointing={mode}: {type(llm).__name__} has no layers for it; set it to none")
     for layer in layers:
-        layer.gradient_checkpointing = way is not None
-        layer._gradient_checkpointing_func = way
+        layer.gradient_checkpointing = function is not None
+        setattr(layer, LAYERS_FUNCTION, function)
 
 
-def keep_less(function: Callable, *arguments: Any) -> Any:
+def checkpoint_selectively(function: Callable[..., _Result], *arguments: Any) -> _Result:
     """Call `function`; autograd keeps nothing that follows elementwise from what it keeps anyway.
 
     The results of matrix products and of attention are kept, so no weight is dequantised again. Values and gradients
     are those of a plain call, bit for bit: what is recomputed is the same operation on the same input.
     """
-    casts = WeakTensorKeyDictionary()  # a norm keeps its input twice; both shall share one copy
+    low_copies = WeakTensorKeyDictionary()  # a norm keeps its input twice; both shall share one copy
 
     def pack(tensor: Tensor) -> Callable[[], Tensor] | Tensor:
         if tensor.grad_fn is None:  # a weight or the like. Kept as itself: ZeRO-3 exchanges its data
             return tensor
-        again = _recipe(tensor.grad_fn)
-        if again is not None:
-            return again
+        recompute = _recompute(tensor.grad_fn)
+        if recompute is not None:
+            return recompute
         source = _source_dtype(tensor.grad_fn)
-        if (
-            source in _LOW_PRECISION and tensor.dtype == torch.float32
-        ):  # the copy that a norm works on: a lossless way back
-            low = casts.get(tensor)
+        if source in _LOW_PRECISION and tensor.dtype == torch.float32:  # what a norm works on: a lossless way back
+            low = low_copies.get(tensor)
             if low is None:
-                low = casts[tensor] = tensor.detach().to(source)
+                low = low_copies[tensor] = tensor.detach().to(source)
             return low.float
         return tensor.detach()
 
@@ -73,7 +80,7 @@ def keep_less(function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _recipe(node: Any) -> Callable[[], Tensor] | None:
+def _recompute(node: Any) -> Callable[[], Tensor] | None:
     """How to make the output of an autograd node again from what the node keeps, if that is elementwise.
 
     Called in the backward pass, before `node` has run and dropped it: whoever keeps the output comes first there.

@@ -2,26 +2,29 @@
 
     lengths of a row's samples ──anymal.model.multimodal──▶ every attention layer of transformers ──▶ packed_attention
 
-A mask over a row of T tokens costs T² products, most of them masked: for rows of many short samples more than the rest
-of the layer. Here it is the sum of t² over the samples; there is no mask to keep, and nothing to see one another by.
-Samples of one length that stand side by side (`anymal.data.packing.Packer` sorts them) go through torch's kernel
-together.
+An attention mask over a row of T tokens costs T² products, most of them masked: for rows of many short samples more
+than the rest of the layer. Here it is the sum of t² over the samples. There is no mask to keep, and no way for samples
+to see one another. Samples of one length that stand side by side (`anymal.data.packing.Packer` sorts them) go through
+torch's kernel together.
 """
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from anymal.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PACKED = "packed"
 """Its name among transformers' attention implementations."""
 
 
-def choose(llm: nn.Module, name: str) -> None:
+def choose(llm: "PreTrainedModel", name: str) -> None:
     """Give the LLM the attention implementation that ``model.llm.attention`` names.
 
     "packed" leaves SDPA where an architecture does not hand its attention what it needs for it, or attends in chunks
@@ -47,11 +50,11 @@ def at_loading(name: str) -> str:
     return "sdpa" if name == PACKED else name
 
 
-def arguments(llm: nn.Module, lengths: Sequence[int]) -> dict[str, Any]:
+def arguments(llm: "PreTrainedModel", lengths: Sequence[int]) -> dict[str, Any]:
     """What the LLM's ``forward`` is given beside embeddings and positions, so that its samples are kept apart.
 
     Args:
-        llm: A causal LM or its decoder.
+        llm: A causal LM.
         lengths: Tokens of each sample of the row.
     """
     if llm.config._attn_implementation != PACKED:
@@ -77,7 +80,7 @@ def packed_attention(
         query: [1, H, T, d].
         key: [1, H or fewer, T, d].
         value: As `key`.
-        attention_mask: Of no meaning beside `sample_lengths`; else as SDPA takes it.
+        attention_mask: Not read where there are `sample_lengths`; else as SDPA takes it.
         sample_lengths: Tokens of each sample; T in all. None: not a packed row.
         sliding_window: How many tokens back a token sees, itself included, if that is limited.
         **more: What else SDPA takes: scaling, dropout.
@@ -99,13 +102,13 @@ def packed_attention(
     runs = [(length, len(list(alike))) for length, alike in groupby(sample_lengths)]
     sizes = [length * count for length, count in runs]
     # split: its backward pass is one concatenation, where each slice's would fill a whole row with zeros
-    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
-    found = []
-    for (length, count), part in zip(runs, parts, strict=True):
-        samples = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)
+    queries, keys, values = (x[0].split(sizes, dim=1) for x in (query, key, value))
+    outputs = []
+    for run, (length, count) in enumerate(runs):
+        q, k, v = (x[run].unflatten(1, (count, length)).transpose(0, 1) for x in (queries, keys, values))
         mask = None
         if sliding_window is not None and length > sliding_window:
             back = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
             mask = ((back >= 0) & (back < sliding_window))[None, None]
-        found.append(sdpa_attention_forward(module, *samples, mask, **more)[0].flatten(0, 1))
-    return torch.cat(found)[None], None
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **more)[0].flatten(0, 1))
+    return torch.cat(outputs)[None], None

@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations (FLOPs), counted from shapes. Formulas: docs/cost.md.
+"""The floating-point operations (FLOPs) of a training step, counted from shapes. Formulas: docs/cost.md.
 
     T  tokens   A  answer tokens   N  parameters of the LLM's body   V, D  vocabulary and width   t  tokens of a sample
 
@@ -9,7 +9,7 @@ body (4N a token), forward and both gradients where something learns, the head a
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,20 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from anymal.model.cross_attention import Look, looks
+from anymal.modality import Projector
+from anymal.model.cross_attention import MediaSpan, media_spans
+from anymal.model.llm import base_model, output_layer, token_embedding
 from anymal.sample import Batch, PartlyEncoded
 
+if TYPE_CHECKING:
+    from anymal.model.multimodal import AnyMAL
+
 _log = logging.getLogger(__name__)
+_Number = TypeVar("_Number", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLMCost:
+class LLMFlops:
     """What the LLM's FLOPs depend on."""
 
     body: int
@@ -41,31 +47,31 @@ class LLMCost:
     recomputed: float
     """Share of the body's forward pass that is computed again in the backward pass: 1 with full checkpointing."""
     learns: bool = False
-    """Whether body and head learn themselves: their gradients cost as much again as those to the inputs."""
+    """Whether body and head learn themselves: the gradients to them take as much again as those to the inputs."""
 
     @property
     def per_weight(self) -> int:
         """FLOPs of a training step for a weight of the body (a token) or head (an answer): 4, or 6 if it learns."""
         return 6 if self.learns else 4
 
-    def model_flops(self, tokens: float, answers: float, squares: float) -> float:
+    def model_flops(self, tokens: float, answers: float, squares: _Number) -> _Number:
         """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt²; 6 for 4 if the LLM learns.
 
         Args:
             tokens: T.
             answers: A.
-            squares: Σt² over the samples: half of all pairs of a sample's tokens attend (causally), and a pair costs
+            squares: Σt² over the samples: half of all pairs of a sample's tokens attend (causally), and a pair takes
                 2 + 2 FLOPs forward and twice that backward for each unit of `attention`.
         """
         body = (self.per_weight * self.body + 6 * self.lora) * tokens
         return body + self.per_weight * self.head * answers + 6 * self.attention * squares
 
-    def recomputed_flops(self, tokens: float, squares: float) -> float:
-        """FLOPs that checkpointing adds: 2N·T, LoRA's and attention's forward pass, times the share recomputed."""
+    def recomputed_flops(self, tokens: float, squares: _Number) -> _Number:
+        """FLOPs of activation checkpointing on top: 2N·T, LoRA's and attention's forward pass, times `recomputed`."""
         return self.recomputed * (2 * (self.body + self.lora) * tokens + 2 * self.attention * squares)
 
 
-def llm_cost(llm: nn.Module, checkpointing: str = "none") -> LLMCost:
+def llm_flops(llm: nn.Module, checkpointing: str = "none") -> LLMFlops:
     """Read the counts off a causal LM of transformers: at any precision, with or without LoRA, weights or none.
 
     Args:
@@ -73,16 +79,18 @@ def llm_cost(llm: nn.Module, checkpointing: str = "none") -> LLMCost:
         checkpointing: ``model.llm.checkpointing``. What ``selective`` recomputes is not matrix products, hence not
             counted.
     """
-    config = llm.config.get_text_config()
-    table, head = llm.get_input_embeddings().weight, llm.get_output_embeddings().weight
+    base = base_model(llm)
+    config = base.config.get_text_config()
+    table, head = token_embedding(llm).weight, output_layer(llm).weight
     counts = {"body": 0, "lora": 0}
     for name, parameter in llm.named_parameters():
         if parameter is not table and parameter is not head:
             counts["lora" if "lora_" in name else "body"] += numel(parameter)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return LLMCost(
-        **counts,
+    return LLMFlops(
+        body=counts["body"],
+        lora=counts["lora"],
         embeddings=numel(table),
         head=numel(head),
         attention=config.num_hidden_layers * heads * width,
@@ -108,16 +116,16 @@ def forward_flops(module: nn.Module, shape: Sequence[int], dtype: torch.dtype = 
 
 
 def _on_shapes(module: nn.Module, *inputs: Any) -> tuple[Any, int]:
-    """What the module makes of inputs of which only the shapes count, and the FLOPs that it would take."""
+    """The module's output for inputs of which only the shapes count, and the FLOPs that it would take."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     # Not the meta device: transformers looks into masks there, but not into those of fake tensors.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-        given = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        fake_inputs = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
         # The counter knows of no fused attention on a CPU, only of the products that it stands for.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            made = functional_call(module, fake, tuple(given))
-    return made, counter.get_total_flops()
+            output = functional_call(module, fake, tuple(fake_inputs))
+    return output, counter.get_total_flops()
 
 
 def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
@@ -130,49 +138,50 @@ def _counted(what: str, module: nn.Module, shape: Sequence[int], dtype: torch.dt
         return 0
 
 
-def _bridge_flops(projector: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-    """FLOPs of a projector's context and bridges for one medium, and for each token that sees one."""
+def _cross_attention_flops(projector: Projector, shape: Sequence[int]) -> tuple[int, int]:
+    """FLOPs of a projector's context and cross-attention blocks for one medium, and for each token that sees one."""
     features = torch.empty(shape, device="meta")
     latents, context = _on_shapes(projector.context, features)
     width = _on_shapes(projector, features)[0].shape[-1]
 
     def for_tokens(tokens: int) -> int:
-        hidden, seen = torch.empty(tokens, width, device="meta"), [Look(tokens, 0, 1)]
-        return sum(_on_shapes(bridge, hidden, latents, seen)[1] for bridge in projector.bridges.values())
+        hidden, seen = torch.empty(tokens, width, device="meta"), [MediaSpan(tokens, 0, 1)]
+        return sum(_on_shapes(block, hidden, latents, seen)[1] for block in projector.bridges.values())
 
     token = for_tokens(2) - for_tokens(1)
     return context + for_tokens(1) - token, token
 
 
-class Cost:
-    """What the batches of a run cost.
+class StepFlops:
+    """Counts the FLOPs of a run's micro-batches.
 
     Make it before DeepSpeed shards the model.
 
     Args:
-        model: An `anymal.model.multimodal.AnyMAL`.
-        checkpointing: ``model.llm.checkpointing``.
+        model: The model.
+        llm: What `llm_flops` counts of its LLM.
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none"):
-        self.llm = llm_cost(model.llm, checkpointing)
+    def __init__(self, model: "AnyMAL", llm: LLMFlops):
+        self.llm = llm
         self.projector: dict[str, int] = {}
         """FLOPs of each projector for one medium: forward, and both gradients if it learns."""
-        self.bridges: dict[str, int] = {}
-        """FLOPs of the bridges of projectors that have any, for one token that sees a medium: likewise."""
-        for name, projector in model.projectors.items():
-            shape = (1, model.encoders[name].tokens, model.encoders[name].width)
+        self.cross_attention: dict[str, int] = {}
+        """FLOPs of the cross-attention blocks of projectors that have any, for one token that sees a medium: likewise.
+        """
+        for name, adapter in model.adapters.items():
+            projector, shape = adapter.projector, (1, adapter.encoder.tokens, adapter.encoder.width)
             passes = 3 if any(p.requires_grad for p in projector.parameters()) else 1
             self.projector[name] = passes * _counted(f"projector of {name}", projector, shape)
             if hasattr(projector, "bridges"):
-                medium, token = _bridge_flops(projector, shape)
+                medium, token = _cross_attention_flops(projector, shape)
                 self.projector[name] += passes * medium
-                self.bridges[name] = passes * token
+                self.cross_attention[name] = passes * token
         self.encoder: dict[str, int] = {}
         """FLOPs of each encoder for one medium, counted when the first one comes; where it learns, with gradients."""
         self._encoders = model.encoders
-        for name, encoder in model.trained_encoders.items():  # ZeRO-3 shards it
-            self.media_flops(name, encoder.shape)
+        for name in model.trained_encoders:  # ZeRO-3 shards it
+            self.media_flops(name, self._encoders[name].shape)
 
     def media_flops(self, name: str, shape: Sequence[int]) -> int:
         """FLOPs of encoder and projector for one medium of `shape`."""
@@ -183,12 +192,12 @@ class Cost:
             self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), floating)
         return self.encoder[name] + self.projector[name]
 
-    def _held_flops(self, name: str, held: Tensor | PartlyEncoded) -> int:
+    def _batch_media_flops(self, name: str, media: Tensor | PartlyEncoded) -> int:
         """FLOPs for a batch's media of one modality, of which some may have been encoded before."""
-        raw, media = (held.raw, len(held.order)) if isinstance(held, PartlyEncoded) else (held, len(held))
+        raw, count = (media.raw, len(media.order)) if isinstance(media, PartlyEncoded) else (media, len(media))
         if raw is None:
-            return media * self.projector[name]
-        return len(raw) * self.media_flops(name, raw.shape[1:]) + (media - len(raw)) * self.projector[name]
+            return count * self.projector[name]
+        return len(raw) * self.media_flops(name, raw.shape[1:]) + (count - len(raw)) * self.projector[name]
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """FLOPs of a micro-batch: what it needs, and what is recomputed on top.
@@ -199,9 +208,10 @@ class Cost:
         # The positions of a sample of t tokens are 0 to t - 1, and the odd numbers up to 2t - 1 add up to t².
         squares = (2 * batch.positions + 1).sum().double()
         tokens = batch.ids.numel()
-        media = sum(self._held_flops(name, held) for name, held in batch.media.items())
+        media = sum(self._batch_media_flops(name, media) for name, media in batch.media.items())
         needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
-        for name in self.bridges.keys() & batch.media_starts.keys():
-            row = looks(batch.lengths, batch.media_starts[name], last_only=True)
-            needed = needed + self.bridges[name] * sum(look.tokens for look in row if look.first < look.last)
+        for name in self.cross_attention.keys() & batch.media_starts.keys():
+            row = media_spans(batch.lengths, batch.media_starts[name], last_only=True)
+            seeing = sum(span.tokens for span in row if span.first < span.last)
+            needed = needed + self.cross_attention[name] * seeing
         return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)

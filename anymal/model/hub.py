@@ -52,4 +52,4 @@ def license_of(name: str) -> str:
         card = ModelCard.load(path / "README.md" if path.is_dir() else name)
     except Exception:  # no network, no card, or YAML that does not parse: the licence is not known then
         return "unknown"
-    return str(card.data.license or "unknown")
+    return str(card.data.get("license") or "unknown")

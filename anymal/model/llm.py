@@ -1,7 +1,8 @@
 """The language model: loading at 4, 8, 16 or 32 bits, freezing, LoRA.
 
-Weights are quantised by bitsandbytes while transformers loads them. Computation is in float32 on a CPU (bfloat16 is
-many times slower there) and in bfloat16 on a GPU; the code is the same.
+Weights are quantised by bitsandbytes while transformers loads them. Mixed precision: arithmetic is in bfloat16 on a GPU
+(autocast, in `anymal.model.multimodal.AnyMAL.autocast`) and in float32 on a CPU, where bfloat16 is many times slower;
+the code is the same. What is trained is float32 on both.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,13 @@ from anymal.errors import UserError
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.hub import unavailable
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """A causal LM of transformers, for type checkers alone."""
+
 
 # On a CPU, 8-bit layers warn at every call that they cast; it is known and harmless.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -37,9 +45,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def base_model(llm: nn.Module) -> Any:
+def base_model(llm: Any) -> "CausalLM":
     """The causal LM of transformers: `llm` itself, or what its LoRA is wrapped around."""
-    return getattr(llm, "get_base_model", lambda: llm)()
+    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+
+
+def token_embedding(llm: nn.Module) -> nn.Embedding:
+    """The table of token embeddings, with or without LoRA: [B, T] ids → [B, T, D]."""
+    embedding: Any = base_model(llm).get_input_embeddings()  # transformers promises no more than a module
+    return embedding
+
+
+def output_layer(llm: nn.Module) -> nn.Linear:
+    """The layer that makes logits of hidden states, with or without LoRA: [B, T, D] → [B, T, V]."""
+    layer: Any = base_model(llm).get_output_embeddings()  # transformers promises no more than a module
+    return layer
 
 
 def require_llm(name: str) -> None:
@@ -66,7 +86,9 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 
 @bars_on_terminals_only()
-def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -> tuple[nn.Module, Any]:
+def load_llm(
+    config: LLMConfig, device: torch.device, *, learns: bool = False
+) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """Load a causal LM of transformers, frozen and in eval mode, and its tokenizer.
 
     Args:
@@ -98,7 +120,7 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
     elif config.bits == 8:
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.name, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=dtype,
@@ -117,13 +139,13 @@ def load_llm(config: LLMConfig, device: torch.device, *, learns: bool = False) -
     return llm, tokenizer
 
 
-def _digest(llm: nn.Module) -> str:
+def _digest(llm: "CausalLM") -> str:
     """Tells LLMs apart, and is the same for one LLM at every precision and wherever it lies.
 
     SHA-256 over what is never quantised (norms, biases, every so many rows of the embedding table), in bfloat16.
     """
     digest = hashlib.sha256()
-    table = llm.get_input_embeddings().weight
+    table = token_embedding(llm).weight
     rows = table[:: max(1, len(table) // 256)]
     for name, tensor in [("table", rows), *((n, p) for n, p in llm.named_parameters() if p.ndim == 1)]:
         digest.update(f"{name}{list(tensor.shape)}".encode())
@@ -140,9 +162,8 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 
     Args:
         llm: The LLM, with or without LoRA.
-        recompute: Whether decoder layers keep less for the backward pass, as `anymal.model.activation_checkpointing`
-        may have told them.
-            Set on the layers alone, not on the dropouts inside them.
+        recompute: Whether decoder layers keep less for the backward pass, if `set_checkpointing` told them so. Set on
+            the layers alone, not on the dropouts inside them.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -164,14 +185,14 @@ def isolates_packed_samples(llm: nn.Module) -> bool:
     in eval mode.
     """
     set_frozen_mode(llm, recompute=False)  # no dropout of a LoRA
-    table = llm.get_input_embeddings()
+    table = token_embedding(llm)
     device, border = table.weight.device, 5
     ids = torch.randint(table.num_embeddings, (3, border), generator=torch.Generator().manual_seed(0))
 
     def read(*samples: int) -> Tensor:
         positions = torch.arange(border, device=device).repeat(len(samples))[None]
         row = table(ids[list(samples)].to(device)).flatten(0, 1)[None]
-        packed = attention.arguments(llm, [border] * len(samples)) if len(samples) > 1 else {}
+        packed = attention.arguments(base_model(llm), [border] * len(samples)) if len(samples) > 1 else {}
         return llm(inputs_embeds=row, position_ids=positions, use_cache=False, **packed).logits[0, -border:].float()
 
     with torch.no_grad():
@@ -182,7 +203,7 @@ def isolates_packed_samples(llm: nn.Module) -> bool:
     return not leaks and bool((after_one - alone).abs().max() < 0.2 * usual)
 
 
-def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
+def add_lora(llm: "CausalLM", config: LoraConfig) -> nn.Module:
     """Wrap the LLM in PEFT's LoRA, trainable and in float32; the base stays as it is.
 
     Raises:
@@ -192,9 +213,10 @@ def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
     from peft import get_peft_model
 
     targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
+    alpha: Any = config.alpha  # PEFT's annotation says int, but any number will do
     settings = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -205,20 +227,23 @@ def add_lora(llm: nn.Module, config: LoraConfig) -> nn.Module:
         raise UserError(f"model.lora.targets={config.targets}: {error}") from error
 
 
-def load_lora(llm: nn.Module, folder: Path, config: LoraConfig) -> nn.Module:
+def load_lora(llm: "CausalLM", folder: Path, config: LoraConfig) -> nn.Module:
     """Wrap the LLM in a LoRA saved in PEFT's own layout.
 
     Raises:
         UserError: It is damaged, fits another LLM, or has another rank or alpha than the recipe says.
     """
+    from peft import LoraConfig as PeftLoraConfig
     from peft import PeftModel
 
-    device = str(llm.get_input_embeddings().weight.device)
+    device = str(token_embedding(llm).weight.device)
     try:
         wrapped = PeftModel.from_pretrained(llm, str(folder), is_trainable=True, torch_device=device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded into this LLM: {error}") from error
     saved = wrapped.peft_config["default"]
+    if not isinstance(saved, PeftLoraConfig):
+        raise UserError(f"{folder} holds no LoRA, but PEFT's {saved.peft_type}")
     if (saved.r, saved.lora_alpha) != (config.rank, config.alpha):
         raise UserError(
             f"{folder} has rank {saved.r} and alpha {saved.lora_alpha:g}, the recipe says "
@@ -233,7 +258,7 @@ def device() -> torch.device:
 
 
 @bars_on_terminals_only()
-def read_config(name: str) -> Any:
+def read_config(name: str) -> "PreTrainedConfig":
     """The LLM's transformers config, from a folder or hub name.
 
     Raises:

@@ -6,9 +6,9 @@ not grow with vocabulary × tokens. (As Liger Kernel's fused linear cross-entrop
 """
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from anymal.environment import swapped
 from anymal.model.llm import base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from anymal.model.llm import CausalLM
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits of a chunk; its softmax and gradient take as much again, each
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # in transformers' configs
@@ -30,9 +35,9 @@ _log = logging.getLogger(__name__)
 class Head:
     """From the decoder's output to logits: a linear layer, then what some architectures do to its output."""
 
-    weight: nn.Parameter
-    """[V, D]; it may be the embedding table. Held as such: under ZeRO-3, to look it up in its layer would gather it."""
-    bias: nn.Parameter | None = None
+    weight: Tensor
+    """[V, D]; it may be the embedding table. Kept as such: under ZeRO-3, to look it up in its layer would gather it."""
+    bias: Tensor | None = None
     """[V]."""
     scale: float = 1.0
     """A factor on the logits (Cohere, Granite)."""
@@ -43,7 +48,7 @@ class Head:
         """Whether no gradient is wanted for the weights, as the chunked loss requires."""
         return not any(parameter.requires_grad for parameter in self._parameters())
 
-    def whole(self) -> Any:
+    def whole(self) -> AbstractContextManager:
         """A context in which this process holds all of the weights: ZeRO-3 gathers them once, not once a chunk."""
         if not hasattr(self.weight, "ds_id"):
             return nullcontext()
@@ -53,12 +58,12 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[A, D] hidden states → [A, V] float32 logits."""
-        found = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1:
-            found = found * self.scale
-        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
@@ -68,23 +73,23 @@ def find_head(llm: nn.Module) -> Head | None:
     Architectures differ in what they do to the logits, and name it differently. What the config seems to say is
     therefore compared once with the model's own logits, with the decoder's output put in place of a run through it.
     """
-    llm = base_model(llm)
-    linear, decoder = llm.get_output_embeddings(), llm.get_decoder()
+    base = base_model(llm)
+    linear, decoder = base.get_output_embeddings(), base.get_decoder()
     reason = "its logits are not those of its output layer"
     if type(linear) is not nn.Linear:
         reason = f"its output layer is a {type(linear).__name__}"
     else:
         try:
-            for head in _candidates(llm.config.get_text_config(), linear):
-                if _agrees(llm, decoder, head):
+            for head in _candidates(base.config.get_text_config(), linear):
+                if _agrees(base, decoder, head):
                     return head
         except Exception as error:  # an architecture of which we know nothing may fail in any way
             reason = f"{type(error).__name__}: {error}"
-    _log.warning("%s: the loss takes the whole logits, not chunks of them (%s)", type(llm).__name__, reason)
+    _log.warning("%s: the loss takes the whole logits, not chunks of them (%s)", type(base).__name__, reason)
     return None
 
 
-def _candidates(config: Any, linear: nn.Linear) -> list[Head]:
+def _candidates(config: "PreTrainedConfig", linear: nn.Linear) -> list[Head]:
     cap = next((getattr(config, name) for name in CAPS if getattr(config, name, None)), None)
     scales = [1.0]
     for value in (getattr(config, name, None) for name in SCALES):
@@ -93,7 +98,7 @@ def _candidates(config: Any, linear: nn.Linear) -> list[Head]:
 
 
 @torch.no_grad()
-def _agrees(llm: nn.Module, decoder: nn.Module, head: Head) -> bool:
+def _agrees(llm: "CausalLM", decoder: nn.Module, head: Head) -> bool:
     """Whether `head` makes the LLM's own logits out of hidden states, small ones and such as a cap would bend."""
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -122,10 +127,14 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * incoming.to(gradient.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _known_gradient(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _known_gradient(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * incoming.to(gradient.dtype), None, None
 
 
 def chunked_loss(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +170,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses.sum(), losses.detach()
 
 
-def sums_per_group(losses: Tensor, group_of_row: Tensor, groups: int) -> Tensor:
+def sums_per_group(losses: Tensor, answer_groups: Tensor, groups: int) -> Tensor:
     """[A] losses, and the index of each one's group → [G, 2]: per group the sum and the number of tokens."""
-    member = F.one_hot(group_of_row, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
+    member = F.one_hot(answer_groups, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
     return member.T @ torch.stack([losses, torch.ones_like(losses)], dim=1)

@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from anymal.config.command_line import describe
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError, nearest
-from anymal.modality import Modality
+from anymal.modality import Modality, Projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +50,9 @@ class NoOptions:
 class ProjectorKind:
     """One entry of the registry: how ``projector.kind`` is made."""
 
-    make: Callable[[ProjectorConfig, Any, Fit], nn.Module]
-    """(settings, their ``options`` as `options`, fit) → a fresh projector [N, T, W] → [N, K, D] that has an attribute
-    ``tokens`` (K). The first line of its docstring is shown by ``--help``."""
+    make: Callable[[ProjectorConfig, Any, Fit], Projector]
+    """(settings, their ``options`` as `options`, fit) → a fresh projector [N, T, W] → [N, K, D]. The first line of its
+    docstring is shown by ``--help``."""
     options: type = NoOptions
     """A keyword-only dataclass of what ``projector.options`` can hold, a docstring under each field."""
 

@@ -181,7 +181,8 @@ def _command(conversation: Conversation, name: str, file: str) -> None:
         note = conversation.attach(medium(f"/{name}", name, file.strip().strip("'\""), modalities))
         _note(f"{conversation.attached[-1].member}: {note or 'attached'}")
     else:
-        raise UserError(f"there is no /{name}; {nearest(name, [*modalities, *COMMANDS])} /help says what each does")
+        hint = nearest(f"/{name}", [f"/{known}" for known in (*modalities, *COMMANDS)])
+        raise UserError(f"there is no /{name}; {hint} (/help says what each does)")
 
 
 def _turn(conversation: Conversation, text: str, painter: Painter | None, drawings: Path) -> None:

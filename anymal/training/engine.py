@@ -23,7 +23,8 @@ from anymal.checkpoints.networks import MASTER
 from anymal.config.schema import Config
 from anymal.errors import UserError
 from anymal.model.llm import on_gpu
-from anymal.model.multimodal import AnyMAL, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import trainable
 
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""

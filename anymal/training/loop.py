@@ -9,7 +9,7 @@ import torch
 from anymal import signals
 from anymal.config.schema import Config
 from anymal.data.stream import Stream, merge_bookmarks
-from anymal.model.flops import Cost
+from anymal.model.flops import StepFlops
 from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
 from anymal.training.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
@@ -30,7 +30,7 @@ def train(
     rank: int,
     tracker: Tracker,
     save: Callable[[int, dict], None],
-    cost: Cost | None = None,
+    step_flops: StepFlops | None = None,
 ) -> bool:
     """Run optimizer steps until ``optim.steps`` are done.
 
@@ -46,7 +46,7 @@ def train(
         tracker: Where figures go.
         save: Writes a checkpoint, given the number of steps done and the stream's bookmark; called on every rank, every
             ``run.save_every`` steps and after the last.
-        cost: Counts what the batches cost, for the figures of throughput.
+        step_flops: Counts the batches' FLOPs, for the figures of throughput.
 
     Returns:
         Whether all steps were done; False once it was asked to stop (see `anymal.signals`) and the state was saved.
@@ -56,7 +56,7 @@ def train(
     """
     model: AnyMAL = engine.module
     signals.note_signals()
-    meter = Meter(cost, peak_tflops=config.run.peak_tflops)
+    meter = Meter(step_flops, peak_tflops=config.run.peak_tflops)
     ahead, done, place = Ahead(model), start, stream.bookmark
     batches = iter(stream)
     following = _fetch(batches, config, meter, ahead) if done < config.optim.steps else []

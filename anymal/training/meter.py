@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from anymal.model.flops import Cost
+from anymal.model.flops import StepFlops
 from anymal.sample import Batch
 
 GB, TERA = 1e9, 1e12
@@ -29,12 +29,12 @@ class Meter:
     Adding never waits for the GPU: the losses stay where they are until `figures` reads them.
 
     Args:
-        cost: Counts a micro-batch's FLOPs; without it there are no figures about them.
+        step_flops: Counts a micro-batch's FLOPs; without it there are no figures about them.
         peak_tflops: What one device can do at best, in 10^12 FLOP/s; 0 if it is not known.
     """
 
-    def __init__(self, cost: Cost | None = None, *, peak_tflops: float = 0.0) -> None:
-        self._cost, self._peak = cost, peak_tflops * TERA
+    def __init__(self, step_flops: StepFlops | None = None, *, peak_tflops: float = 0.0) -> None:
+        self._step_flops, self._peak = step_flops, peak_tflops * TERA
         self._whole: Counter[str] = Counter()
         self._whole_decoded: Counter[tuple[str, str]] = Counter()
         self._whole_ignored: Counter[str] = Counter()
@@ -68,8 +68,8 @@ class Meter:
         self._datasets.update(batch.datasets)
         self._decoded.update(batch.decoded)
         self._ignored.update(batch.ignored)
-        if self._cost is not None:
-            needed, recomputed = self._cost.count(batch)
+        if self._step_flops is not None:
+            needed, recomputed = self._step_flops.count(batch)
             self._flops, self._recomputed = self._flops + needed, self._recomputed + recomputed
 
     @contextmanager
@@ -145,7 +145,7 @@ class Meter:
         if not whole:
             return {}
         sums = {name: whole[name] for name in ("seconds", "tokens", "answers")}
-        if self._cost is not None:
+        if self._step_flops is not None:
             sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
         if self._whole_decoded:
             sums["media"] = {name: dict(counts) for name, counts in _by_modality(self._whole_decoded).items()}
@@ -161,7 +161,7 @@ class Meter:
             "padding_share": sums["padding"] / max(tokens, 1),
             "wait_share": sums["waited"] / sums["rank_seconds"],
         }
-        if self._cost is None:
+        if self._step_flops is None:
             return rates
         rates["tflops"] = sums["flops"] / seconds / TERA
         if self._peak:

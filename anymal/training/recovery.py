@@ -16,7 +16,8 @@ from anymal.data.packing import Item, pack
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.errors import UserError
 from anymal.model.llm import set_frozen_mode
-from anymal.model.multimodal import AnyMAL, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import trainable
 from anymal.training.engine import gather
 from anymal.training.prefetch import Ahead
 

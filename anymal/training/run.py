@@ -33,11 +33,11 @@ from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream, samples_once, tars
 from anymal.errors import UserError
 from anymal.files import write_whole
-from anymal.model.flops import Cost
+from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.generate import embed_prompt, generate
 from anymal.model.llm import isolates_packed_samples
-from anymal.model.multimodal import format_table, select_trainable, table, trainable
 from anymal.model.registry import Registry
+from anymal.model.trainable import format_table, select_trainable, table, trainable
 from anymal.sample import Sample, Tokens
 from anymal.training.engine import (
     engine_of,
@@ -149,7 +149,7 @@ def _train(
     folder = Path(config.run.dir)
     if rank == 0:
         _describe(built, config, folder)
-    cost = Cost(built.model, config.model.llm.checkpointing)
+    step_flops = StepFlops(built.model, llm_flops(built.model.llm, config.model.llm.checkpointing))
     engine = at_end.enter_context(engine_of(built.model, config))
     if resume is not None:
         restore_moments(engine, read, state.step)
@@ -206,7 +206,7 @@ def _train(
             _show(built, shown, tracker, place)
             torch.distributed.barrier()
 
-        loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "cost": cost}
+        loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "step_flops": step_flops}
         finished = train(engine, stream, config=config, **loop)
         if finished:
             logs = "".join(f"; bad samples: {path}" for path in sorted(folder.glob("quarantine*.jsonl")))

@@ -4,7 +4,7 @@
 
 The training loop, on every rank:
 
-    meter = Meter(cost, peak_tflops=config.run.peak_tflops)
+    meter = Meter(step_flops, peak_tflops=config.run.peak_tflops)
     with Tracker(config.run, settings, rank=rank, steps=steps, start=start, run_id=run_id) as tracker:
         for step in range(start + 1, steps + 1):
             with meter.waiting():

@@ -18,8 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import run
+from anymal.config.command_line import parse_args, run_program
 from anymal.errors import UserError
 
 PINS = Path(__file__).with_name("demo-assets.txt")
@@ -99,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -17,8 +17,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import run
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.write import QUESTION, SPLITS, read_shards, write_shards
 from anymal.errors import UserError
 from anymal.files import is_done
@@ -192,4 +191,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

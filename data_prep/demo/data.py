@@ -15,10 +15,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
 from anymal.data_prep.demo.assets import cache_folder
-from anymal.data_prep.steps import run, worker_pool
+from anymal.data_prep.steps import worker_pool
 from anymal.data_prep.write import SPLITS
 from anymal.errors import UserError
 
@@ -64,4 +64,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

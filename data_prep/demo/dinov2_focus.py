@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, download, read
 from anymal.data_prep.demo.models import card
-from anymal.data_prep.steps import run
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
 
@@ -173,4 +172,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

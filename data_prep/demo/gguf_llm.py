@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from anymal.config.command_line import parse_args
-from anymal.data_prep.steps import run
+from anymal.config.command_line import parse_args, run_program
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
 
@@ -160,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

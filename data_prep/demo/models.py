@@ -17,10 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo import ctranslate2_whisper, gguf_llm
 from anymal.data_prep.demo.assets import cache_folder, pins, read
-from anymal.data_prep.steps import run
 from anymal.files import is_done, whole_folder
 
 
@@ -113,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -28,9 +28,9 @@ from pathlib import Path
 from omegaconf import MISSING
 from PIL import Image, ImageDraw, ImageFont
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, read
-from anymal.data_prep.steps import mapped, run, worker_pool
+from anymal.data_prep.steps import mapped, worker_pool
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 from anymal.files import is_done
 
@@ -200,4 +200,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -1,4 +1,7 @@
-"""The program behind `make demo`: the programs that a real run uses, one after another, as subprocesses."""
+"""The program behind `make demo`: the programs that a real run uses, one after another, as subprocesses.
+
+Each is named by its module, and the recipes by their names: so it works from any folder, without a checkout too.
+"""
 
 import json
 import os
@@ -36,7 +39,7 @@ class Settings:
 
 
 def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
-    """What is done, and by which program."""
+    """What is done, and by which module with which arguments."""
     data, models, run = data_folder(cache, settings.seed), cache / "models", run_folder(settings.seed)
     sets = [f"sets.{name}={data}/{name}/test" for name in (*MODALITIES, "conversations")]
     evaluation = [
@@ -49,8 +52,8 @@ def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
         f"notes={json.dumps(NOTES)}",
     ]
     pretrain, finetune = (
-        ["launch/pretrain.py", "launch/recipes/demo-pretrain.yaml"],
-        ["launch/finetune.py", "launch/recipes/demo-finetune.yaml"],
+        ["anymal.launch.pretrain", "demo-pretrain"],
+        ["anymal.launch.finetune", "demo-finetune"],
     )
     if settings.seed:  # the recipes name the folders of seed 0
         shards = [f"data.datasets.{name}.shards={data}/{name}/train" for name in MODALITIES]
@@ -59,13 +62,13 @@ def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
         finetune += [*shards, f"data.datasets.conversations.shards={data}/conversations/train"]
         finetune += [f"model.checkpoint={run}/pretrain", f"run.dir={run}/finetune"]
     return [
-        ("download models and data", ["data_prep/demo/assets.py"]),
-        ("convert the models", ["data_prep/demo/models.py", f"folder={models}"]),
-        ("make shards", ["data_prep/demo/data.py", f"folder={data}", f"seed={settings.seed}"]),
+        ("download models and data", ["anymal.data_prep.demo.assets"]),
+        ("convert the models", ["anymal.data_prep.demo.models", f"folder={models}"]),
+        ("make shards", ["anymal.data_prep.demo.data", f"folder={data}", f"seed={settings.seed}"]),
         (
             "train the IMU encoder",
             [
-                "launch/pretrain_imu_encoder.py",
+                "anymal.launch.pretrain_imu_encoder",
                 f"shards={data}/imu/train",
                 f"eval_shards={data}/imu/validation",
                 f"out={data}/imu-encoder",
@@ -73,8 +76,8 @@ def commands(cache: Path, settings: Settings) -> list[tuple[str, list[str]]]:
         ),
         ("stage 1: projectors", pretrain),
         ("stage 2: projectors and LoRA", finetune),
-        ("evaluate", ["launch/evaluate.py", f"checkpoint={run}/finetune", f"out={run}", *evaluation]),
-        ("report", ["launch/report.py", str(run)]),
+        ("evaluate", ["anymal.launch.evaluate", f"checkpoint={run}/finetune", f"out={run}", *evaluation]),
+        ("report", ["anymal.launch.report", str(run)]),
     ]
 
 
@@ -98,10 +101,10 @@ def main(usage: str) -> int:
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
         print(f"\n[{number}/{len(steps)}] {title}   ({minutes}:{seconds:02d} so far)", flush=True)
         shown = [argument for argument in command if not argument.startswith("notes=")]
-        print(f"    python {shlex.join(shown)}", flush=True)
-        done = subprocess.run([sys.executable, *command], env=environment, check=False)
+        print(f"    python -m {shlex.join(shown)}", flush=True)
+        done = subprocess.run([sys.executable, "-m", *command], env=environment, check=False)
         if done.returncode:
-            print(f"error: step {number} ended with code {done.returncode}; mend it and run make demo again")
+            print(f"error: step {number} ended with code {done.returncode}; mend it and start the demo again")
             return done.returncode
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print("\n" + print_table(json.loads((folder / "evaluation.json").read_text())))

@@ -25,9 +25,8 @@ import numpy as np
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, read
-from anymal.data_prep.steps import run
 from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
 from anymal.errors import UserError
 from anymal.files import is_done
@@ -190,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -1,7 +1,7 @@
 """LLaVA-style JSON and its folder of images → conversation shards.
 
-    python data_prep/sources/llava.py json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
-    python data_prep/sources/llava.py json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
+    anymal llava json=llava_v1_5_mix665k.json images=data/llava folder=data/llava-shards
+    anymal llava json=blip_laion_cc_sbu_558k.json images=images folder=shards max_bad_share=0
 
 The format of LLaVA's training data, which many sets share: a JSON list (or JSON Lines) of records
 
@@ -23,9 +23,8 @@ from typing import Any
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from anymal.config.command_line import parse_args
+from anymal.config.command_line import parse_args, run_program
 from anymal.data.quarantine import Quarantine
-from anymal.data_prep.steps import run
 from anymal.data_prep.write import write_shards
 from anymal.errors import BadSample, UserError
 from anymal.files import is_done
@@ -170,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start() -> None:
     """Run the program, for the command line."""
-    run(main)
+    run_program(main)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tiny_encoders as tiny
-from anymal.adapters.image.modality import ImageOptions, load_image_encoder, read_image
+from anymal.adapters.image.modality import ImageOptions, load_image_encoder
+from anymal.adapters.image.read import read_image
 from anymal.errors import BadSample, UserError
 from tiny_encoders import picture
 

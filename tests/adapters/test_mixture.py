@@ -323,7 +323,7 @@ def test_video_takes_a_composition_of_maps(tmp_path):
         ({"append": [{"name": "a", "fit": "pad"}]}, r"encoder.append\[0\]: unknown option 'fit'"),
         ({"channels": ["a"], "resize": "cubic"}, r"encoder: resize is 'cubic'; it can be bilinear or nearest"),
         ({"name": "a", "layer": 2}, "layer counts from the end"),
-        ({"name": "a", "layer": -2, "stages": True}, "layer has no place beside it"),
+        ({"name": "a", "layer": -2, "stages": True}, "set only one of them"),
         (
             {"name": "/nowhere/at/all"},
             "encoder: there is no folder /nowhere/at/all; .*give model.modalities.NAME.encoder=FOLDER",
@@ -461,7 +461,7 @@ def test_mini_gemini_mines_a_map_of_36864_positions(real):
 
 def test_an_encoder_of_flexible_resolution_is_refused(tmp_path):
     tree = {"name": tiny.siglip2(tmp_path)}
-    with pytest.raises(UserError, match="flexible resolution has no place in a composition"):
+    with pytest.raises(UserError, match="flexible resolution cannot be part of a composition"):
         load_encoder(REGISTRY, "image", ModalityConfig(encoder=tree))
 
 

@@ -17,7 +17,7 @@ from anymal.data.packing import pack
 from anymal.data.view_budget import degrade
 from anymal.errors import BadSample, UserError
 from anymal.evaluation.evaluate import ask
-from anymal.model.multimodal import select_trainable
+from anymal.model.trainable import select_trainable
 from anymal.sample import Message, Part, Sample
 from toys import text
 

@@ -7,7 +7,7 @@ import pytest
 
 from anymal.config.command_line import describe, parse_args
 from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
-from anymal.config.settings import load, options, public, save
+from anymal.config.settings import RECIPES, load, options, public, save
 from anymal.config.stages import Recipe, load_stages
 from anymal.data_prep import negatives
 from anymal.errors import UserError
@@ -93,6 +93,25 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path):
     broken.write_text("model: [unclosed\n")
     with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
         load(Config, broken)
+
+
+def test_a_recipe_that_comes_with_the_package_is_named_without_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_stages(Recipe, RECIPES / "eagle-x4.yaml", ["data.shards=x"])
+    assert len(shipped) > 1 and load_stages(Recipe, "eagle-x4", ["data.shards=x"]) == shipped
+    assert load(Config, "demo-pretrain") == load(Config, RECIPES / "demo-pretrain.yaml")
+    Path("demo-pretrain").mkdir()  # a run's folder, say
+    assert load(Config, "demo-pretrain").model.llm.bits == 4
+    Path("demo-pretrain").rmdir()
+    Path("demo-pretrain").write_text(
+        f"model: {{llm: {{name: {NAMED.split('=')[1]}, bits: 16}}}}\ndata: {{shards: x}}\n"
+    )
+    assert load(Config, "demo-pretrain").model.llm.bits == 16, "a file of that name goes first"
+    for reads in (load, load_stages):
+        with pytest.raises(UserError, match=r"there is no recipe launch/recipes/sphynx\.yaml; did you mean sphinx\?"):
+            reads(Recipe, "launch/recipes/sphynx.yaml")
+        with pytest.raises(UserError, match=r"no recipe zzz; those that come with AnyMAL: anymal-audio-70b, .*like$"):
+            reads(Recipe, "zzz")
 
 
 def test_resolved_settings_are_read_back_alike(tmp_path):

@@ -17,7 +17,7 @@ from anymal.config.schema import Config, ModalityConfig
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.errors import UserError
-from anymal.model.multimodal import select_trainable, trainable
+from anymal.model.trainable import select_trainable, trainable
 from anymal.training.run import run_stages
 from small_runs import deepspeed, losses, make_encoders, pretrain_here, settings, write_pairs
 

@@ -16,7 +16,7 @@ from anymal.config.settings import load
 from anymal.data.packing import Item, Packer, pack
 from anymal.errors import UserError
 from anymal.model.llm import isolates_packed_samples
-from anymal.model.multimodal import select_trainable
+from anymal.model.trainable import select_trainable
 from anymal.sample import Message, Part, Sample, Tokens
 from small_runs import make_encoders, settings
 from toys import medium, sample, text, toy_model

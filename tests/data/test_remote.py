@@ -15,8 +15,10 @@ from test_shards import pairs, write
 from anymal.config.schema import DatasetConfig
 from anymal.data import manifest, remote, shards
 from anymal.data.remote import Remote
+from anymal.data.stream import merge_bookmarks
 from anymal.errors import UserError
-from streams import folder, samples, stream
+from stores import Line
+from streams import batches, folder, samples, stream
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -139,6 +141,14 @@ def test_what_cannot_be_downloaded_is_said(server, tar, tmp_path, odd, says, ask
     assert not list((tmp_path / "cache").glob("*/*.tar"))
 
 
+@pytest.mark.parametrize("to", ["http://me:secret@127.0.0.1/a.tar", "http://127.0.0.1:secret/a.tar"])
+def test_a_redirect_to_no_address_is_not_quoted(server, tar, tmp_path, to):
+    server.odd["a.tar"] = {"to": to}
+    with pytest.raises(UserError, match="leads to what is no address") as error:
+        fetched(server, tmp_path)
+    assert "secret" not in str(error.value)
+
+
 def test_nobody_there_and_nowhere_to_write(server, tmp_path):
     with pytest.raises(UserError, match=r"none\.tar cannot be downloaded: the server says 404"):
         fetched(server, tmp_path, "none.tar")
@@ -182,6 +192,25 @@ def test_stream_of_remote_shards_is_that_of_local_ones(server, tmp_path, workers
     assert made.bookmark["data"] == stream(local).bookmark["data"]  # moving shards to a server keeps bookmarks
     assert samples(made, 14) == found
     assert not server.asked
+
+
+def test_a_server_that_dies_within_a_tar_and_comes_back(server, tmp_path):
+    """In mid-epoch, after a resume on a machine that has no tar yet."""
+    pattern, local = serve_numbered(server, 7, 5, 9), folder(tmp_path / "local", 7, 5, 9)
+    with Line(server.server_port) as line:
+        threading.Thread(target=line.serve_forever, daemon=True).start()
+        pattern = pattern.replace(server.url, line.url)
+        made = stream(pattern, cache=str(tmp_path / "cache"))
+        last = batches(made, 3)[-1]
+        bookmark = json.loads(json.dumps(merge_bookmarks([last.bookmark])))
+        server.asked.clear()
+        line.ranges.clear()
+        line.cut_after(5000, outage=3)
+        resumed = stream(pattern, cache=str(tmp_path / "other"), bookmark=bookmark)
+        assert samples(resumed, 11) == samples(stream(local), 14)[9:]
+        assert len(line.ranges) == 1 and line.outage == 0
+        assert sum(server.asked[f"{i:03d}.tar"] for i in range(3)) == 4
+        line.shutdown()
 
 
 @pytest.mark.parametrize("published", ["indexes", "manifest", "statistics"])

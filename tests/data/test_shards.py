@@ -62,8 +62,7 @@ def test_expand(tmp_path):
     [
         ("pipe:touch {tmp}/ran", "never run"),
         ("{tmp}/a.tar::pipe:touch {tmp}/ran", "never run"),
-        ("s3://bucket/{{000..002}}.tar", "mount the bucket"),
-        ("ftp://host/a.tar", "only files, http:// and https://"),
+        ("ftp://host/a.tar", "only files, http://, https://, s3://, gs://, hf://"),
         ("https://host/a.tar::pipe:touch {tmp}/ran", "no spaces"),
         ("https://host/a.tar::pipe:ls", "must end in .tar"),
         ("https://host/a.tar.gz", "decompress it where it lies"),

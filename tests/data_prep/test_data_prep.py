@@ -201,7 +201,7 @@ def test_the_demo_of_another_seed_reads_and_writes_elsewhere(tmp_path, monkeypat
         steps = dict(demo.commands(tmp_path, demo.Settings(seed=seed)))
         for title in ("stage 1: projectors", "stage 2: projectors and LoRA"):
             _, recipe, *overrides = steps[title]
-            (config,) = map(config_of, load_stages(Recipe, Path(recipe), overrides))
+            (config,) = map(config_of, load_stages(Recipe, recipe, overrides))
             shards = {name: dataset.shards for name, dataset in config.data.datasets.items()}
             assert shards == {name: str(data / name / "train") for name in shards}
             assert config.model.modalities["imu"].encoder == str(data / "imu-encoder")

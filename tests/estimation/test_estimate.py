@@ -16,10 +16,10 @@ from anymal.config.settings import load
 from anymal.config.stages import load_untrained
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import config_of, int8_bytes, nf4_bytes, stored_bytes
-from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.estimation.predict import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
 from anymal.model.llm import read_config
-from anymal.model.multimodal import select_trainable
+from anymal.model.trainable import select_trainable
 from conftest import make_llm
 from small_runs import make_encoders, python
 
@@ -61,7 +61,7 @@ def _measured(config: Config, batch) -> int:
 
     model = build(config, torch.device("cpu"), REGISTRY).model
     select_trainable(model, config.train)
-    held = stored_bytes(nn.ModuleList([part for _, part in model.parts()]))
+    resident = stored_bytes(nn.ModuleList([network for _, network in model.networks()]))
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(batch, model.encode(batch.media))[0].backward()
@@ -70,32 +70,32 @@ def _measured(config: Config, batch) -> int:
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    return held + most + sum(tensor.nbytes for tensor in batch.media.values())
+    return resident + most + sum(tensor.nbytes for tensor in batch.media.values())
 
 
 @pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"]])
 def test_the_estimate_is_what_is_allocated(folders, overrides):
     config = _config(folders, *overrides)
-    rehearsal = Rehearsal(config, REGISTRY, gpu=False)
-    held = rehearsal.held()
-    step = max(peak.total() for peak in rehearsal.peaks(WORK, 6).values())
-    estimated = held.body + held.embeddings_and_head + held.encoders + 4 * held.trained + step
-    assert estimated == pytest.approx(_measured(config, rehearsal.batch(WORK, 6, real=True)), rel=0.03)
+    fake_step = FakeStep(config, REGISTRY, gpu=False)
+    resident = fake_step.resident_memory()
+    step = max(peak.total() for peak in fake_step.peaks(WORK, 6).values())
+    estimated = resident.body + resident.embeddings_and_head + resident.encoders + 4 * resident.trained + step
+    assert estimated == pytest.approx(_measured(config, fake_step.batch(WORK, 6, real=True)), rel=0.03)
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=full", "train=[projectors,lora]"]])
-def test_two_depths_tell_of_a_third(folders, monkeypatch, overrides):
+def test_two_depths_are_extrapolated_to_a_third(folders, monkeypatch, overrides):
     config = _config(folders, *overrides)
-    drawn_out = predict(Rehearsal(config, REGISTRY, gpu=True), WORK, 4, world=1)
+    extrapolated = predict(FakeStep(config, REGISTRY, gpu=True), WORK, 4, world=1)
     monkeypatch.setattr("anymal.estimation.fake_step.DEPTHS", (9, 9))  # deeper than the LLM: it is run as it is
-    whole = Rehearsal(config, REGISTRY, gpu=True)
+    whole = FakeStep(config, REGISTRY, gpu=True)
     assert whole._depths == (6,)
-    assert drawn_out.total == pytest.approx(predict(whole, WORK, 4, world=1).total, rel=0.01)
+    assert extrapolated.total == pytest.approx(predict(whole, WORK, 4, world=1).total, rel=0.01)
 
 
 def test_recomputing_and_zero_take_less(folders):
     def total(world: int, *more: str, zero: int = 0) -> int:
-        return predict(Rehearsal(_config(folders, *more, zero=zero), REGISTRY, gpu=True), WORK, 8, world=world).total
+        return predict(FakeStep(_config(folders, *more, zero=zero), REGISTRY, gpu=True), WORK, 8, world=world).total
 
     kept = total(1)
     assert total(1, "model.llm.checkpointing=full") < 0.8 * kept
@@ -103,18 +103,20 @@ def test_recomputing_and_zero_take_less(folders):
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(folders):
-    rehearsal = Rehearsal(_config(folders), REGISTRY, gpu=True)
-    room = predict(rehearsal, WORK, 30, world=1).total
-    most = largest_batch(rehearsal, WORK, room, world=1)
+    fake_step = FakeStep(_config(folders), REGISTRY, gpu=True)
+    room = predict(fake_step, WORK, 30, world=1).total
+    most = largest_batch(fake_step, WORK, room, world=1)
     assert 29 <= most <= 30
-    assert largest_batch(rehearsal, WORK, 1000, world=1) == 0
+    assert largest_batch(fake_step, WORK, 1000, world=1) == 0
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_a_gpu_is_rehearsed_at_every_precision(folders, bits):
+def test_a_step_on_a_gpu_is_run_on_fake_tensors_at_every_precision(folders, bits):
     """With key heads that several query heads share: at 32 bits the GPU's kernel is one that cannot share them."""
-    rehearsal = Rehearsal(_config(folders, f"model.llm.bits={bits}"), REGISTRY, gpu=True)
-    assert all(peak.total() > 0 for peak in rehearsal.peaks(WORK, 6).values())
+    fake_step = FakeStep(_config(folders, f"model.llm.bits={bits}"), REGISTRY, gpu=True)
+    peaks = fake_step.peaks(WORK, 6)
+    assert all(peak.total() > 0 for peak in peaks.values())
+    assert all(list(peak) == sorted(peak) for peak in peaks.values()), "in an order that no hash seed changes"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_an_architecture_stands_for_files_that_are_gated(folders):
     config = _estimated(folders, "gpu_gb=2")
     by_name = read_config(str(folders / "llm"))
     totals = [
-        predict(Rehearsal(config, REGISTRY, gpu=True, llm_config=llm), WORK, 2, world=1)
+        predict(FakeStep(config, REGISTRY, gpu=True, llm_config=llm), WORK, 2, world=1)
         for llm in (llm_config_of(config), by_name)
     ]
     assert totals[0] == totals[1]
@@ -177,7 +179,7 @@ def test_an_architecture_stands_for_files_that_are_gated(folders):
 def test_hours_count_what_is_recomputed(folders):
     def seconds(mode: str) -> dict[str, float]:
         config = _estimated(folders, f"model.llm.checkpointing={mode}", "tflops=1e-6", "run.peak_tflops=1e-6")
-        lines = arithmetic(Rehearsal(config, REGISTRY, gpu=True, llm_config=llm_config_of(config)), WORK, 2, config)
+        lines = arithmetic(FakeStep(config, REGISTRY, gpu=True, llm_config=llm_config_of(config)), WORK, 2, config)
         rows = re.findall(r"^ +(floor|and with|at)(?:.*?)  +([\d.]+) ", "\n".join(lines), re.MULTILINE)
         return {name: float(number) for name, number in rows}
 
@@ -204,13 +206,13 @@ def test_an_architecture_that_is_none_is_refused(given, said):
 def test_media_in_views_take_what_the_context_allows(folders):
     where = "model.modalities.image"
     tiles = [f"{where}.options.tiles=area", f"{where}.options.max_tiles=16", "data.max_tokens=60"]
-    rehearsal = Rehearsal(_config(folders, *tiles), REGISTRY, gpu=False)
+    fake_step = FakeStep(_config(folders, *tiles), REGISTRY, gpu=False)
     tiled = Workload(tokens=48, answers=12, media=["image"])
-    assert rehearsal.rows(tiled, 1) == [(12 + 12 * 4, 12 * ["image"])]
-    assert rehearsal.mean_tokens(tiled) == rehearsal.batch(tiled, 1).ids.numel() == 60
-    assert rehearsal.mean_tokens(WORK) == (60 + 48) / 2  # pictures and motion take turns
-    needed, _ = rehearsal.flops(tiled, 2)
-    assert needed["LLM body (4N)"] == 4 * rehearsal.cost.llm.body * 120
+    assert fake_step.rows(tiled, 1) == [(12 + 12 * 4, 12 * ["image"])]
+    assert fake_step.mean_tokens(tiled) == fake_step.batch(tiled, 1).ids.numel() == 60
+    assert fake_step.mean_tokens(WORK) == (60 + 48) / 2  # pictures and motion take turns
+    needed, _ = fake_step.flops(tiled, 2)
+    assert needed["LLM body (4N)"] == 4 * fake_step.step_flops.llm.body * 120
 
 
 def test_encoders_that_are_yet_to_be_trained_are_estimated_by_what_they_are_made_from(folders, tmp_path):
@@ -225,11 +227,11 @@ def test_encoders_that_are_yet_to_be_trained_are_estimated_by_what_they_are_made
     given = [f"model.llm.name={folders}/llm", f"run.dir={tmp_path}", "stage=combine"]
     (combine,) = load_untrained(EstimateConfig, recipe, given)
     assert combine.model.modalities["image"].encoder == {"channels": [f"{folders}/image"]}
-    assert Rehearsal(combine, REGISTRY, gpu=False).held().encoders > 0
+    assert FakeStep(combine, REGISTRY, gpu=False).resident_memory().encoders > 0
 
 
 def test_a_network_that_needs_numbers_is_refused(folders, tmp_path):
     flexible = f"model.modalities.image.encoder={tiny_encoders.siglip2(tmp_path)}"
     given = [f"model.llm.name={folders / 'llm'}", flexible, "model.modalities.image.projector.tokens=4"]
     with pytest.raises(UserError, match=r"SigLIP 2 of flexible resolution does.*another encoder"):
-        Rehearsal(load(Config, None, given), REGISTRY, gpu=False).peaks(WORK, 2)
+        FakeStep(load(Config, None, given), REGISTRY, gpu=False).peaks(WORK, 2)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from anymal.adapters.audio import read_sound
-from anymal.adapters.image.modality import read_image
+from anymal.adapters.image.read import read_image
 from anymal.adapters.signals import resample
 from anymal.errors import BadSample
 from small_runs import ROOT
@@ -63,7 +63,7 @@ PROGRAM = """
 import resource, sys, torch
 import anymal
 from anymal.adapters.audio import read_sound
-from anymal.adapters.image.modality import read_image
+from anymal.adapters.image.read import read_image
 from anymal.adapters.signals import resample
 from tiny_encoders import picture, sound
 torch.set_num_threads(1)

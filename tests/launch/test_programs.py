@@ -12,6 +12,7 @@ import pytest
 import torch
 import webdataset as wds
 
+import smell
 import tiny_encoders
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint, precision
@@ -119,54 +120,11 @@ def test_evaluate_writes_figures_and_media(trained, tmp_path):
     assert "trained beside its LLM at 4 bits; at 32" in done.stderr, "said where it is loaded"
 
 
-SMELL = '''"""A made-up modality: three receptors."""
-
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import nn
-
-from anymal.errors import BadSample
-from anymal.modality import Modality
-
-
-@dataclass(kw_only=True)
-class SmellOptions:
-    """Settings."""
-
-    strength: float = 1.0
-    """What a reading is multiplied by."""
-
-
-class Receptors(nn.Module):
-    width, tokens, license = 3, 1, "none"
-
-    def __init__(self, strength):
-        super().__init__()
-        self.strength = strength
-
-    @staticmethod
-    def decode(data):
-        if len(data) != 12:
-            raise BadSample(f"holds {len(data)} bytes, a smell has 12")
-        return torch.from_numpy(np.frombuffer(data, dtype=np.float32).copy())
-
-    def forward(self, media):
-        return media[:, None] * self.strength
-
-
-MODALITY = Modality(
-    name="smell", suffixes=("smell",), options=SmellOptions, load=lambda name, options: Receptors(options.strength)
-)
-'''
-
-
 def test_a_new_modality_is_one_file_and_one_line(tiny_llm, tmp_path):
     """Copied packages, one file added, one line added: train, and see a hostile medium refused."""
     for package in ("anymal", "adapters", "launch", "data_prep"):
         shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "adapters" / "smell.py").write_text(SMELL)
+    (tmp_path / "adapters" / "smell.py").write_text(Path(smell.__file__).read_text())
     registry = tmp_path / "adapters" / "__init__.py"
     registry.write_text(registry.read_text().replace('    "imu.modality",\n', '    "imu.modality",\n    "smell",\n'))
     rng = np.random.default_rng(0)

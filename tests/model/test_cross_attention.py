@@ -21,14 +21,15 @@ from anymal.config.settings import load
 from anymal.data.packing import pack
 from anymal.data.prompt import Prompt
 from anymal.errors import UserError
-from anymal.estimation.fake_step import Rehearsal, Workload
+from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.modality import Adapter, Modality
 from anymal.model import attention
-from anymal.model.cross_attention import Bridges, Look, Sight, _cross, looks
-from anymal.model.flops import Cost
+from anymal.model.cross_attention import CrossAttention, MediaSpan, VisibleMedia, cross_attend, media_spans
+from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.generate import embed_prompt, generate, log_likelihoods
 from anymal.model.llm import add_lora, load_llm
-from anymal.model.multimodal import AnyMAL, fingerprint, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import fingerprint, select_trainable, trainable
 from anymal.sample import IGNORED, Part, Tokens, Views
 from small_runs import deepspeed, go_back, losses, make_encoders, pretrain_here, settings, write_pairs
 from toys import ToyEncoder, ToyOptions, ToyProjector, build_projector, medium, sample, text
@@ -156,17 +157,17 @@ def test_blocks_stand_before_every_so_many_th_layer():
 
 
 def test_looks_are_ranges_within_the_sample():
-    lengths, stands = [3, 6, 2, 4], [(4, 0), (7, 1), (11, 2), (12, 2), (14, 4)]  # 2 and 3 are views of one medium
-    last = looks(lengths, stands, last_only=True)
-    none, first = Look(3, 0, 0), [Look(1, 0, 0), Look(3, 0, 1)]
+    lengths, starts = [3, 6, 2, 4], [(4, 0), (7, 1), (11, 2), (12, 2), (14, 4)]  # 2 and 3 are views of one medium
+    last = media_spans(lengths, starts, last_only=True)
+    none, first = MediaSpan(3, 0, 0), [MediaSpan(1, 0, 0), MediaSpan(3, 0, 1)]
     assert last == [
-        none, *first, Look(2, 1, 2), Look(2, 0, 0), Look(1, 2, 3), Look(2, 2, 4), Look(1, 4, 5)
+        none, *first, MediaSpan(2, 1, 2), MediaSpan(2, 0, 0), MediaSpan(1, 2, 3), MediaSpan(2, 2, 4), MediaSpan(1, 4, 5)
     ]  # fmt: skip
-    every = looks(lengths, stands, last_only=False)
+    every = media_spans(lengths, starts, last_only=False)
     assert every == [
-        none, *first, Look(2, 0, 2), Look(2, 0, 0), Look(1, 2, 3), Look(2, 2, 4), Look(1, 2, 5)
+        none, *first, MediaSpan(2, 0, 2), MediaSpan(2, 0, 0), MediaSpan(1, 2, 3), MediaSpan(2, 2, 4), MediaSpan(1, 2, 5)
     ]  # fmt: skip
-    assert looks([2, 3], [], last_only=True) == [Look(2, 0, 0), Look(3, 0, 0)]
+    assert media_spans([2, 3], [], last_only=True) == [MediaSpan(2, 0, 0), MediaSpan(3, 0, 0)]
 
 
 def test_views_of_one_medium_are_seen_together(tiny_llm):
@@ -177,7 +178,7 @@ def test_views_of_one_medium_are_seen_together(tiny_llm):
     batch = pack([prompt.sample(SAMPLES[0]), tokens])
     assert [first for _, first in batch.media_starts["eye"]] == [0, 1, 2, 2, 2]
     assert [first for _, first in batch.media_starts["ear"]] == [0]
-    seen = model.sights(batch, model.encode(batch.media))["eye"].looks[0]
+    seen = model.visible_media(batch, model.encode(batch.media))["eye"].spans[0]
     assert (seen[-1].first, seen[-1].last) == (2, 5)
 
 
@@ -189,7 +190,7 @@ def test_a_block_equals_plain_loops():
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
     hidden, latents = torch.randn(9, 6).double(), torch.randn(4, 3, 8).double()
-    seen = [Look(2, 0, 1), Look(2, 1, 2), Look(1, 0, 3), Look(4, 1, 4)]
+    seen = [MediaSpan(2, 0, 1), MediaSpan(2, 1, 2), MediaSpan(1, 0, 3), MediaSpan(4, 1, 4)]
     expected = []
     for x, look in zip(hidden, [one for one in seen for _ in range(one.tokens)], strict=True):
         query = block.query(block.norm(x))
@@ -210,13 +211,13 @@ def test_which_tokens_a_medium_changes(last_only):
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     hidden, latents = torch.randn(1, 9, 16), torch.randn(3, 2, 8)
-    row = looks([6, 3], [(1, 0), (4, 1), (7, 2)], last_only=last_only)
-    before = _cross(made.bridges["0"], hidden, Sight(latents=latents, looks=[row]))
+    row = media_spans([6, 3], [(1, 0), (4, 1), (7, 2)], last_only=last_only)
+    before = cross_attend(made.bridges["0"], hidden, VisibleMedia(latents=latents, spans=[row]))
     changed = []
     for number in range(3):
         other = latents.clone()
         other[number] += 1
-        after = _cross(made.bridges["0"], hidden, Sight(latents=other, looks=[row]))
+        after = cross_attend(made.bridges["0"], hidden, VisibleMedia(latents=other, spans=[row]))
         changed.append([t for t in range(9) if not torch.equal(before[0, t], after[0, t])])
     assert changed == [[1, 2, 3] if last_only else [1, 2, 3, 4, 5], [4, 5], [7, 8]]
     assert torch.equal(before[0, [0, 6]], hidden[0, [0, 6]]) and before.isfinite().all()
@@ -400,30 +401,33 @@ def test_what_is_saved_is_what_is_loaded(recipe):
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_a_recipe_with_it_is_rehearsed(recipe, mode):
-    rehearsal = Rehearsal(recipe, REGISTRY, gpu=True).with_checkpointing(mode)
+def test_a_recipe_with_it_is_estimated(recipe, mode):
+    fake_step = FakeStep(recipe, REGISTRY, gpu=True).with_checkpointing(mode)
     work = Workload(tokens=48, answers=12)
-    assert max(peak.total() for peak in rehearsal.peaks(work, 4).values()) > 0
-    flops, _ = rehearsal.flops(work, 4)
-    assert flops["cross-attention"] == 2 * 48 * rehearsal.cost.bridges["image"] > 0
-    needed, _ = rehearsal.cost.count(rehearsal.batch(work, 4, real=True))
+    assert max(peak.total() for peak in fake_step.peaks(work, 4).values()) > 0
+    flops, _ = fake_step.flops(work, 4)
+    assert flops["cross-attention"] == 2 * 48 * fake_step.step_flops.cross_attention["image"] > 0
+    needed, _ = fake_step.step_flops.count(fake_step.batch(work, 4, real=True))
     assert needed.item() == flops.total()
 
 
 def test_its_flops_are_those_that_torch_counts(tiny_llm):
     model, prompt = toy(tiny_llm)
     batch = pack([prompt.sample(SAMPLES[0])])
-    row = looks(batch.lengths, batch.media_starts["eye"], last_only=True)
+    row = media_spans(batch.lengths, batch.media_starts["eye"], last_only=True)
     made, hidden = model.projectors["eye"], torch.randn(1, batch.lengths[0], 64)
     with (
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):  # it does not count fused ones on CPUs
-        sight = Sight(latents=made.context(torch.randn(1, 3, 4)), looks=[row])
-        for bridge in made.bridges.values():
-            _cross(bridge, hidden, sight)
-    cost = Cost(model)
-    assert 3 * counter.get_total_flops() == cost.projector["eye"] + row[-1].tokens * cost.bridges["eye"]
+        visible = VisibleMedia(latents=made.context(torch.randn(1, 3, 4)), spans=[row])
+        for block in made.bridges.values():
+            cross_attend(block, hidden, visible)
+    step_flops = StepFlops(model, llm_flops(model.llm))
+    assert (
+        3 * counter.get_total_flops()
+        == step_flops.projector["eye"] + row[-1].tokens * step_flops.cross_attention["eye"]
+    )
 
 
 def test_hooks_do_nothing_outside(tiny_llm):
@@ -431,12 +435,12 @@ def test_hooks_do_nothing_outside(tiny_llm):
     row = torch.randn(1, 5, 64)
     before = llm(inputs_embeds=row).logits
     made = projector(64, 2)
-    bridges = Bridges(llm, {"eye": made})
-    for bridge in made.bridges.values():
-        bridge.gate.data.fill_(1.0)
+    hooks = CrossAttention(llm, {"eye": made})
+    for block in made.bridges.values():
+        block.gate.data.fill_(1.0)
     assert torch.equal(llm(inputs_embeds=row).logits, before)
-    sight = Sight(latents=torch.randn(1, 2, 8), looks=[[Look(5, 0, 1)]])
-    with bridges.open({"eye": sight}):
+    visible = VisibleMedia(latents=torch.randn(1, 2, 8), spans=[[MediaSpan(5, 0, 1)]])
+    with hooks.over({"eye": visible}):
         assert not torch.allclose(llm(inputs_embeds=row).logits, before, atol=1e-3)
     assert torch.equal(llm(inputs_embeds=row).logits, before)
 

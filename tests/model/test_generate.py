@@ -49,7 +49,7 @@ def test_greedy_answers_are_the_likeliest_tokens_one_by_one(toy):
 
 
 def test_generation_leaves_training_as_it_was(toy):
-    from anymal.model.multimodal import fingerprint, select_trainable
+    from anymal.model.trainable import fingerprint, select_trainable
 
     model, prompt = toy
     select_trainable(model, ["projectors"])

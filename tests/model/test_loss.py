@@ -16,7 +16,8 @@ from anymal.data.packing import pack
 from anymal.model import loss
 from anymal.model.llm import add_lora
 from anymal.model.loss import Head, chunked_loss, find_head, plain_loss, sums_per_group
-from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import select_trainable, trainable
 from tiny_llms import VOCABULARY, WIDTH
 from toys import medium, sample, text, toy_adapters, toy_model
 

@@ -8,7 +8,8 @@ from anymal.config.schema import LoraConfig
 from anymal.data.packing import pack
 from anymal.errors import UserError
 from anymal.model.llm import add_lora
-from anymal.model.multimodal import AnyMAL, fingerprint, format_table, select_trainable, table, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import fingerprint, format_table, select_trainable, table, trainable
 from anymal.sample import Part, Views
 from anymal.training.prefetch import Ahead
 from toys import medium, sample, text, toy_model

@@ -22,7 +22,7 @@ from anymal.data.packing import pack
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import UserError
-from anymal.model.multimodal import fingerprint, select_trainable, trainable
+from anymal.model.trainable import fingerprint, select_trainable, trainable
 from anymal.sample import Batch, Sample, Tokens
 from anymal.training.engine import deepspeed_config, learning_rate
 from anymal.training.run import run_stage

@@ -1,4 +1,4 @@
-"""What `launch/doctor.py` says of this machine, and of one where much is broken; its libraries are real files."""
+"""What `anymal doctor` says of this machine, and of one where much is broken; its libraries are real files."""
 
 import json
 import os
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from anymal.launch import doctor
+import anymal
+from anymal.doctor import examine
+from anymal.doctor.rows import Row
+from distributions import distribution
 from small_runs import ROOT, environment
 
 
@@ -23,13 +26,11 @@ def rows_of(said: str) -> dict[str, dict[str, str]]:
     return {row["what"]: row for row in json.loads(said)}
 
 
-def distribution(folder: Path, name: str, version: str, code: str = "") -> Path:
-    """A package as pip leaves it."""
-    (folder / name).mkdir(parents=True)
-    (folder / name / "__init__.py").write_text(code)
-    (folder / f"{name}-{version}.dist-info").mkdir()
-    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    return folder
+def look(name: str, *path: Path) -> list[list[str]]:
+    """The rows of one check, as the process has them that looks at it."""
+    env = environment() | {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))}
+    command = [sys.executable, "-P", "-m", "anymal.doctor.examine", name]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout)
 
 
 @pytest.mark.slow
@@ -67,34 +68,50 @@ def test_what_is_broken_is_a_row(tmp_path):
 
 def test_a_package_that_is_too_old_is_named(tmp_path):
     distribution(tmp_path, "peft", "0.1.0")
-    rows = {row[0]: row for row in json.loads(run("look=packages", path=(tmp_path,)).stdout)}
+    rows = {row[0]: row for row in look("packages", tmp_path)}
     assert rows["peft"] == ["peft", "missing", "0.1.0; wanted is >=0.19", "pip install 'peft>=0.19'"]
-    assert "packages" not in rows and "packages" in {row[0] for row in json.loads(run("look=packages").stdout)}
+    assert "packages" not in rows and "packages" in {row[0] for row in look("packages")}
 
 
-def test_the_other_package_named_adapters(tmp_path):
+def test_the_other_package_named_adapters_is_no_trouble(tmp_path):
     distribution(tmp_path, "adapters", "1.2.0")
-    ((_, state, found, todo),) = json.loads(run("look=adapters", path=(tmp_path,)).stdout)
-    assert state == "note" and "1.2.0" in found and not todo
-    ((_, state, *_),) = json.loads(run("look=adapters", path=(ROOT, tmp_path)).stdout)
-    assert state == "note"
-    assert json.loads(run("look=adapters").stdout) == []
+    for path in ([tmp_path], [ROOT, tmp_path]):
+        ((_, state, found, todo),) = look("adapters", *path)
+        assert state == "ok" and "1.2.0" in found and not todo
+    assert look("adapters") == []
+
+
+def test_it_says_which_anymal_is_imported(tmp_path):
+    ours = f"{anymal.__version__}, in {ROOT / 'anymal'}"
+    distribution(tmp_path / "editable", "anymal", "0.0.9", package=False)
+    origin = tmp_path / "editable" / "anymal-0.0.9.dist-info" / "direct_url.json"
+    origin.write_text(json.dumps({"url": ROOT.as_uri(), "dir_info": {"editable": True}}))
+    assert look("anymal", tmp_path / "editable") == [["anymal", "ok", f"{ours}, installed as an editable checkout", ""]]
+    distribution(tmp_path / "site", "anymal", "0.0.9")
+    ((_, state, found, todo),) = look("anymal", ROOT, tmp_path / "site")
+    assert state == "note" and todo
+    assert found == f"{ours}; what is installed (0.0.9) is in {tmp_path / 'site'}"
+
+
+def test_half_a_package_is_a_row(tmp_path):
+    (tmp_path / "torch-2.0.dist-info").mkdir()  # as an installation leaves it that was interrupted
+    assert ["torch", "missing"] in [row[:2] for row in look("packages", tmp_path)]
 
 
 def test_slurm_is_found_on_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert [row.state for row in doctor.look("Slurm")] == ["note"]
+    assert [row.state for row in examine.look("Slurm")] == ["note"]
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text("#!/bin/sh\necho slurm 24.05.3\n")
         (tmp_path / name).chmod(0o755)
-    assert doctor.look("Slurm") == [doctor.Row("Slurm", "ok", "slurm 24.05.3, not inside a job")]
+    assert examine.look("Slurm") == [Row("Slurm", "ok", "slurm 24.05.3, not inside a job")]
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     (tmp_path / "srun").unlink()
-    (row,) = doctor.look("Slurm")
+    (row,) = examine.look("Slurm")
     assert row.state == "note" and "inside job 4711" in row.found and row.todo == "only sbatch is on PATH"
     (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
-    (row,) = doctor.look("Slurm")
+    (row,) = examine.look("Slurm")
     assert row.state == "note" and "returned non-zero" in row.found
 
 
@@ -102,27 +119,28 @@ def test_a_gpu_tool_without_a_driver_is_no_driver(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.look("NVIDIA driver") == [doctor.Row("NVIDIA driver", "note", "none")]
+    assert examine.look("NVIDIA driver") == [Row("NVIDIA driver", "note", "none")]
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
-    assert doctor.look("NVIDIA driver") == [doctor.Row("NVIDIA driver", "ok", "580.95.05")]
+    assert examine.look("NVIDIA driver") == [Row("NVIDIA driver", "ok", "580.95.05")]
 
 
 def test_folders_are_told_with_their_file_system(monkeypatch):
     monkeypatch.setenv("ANYMAL_CACHE", "/dev/shm/not/yet/there")
-    rows = {row.what: row for row in doctor.look("disks")}
+    rows = {row.what: row for row in examine.look("disks")}
     assert "/dev/shm/not/yet/there" in rows["ANYMAL_CACHE"].found and "on tmpfs" in rows["ANYMAL_CACHE"].found
     monkeypatch.setenv("ANYMAL_CACHE", "/proc/not/there")
-    (row,) = (row for row in doctor.look("disks") if row.what == "ANYMAL_CACHE")
+    (row,) = (row for row in examine.look("disks") if row.what == "ANYMAL_CACHE")
     assert row.state == "note" and "on proc" in row.found and row.todo
 
 
 def test_it_needs_no_library_to_start_and_refuses_what_it_does_not_know():
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'launch')!r}); before = set(sys.modules); import doctor\n"
-    program += (
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - {'doctor'} - sys.stdlib_module_names)"
-    )
+    program = f"""if True:
+        import sys; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules)
+        import anymal.doctor.examine
+        print(*{{name.split(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names)
+    """
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert set(done.stdout.split()) <= {"anymal", "torchaudio"}, "of torchaudio at most a stand-in for a part of it"
     assert "json=true" in run("--help").stdout
     done = run("jsn=true")
     assert done.returncode == 2 and done.stderr.startswith("error: jsn=true: ")

@@ -13,7 +13,7 @@ from anymal.adapters import REGISTRY
 from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
 from anymal.data.packing import pack
-from anymal.model.flops import Cost, forward_flops, llm_cost
+from anymal.model.flops import StepFlops, forward_flops, llm_flops
 from anymal.model.llm import add_lora, load_llm
 from anymal.sample import IGNORED, Tokens
 from anymal.training.meter import Meter
@@ -38,9 +38,9 @@ def _counted(llm, tokens: int, answers: int) -> int:
 @pytest.mark.parametrize(("checkpointing", "tokens", "answers"), [("none", 40, 7), ("full", 40, 7), ("none", 9, 9)])
 def test_the_llms_flops_are_those_that_torch_counts(tiny_llm, checkpointing, tokens, answers):
     llm = _llm(tiny_llm, checkpointing=checkpointing)
-    cost = llm_cost(llm, checkpointing)
+    flops = llm_flops(llm, checkpointing)
     whole = 2 * tokens**2  # torch counts the pairs that the causal mask hides, too
-    ours = cost.model_flops(tokens, answers, whole) + cost.recomputed_flops(tokens, whole)
+    ours = flops.model_flops(tokens, answers, whole) + flops.recomputed_flops(tokens, whole)
     norms = sum(p.numel() for name, p in llm.model.named_parameters() if "norm" in name)
     ours -= norms * tokens * (6 if checkpointing == "full" else 4)  # no matrix products, yet parameters
     if checkpointing == "full":  # recomputing a layer stops before its last product, whose output nothing needs
@@ -48,10 +48,10 @@ def test_the_llms_flops_are_those_that_torch_counts(tiny_llm, checkpointing, tok
     assert ours == _counted(llm, tokens, answers)
 
 
-def test_lora_costs_six_flops_a_parameter_and_token(tiny_llm):
+def test_lora_takes_six_flops_a_parameter_and_token(tiny_llm):
     wrapped = add_lora(_llm(tiny_llm), LoraConfig(rank=4))
     lora = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
-    assert llm_cost(wrapped).lora == lora > 0
+    assert llm_flops(wrapped).lora == lora > 0
     more = _counted(wrapped, 16, 3) - _counted(_llm(tiny_llm), 16, 3)
     assert more == 6 * 16 * lora
 
@@ -59,7 +59,7 @@ def test_lora_costs_six_flops_a_parameter_and_token(tiny_llm):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_parameters_are_counted_alike_at_any_precision(tmp_path, bits):
     folder = make_llm(tmp_path / "llm", width=128)
-    assert llm_cost(_llm(folder, bits)) == llm_cost(_llm(folder))
+    assert llm_flops(_llm(folder, bits)) == llm_flops(_llm(folder))
 
 
 def _tokens(key: str, length: int, answers: int, runs: list, media: list) -> Tokens:
@@ -67,13 +67,13 @@ def _tokens(key: str, length: int, answers: int, runs: list, media: list) -> Tok
     return Tokens(key=key, ids=[5] * length, labels=labels, runs=runs, media=media)
 
 
-def test_a_batch_costs_what_its_samples_and_media_do(tiny_llm):
+def test_a_batch_takes_what_its_samples_and_media_do(tiny_llm):
     model, _ = toy_model(tiny_llm, smell=3)
-    cost = Cost(model)
+    step_flops = StepFlops(model, llm_flops(model.llm))
     batch = pack([_tokens("a", 20, 4, [("smell", 2, 3)], [torch.ones(1)]), _tokens("b", 30, 5, [], [])])
-    cost.encoder["smell"], cost.projector["smell"] = 1000, 300
-    needed, recomputed = cost.count(batch)
-    assert needed.item() == cost.llm.model_flops(50, 9, 20**2 + 30**2) + 1300
+    step_flops.encoder["smell"], step_flops.projector["smell"] = 1000, 300
+    needed, recomputed = step_flops.count(batch)
+    assert needed.item() == step_flops.llm.model_flops(50, 9, 20**2 + 30**2) + 1300
     assert recomputed.item() == 0
 
 
@@ -109,15 +109,17 @@ def test_pix2struct_is_counted_though_it_looks_into_a_mask(tmp_path):
 def test_the_meter_reports_flops_per_second_and_utilisation(tiny_llm):
     model, _ = toy_model(tiny_llm)
     batch = pack([_tokens("a", 20, 4, [], [])])
-    cost = Cost(model)
-    meter = Meter(cost, peak_tflops=0.5)
+    step_flops = StepFlops(model, llm_flops(model.llm))
+    meter = Meter(step_flops, peak_tflops=0.5)
     for _ in range(2):
         meter.add(batch, torch.tensor([[8.0, 4.0]]), padding=5)
         figures = meter.figures()
         assert figures["utilisation"] == pytest.approx(figures["tflops"] / 0.5)
-        assert figures["tflops"] / figures["tokens_per_s"] == pytest.approx(cost.count(batch)[0].item() / 20 / 1e12)
+        assert figures["tflops"] / figures["tokens_per_s"] == pytest.approx(
+            step_flops.count(batch)[0].item() / 20 / 1e12
+        )
     whole = meter.summary()
     assert (whole["tokens"], whole["answers"], whole["padding_share"]) == (40, 8, 0.25)
-    assert whole["model_tflop"] == pytest.approx(2 * cost.count(batch)[0].item() / 1e12)
+    assert whole["model_tflop"] == pytest.approx(2 * step_flops.count(batch)[0].item() / 1e12)
     assert json.dumps(whole)
     assert "tflops" not in Meter().figures()

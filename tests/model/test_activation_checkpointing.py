@@ -12,7 +12,8 @@ from anymal.data.packing import pack
 from anymal.errors import UserError
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.llm import add_lora, load_llm, set_frozen_mode
-from anymal.model.multimodal import AnyMAL, select_trainable, trainable
+from anymal.model.multimodal import AnyMAL
+from anymal.model.trainable import select_trainable, trainable
 from toys import medium, sample, text, toy_adapters, toy_model
 
 MODES = ("none", "selective", "full")

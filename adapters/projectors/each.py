@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anymal.adapters.projectors.fit import check_tokens
 from anymal.adapters.projectors.pooled import PooledProjector
 from anymal.config.schema import ProjectorConfig
-from anymal.errors import UserError
+from anymal.modality import Projector
 from anymal.model.registry import Fit
 
 
@@ -23,7 +24,7 @@ class EachOptions:
     """Put a learned embedding before and after the others (SPHINX: 257 + 32 + 2 = 291 tokens a view)."""
 
 
-class EachProjector(nn.Module):
+class EachProjector(Projector):
     """One embedding for each feature: LayerNorm and a linear layer or an mlp of its own for each kind.
 
     SPHINX has the linear layer first and the LayerNorm behind it; here it stands before, as in all our projectors, so
@@ -56,37 +57,29 @@ class EachProjector(nn.Module):
         self.tokens = sum(count for count, _ in self.parts) + 2 * tags
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, T, W] → [N, K, D]: the parts in their order, between the tags if there are any."""
+        """[N, T, W] → [N, K, D]: kind after kind, between the tags if there are any."""
         kinds = features.split([count for count, _ in self.parts], dim=1)
-        made = [
+        embeddings = [
             project(kind[..., :width]) for project, kind, (_, width) in zip(self.each, kinds, self.parts, strict=True)
         ]
         if self.tags is not None:
             first, last = (tag.expand(len(features), 1, -1) for tag in self.tags)
-            made = [first, *made, last]
-        return torch.cat(made, dim=1)
+            embeddings = [first, *embeddings, last]
+        return torch.cat(embeddings, dim=1)
 
 
-def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> nn.Module:
+def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> Projector:
     """``layers: 1`` is SPHINX's linear layer; more make an mlp of inner width `config.width`, or the LLM's.
 
     Raises:
-        UserError: `config.tokens` is neither 0 nor the number that the parts make, or an option is unknown.
+        UserError: `config.tokens` is neither 0 nor the number of features (and tags).
     """
-    made = EachProjector(
+    projector = EachProjector(
         parts=fit.parts,
         llm_width=fit.llm_width,
         inner=(config.width or fit.llm_width,) * (config.layers - 1),
         tags=options.tags,
         scale=fit.scale,
     )
-    check_tokens(config, made.tokens)
-    return made
-
-
-def check_tokens(config: ProjectorConfig, made: int) -> None:
-    """Refuse a number of tokens that a kind which makes its own does not make."""
-    if config.tokens not in (0, made):
-        raise UserError(
-            f"projector.tokens is {config.tokens}, but {config.kind} makes {made} of these features; set it to 0"
-        )
+    check_tokens(config, projector.tokens)
+    return projector
