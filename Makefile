@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check integration clean
 
 install: $(VENV)/installed
 
@@ -22,6 +22,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/pyrefly check
+
+integration: install
+	$(BIN)/python tests/integration.py
 
 clean:
 	rm -rf $(VENV) runs *.egg-info

@@ -26,6 +26,8 @@ One room a concern, each with a page that says what happens in it. Imports point
 ``modality``, ``sample``, ``files``, ``errors`` and ``environment`` are the vocabulary that all rooms share. The first
 three are folders beside this one, linked into it, so that everything has one import name. What stands below
 ``adapters`` names no modality: it is handed a `anymal.model.registry.Registry`.
+
+docs/glossary.md maps the field's words, and ours, to files.
 """
 
 from anymal.environment import make_threads_yield, make_torchaudio_importable

@@ -1,5 +1,8 @@
-"""What asks a run to stop: SIGTERM and SIGUSR1 (launchers, Slurm), SIGINT (Ctrl-C), SIGHUP (the terminal is gone), or
-a launcher that died and left its ranks behind. While a run starts, a signal ends it; in training, the loop asks here.
+"""Signal handlers: what asks a run to stop gracefully, with a checkpoint.
+
+SIGTERM and SIGUSR1 (launchers, Slurm's preemption and time limit), SIGINT (Ctrl-C), SIGHUP (the terminal is gone), or a
+launcher that died and left its ranks behind. While a run starts, a signal ends it; in training the loop asks
+`stop_requested` after each step.
 """
 
 import os
@@ -25,12 +28,12 @@ def leave_on_signals() -> None:
 
 
 def note_signals() -> None:
-    """From now on a signal is noted for `asked`. A second SIGINT interrupts at once."""
+    """From now on a signal is noted for `stop_requested`. A second SIGINT interrupts at once."""
     _launchers(os.getpid())
     _handle_by(_note)
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether the run was asked to stop."""
     return bool(_noted) or _is_orphan()
 
@@ -92,12 +95,12 @@ def _launchers(process: int) -> list[int]:
 
     Looked up before one can die. `process` is this one's pid: a fork has another parent.
     """
-    found: list[int] = []
+    launchers: list[int] = []
     pid = os.getppid()
     while "RANK" in os.environ and _is_launcher(pid):
-        found.append(pid)
+        launchers.append(pid)
         pid = _parent(pid)
-    return found
+    return launchers
 
 
 def _is_orphan() -> bool:

@@ -36,8 +36,9 @@ from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data_prep.demo import data as demo_data
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.data_prep.demo.conversations import MEMBERS
+from anymal.data_prep.demo.labelled import SPLITS
 from anymal.data_prep.demo.run import MODALITIES, data_folder
-from anymal.data_prep.write import SPLITS, read_shards
+from anymal.data_prep.write import read_shards
 from anymal.errors import UserError
 from anymal.evaluation.metrics import wilson_interval
 from anymal.evaluation.tables import sets_of

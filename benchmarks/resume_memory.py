@@ -15,6 +15,7 @@ is measured in place of this one, to see what an earlier version does.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -76,11 +77,13 @@ def rank(folder: Path, given: list[str]) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # what is free, but not given back yet, would be noise
         marks.setdefault("after", status("VmRSS"))
 
-    watch(anymal.training.run, "build", nothing, begin)
+    run = anymal.training.run
+    builds = run if hasattr(run, "build") else importlib.import_module("anymal.training.restore")  # since it has that
+    watch(builds, "build", nothing, begin)
     watch(anymal.training.engine, "make_engine", lambda *_: end(), begin)
-    watch(anymal.training.run, "train", owned, nothing)
+    watch(run, "train", owned, nothing)
     watch(anymal.training.loop, "step", nothing, first_step)
-    anymal.training.run.run_stage(load(Config, None, given), REGISTRY)
+    run.run_stage(load(Config, None, given), REGISTRY)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(marks))
 
 

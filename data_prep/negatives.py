@@ -3,7 +3,8 @@
     anymal negatives shards=data/coco out=data/coco-negatives questions=6
     anymal negatives shards=data/laion synonyms=objects.txt out=data/laion-negatives ways=[adversarial]
 
-Models that never see a no say yes to everything that often goes with what they see. The questions, "Is there a dog in
+Models that never see a no say yes to everything that often goes with what they see (object hallucination). The
+questions, "Is there a dog in
 the picture?", are POPE's (Li and others: "Evaluating Object Hallucination in Large Vision-Language Models", arXiv
 2305.10355), and so are the three ways of choosing what is not there, each of which becomes a folder:
 
@@ -88,8 +89,8 @@ class Picture:
     """Its place among the good samples: begins the keys of its questions, and tells its random numbers from others'."""
     key: str
     """Its key."""
-    place: tuple[str, int, int]
-    """Tar, offset, size."""
+    location: tuple[str, int, int]
+    """Tar, offset, size: what `anymal.data.shards.read` takes."""
     member: str
     """The suffix of the picture."""
     objects: list[str]
@@ -115,15 +116,16 @@ def describe(names: Names, raw: RawSample) -> Picture:
         raise BadSample(f"its text is damaged: {error}") from error
     objects = _objects(described if isinstance(described, dict) else {}, caption, names)
     objects = list(dict.fromkeys(name for name in map(names.name, map(_bare, objects)) if name))
-    return Picture(key=raw.key, place=raw.place, member=pictures[0], objects=objects, caption=caption)
+    return Picture(key=raw.key, location=raw.place, member=pictures[0], objects=objects, caption=caption)
 
 
 def _objects(described: dict[str, Any], caption: str, names: Names) -> list[str]:
     """The names of the objects, as they are written in the sample."""
     if "objects" in described:
         listed = described["objects"]
-        found = [entry.get("name") if isinstance(entry, dict) else entry for entry in _list(listed)]
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in found):
+        entries = [entry.get("name") if isinstance(entry, dict) else entry for entry in _list(listed)]
+        found = [name for name in entries if isinstance(name, str)]
+        if not isinstance(listed, list) or len(found) < len(entries):
             raise BadSample(f'its "objects" are {listed!r:.80}; wanted is a list of names, or of {{"name": …}}')
         return found
     if answer := _answer(described):
@@ -148,10 +150,10 @@ def _answer(described: dict[str, Any]) -> str:
     """The right answer, if this is a closed question with one answer that names something; else empty."""
     options, messages = _list(described.get("options")), _list(described.get("messages"))
     content = messages[-1].get("content") if messages and isinstance(messages[-1], dict) else None
-    said = [part.get("text") for part in _list(content) if isinstance(part, dict)] or [content]
-    if len(said) != 1 or not isinstance(said[0], str) or said[0] not in options:
+    texts = [part.get("text") for part in _list(content) if isinstance(part, dict)] or [content]
+    if len(texts) != 1 or not isinstance(texts[0], str) or texts[0] not in options:
         return ""
-    return "" if re.fullmatch(r"yes|no|\w|[\d.,%]+", said[0].strip(" .").lower()) else said[0]
+    return "" if re.fullmatch(r"yes|no|\w|[\d.,%]+", texts[0].strip(" .").lower()) else texts[0]
 
 
 def _list(value: Any) -> list[Any]:
@@ -165,8 +167,8 @@ def survey(source: Any, names: Names, quarantine: Quarantine) -> list[Picture]:
         UserError: A tar is missing or cannot be read, or there is no sample.
         BudgetExceeded: Too many samples are bad.
     """
-    found = walk(DataConfig(shards=source, workers=0), use=partial(describe, names), quarantine=quarantine)
-    numbered = enumerate(tqdm(found, desc="pictures", unit="", leave=False))
+    pictures = walk(DataConfig(shards=source, workers=0), use=partial(describe, names), quarantine=quarantine)
+    numbered = enumerate(tqdm(pictures, desc="pictures", unit="", leave=False))
     return [replace(picture, number=number) for number, picture in numbered]
 
 
@@ -213,9 +215,9 @@ class Chooser:
 def samples(pictures: list[Picture], chooser: Chooser, way: Way, most: int) -> Iterator[dict[str, Any]]:
     """The conversations, as `write_shards` takes them: the picture's bytes as they are, one question each."""
     for picture in tqdm(pictures, desc=way, unit="", leave=False):
-        asked = chooser.questions(picture, way, most)
-        data = shards.read(*picture.place)[1][picture.member] if asked else b""
-        for i, (name, answer) in enumerate(asked):
+        questions = chooser.questions(picture, way, most)
+        data = shards.read(*picture.location)[1][picture.member] if questions else b""
+        for i, (name, answer) in enumerate(questions):
             text = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the picture?"
             user = [{"type": "image", "member": picture.member}, {"type": "text", "text": text}]
             messages = [

@@ -26,9 +26,9 @@ def forms(word: str) -> frozenset[str]:
 
 def occurs(name: str, text: str) -> bool:
     """Whether all words of `name` stand together in `text`, each in the singular or the plural."""
-    wanted, given = words(name), words(text)
-    places = range(len(given) - len(wanted) + 1) if wanted else ()
-    return any(all(forms(a) & forms(b) for a, b in zip(wanted, given[place:], strict=False)) for place in places)
+    wanted, there = words(name), words(text)
+    starts = range(len(there) - len(wanted) + 1) if wanted else ()
+    return any(all(forms(a) & forms(b) for a, b in zip(wanted, there[start:], strict=False)) for start in starts)
 
 
 class Names:
@@ -53,24 +53,24 @@ class Names:
 
     def name(self, spelling: str) -> str:
         """The one name of an object that somebody calls `spelling`."""
-        said = words(spelling)
-        known = (self._name_of[form] for form in _forms_of_all(said) if form in self._name_of)
-        return next(known, " ".join(said))
+        spelled = words(spelling)
+        known = (self._name_of[form] for form in _forms_of_all(spelled) if form in self._name_of)
+        return next(known, " ".join(spelled))
 
     def found_in(self, text: str) -> list[str]:
         """The table's objects that a text names, each once; of names within names the longest: no dog in a hot dog."""
-        said, found = words(text), []
-        place = 0
-        while place < len(said):
-            for size in range(min(self._longest, len(said) - place), 0, -1):
-                forms_there = _forms_of_all(said[place : place + size])
+        of_text, found = words(text), []
+        start = 0
+        while start < len(of_text):
+            for size in range(min(self._longest, len(of_text) - start), 0, -1):
+                forms_there = _forms_of_all(of_text[start : start + size])
                 name = next((self._name_of[form] for form in forms_there if form in self._name_of), None)
                 if name is not None:
                     found.append(name)
                     break
             else:
                 size = 1
-            place += size
+            start += size
         return list(dict.fromkeys(found))
 
     def may_be(self, name: str, present: Iterable[str], text: str = "") -> bool:
@@ -84,10 +84,10 @@ class Names:
         return any(occurs(a, text) or any(occurs(a, b) or occurs(b, a) for b in theirs) for a in mine)
 
 
-def _forms_of_all(said: list[str]) -> Iterator[str]:
+def _forms_of_all(name: list[str]) -> Iterator[str]:
     """The words with the last one in each of its forms: "fire trucks" → "fire trucks", "fire truck"."""
-    for form in (said[-1], *sorted(forms(said[-1]))) if said else ():
-        yield " ".join([*said[:-1], form])
+    for form in (name[-1], *sorted(forms(name[-1]))) if name else ():
+        yield " ".join([*name[:-1], form])
 
 
 def read_table(path: Path) -> list[list[str]]:

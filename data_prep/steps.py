@@ -1,7 +1,7 @@
-"""What every step of data preparation shares: a whole output or none, worker processes.
+"""Worker processes for the programs of data preparation.
 
-A step is a program of this folder. It reads a source and leaves one folder behind; started again with that folder in
-place, it says so and does nothing.
+What these programs also share stands elsewhere: a whole output folder or none, and nothing to do where it is there
+(`anymal.files.whole_folder`, `is_done`); settings and errors without a traceback (`anymal.config.command_line`).
 """
 
 import concurrent.futures
@@ -9,9 +9,12 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -30,7 +33,10 @@ def worker_pool(processes: int = 0) -> Iterator[concurrent.futures.ProcessPoolEx
             raise
 
 
-def mapped(pool: concurrent.futures.Executor, function: Callable, items: Iterable[Any], label: str) -> Iterator[Any]:
+def mapped(
+    pool: concurrent.futures.Executor, function: Callable[[T], R], items: Iterable[T], label: str
+) -> Iterator[R]:
     """Results of `function` over `items`, computed in `pool`, in the order of the items, with a progress bar."""
     items = list(items)
-    return tqdm(pool.map(function, items, chunksize=4), total=len(items), desc=label, unit=" samples", leave=False)
+    results = pool.map(function, items, chunksize=4)
+    return iter(tqdm(results, total=len(items), desc=label, unit=" samples", leave=False))

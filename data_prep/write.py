@@ -1,7 +1,6 @@
 """The one writer of shards: samples in, a folder of WebDataset tars out.
 
-    raw data ──(a file of this folder)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶
-    anymal/data/stream.py
+    raw data ──(a reader)──▶ dicts ──write_shards──▶ FOLDER/000000.tar, 000001.tar, … ──▶ anymal.data.stream
 
 A sample is a dict of tar members, named by their suffixes:
 
@@ -29,11 +28,6 @@ import numpy as np
 
 from anymal.errors import UserError
 from anymal.files import whole_folder
-
-SPLITS = ("train", "validation", "test")
-"""The demo's splits: what is learnt from, what choices are made by, and what is reported, once."""
-QUESTION = "What is this?"
-"""What is asked about every held-out medium of the demo. Stage 1 learns to answer it: its ``prompt.instruction``."""
 
 
 def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: int) -> int:
@@ -67,31 +61,6 @@ def write_shards(folder: Path, samples: Iterable[dict[str, Any]], *, per_shard: 
             raise UserError(f"{folder}: there are no samples to write")
         writer.close()
     return len(keys)
-
-
-def labelled_sample(
-    key: str, medium: str, member: str, data: Any, label: str, *, options: Iterable[str] = (), **about: Any
-) -> dict[str, Any]:
-    """A medium with a label, as training and testing want it.
-
-    Args:
-        key: Its key.
-        medium: Its modality.
-        member: Its suffix, such as ``jpg``.
-        data: Its content, as `write_shards` takes it.
-        label: What it is; one of `options`, if there are any.
-        options: With these it is a closed question: the medium, `QUESTION`, the label as the answer. Without, it is a
-            pair whose caption is the label.
-        about: What else is kept in ``json``, beside the label. The demo's steps give ``source``: the object, person or
-            instrument that it is of, since samples of one are no independent evidence.
-    """
-    sample = {"__key__": key, member: data, "json": {"label": label, **about}}
-    if not options:
-        return sample | {"txt": label}
-    user = [{"type": medium, "member": member}, {"type": "text", "text": QUESTION}]
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": [{"type": "text", "text": label}]}]
-    sample["json"] |= {"messages": messages, "options": list(options)}
-    return sample
 
 
 def read_shards(folder: Path) -> Iterator[dict[str, Any]]:

@@ -150,4 +150,4 @@ def make_checkpoint(
         for parameter in trained.values():
             parameter.normal_(generator=generator)
     state = checkpoint.TrainingState(step=3)
-    return checkpoint.save(built.model, trained, {}, state, config, built.adapters, built.tokenizer)
+    return checkpoint.save(built, trained, {}, state, config)

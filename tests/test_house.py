@@ -1,10 +1,12 @@
 """What holds all over the house. Which room may import which is in .importlinter, for ``make check``."""
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import get_type_hints
 
@@ -14,6 +16,7 @@ from anymal.config.command_line import describe, field_docs
 from anymal.config.schema import Config
 from anymal.config.stages import Recipe, load_stages
 from anymal.errors import UserError
+from anymal.launch.command import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "anymal"
@@ -72,21 +75,51 @@ def test_help_lists_every_setting_with_its_meaning():
         assert f"  {name}  (" in text
 
 
-def test_every_command_of_the_readme_names_a_program_and_settings_that_exist():
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^\s*(?:DS_ACCELERATOR=\w+ )?(?:python|deepspeed) .*$", readme, flags=re.MULTILINE)
-    assert len(commands) >= 5
-    known = set(settings(Config))
-    for command in commands:
-        words = [word for word in shlex.split(command, comments=True) if not word.startswith("-")]
-        program = next(word for word in words if word.endswith(".py"))
-        assert (ROOT / program).is_file(), command
-        if program in ("launch/pretrain.py", "launch/finetune.py"):
-            after = words[words.index(program) + 1 :]
-            assert all((ROOT / word).is_file() for word in after if word.endswith(".yaml")), command
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of ours on a page, in blocks and in sentences, options left out."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^\s+(?:DS_ACCELERATOR=\w+ )?((?:python|deepspeed|anymal) .*)$", text, flags=re.MULTILINE)
+    lines += re.findall(r"`[^`\n]*?((?:python|deepspeed|anymal) [^`\n]+)`", text)
+    return [[word for word in shlex.split(line, comments=True) if not word.startswith("-")] for line in lines]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/data.md"])
+def test_every_command_of_a_page_names_a_program_and_settings_that_exist(page):
+    known, found = set(settings(Config)), commands(ROOT / page)
+    assert len(found) >= 3
+    for words in found:
+        if words[0] != "anymal":  # what python and deepspeed start
+            at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            assert (ROOT / words[at]).is_file(), words
+            name, after = Path(words[at]).stem, words[at + 1 :]
+        elif len(words) > 1 and words[1] != "COMMAND":
+            name, after = words[1], words[2:]
+            assert name in COMMANDS, words
+        else:
+            continue
+        assert all((ROOT / word).is_file() for word in after if word.endswith(".yaml") and word != "RECIPE.yaml"), words
+        if name in ("pretrain", "finetune"):
             names = {word.split("=")[0] for word in after if "=" in word}
             names = {re.sub(r"(modalities|datasets)\.\w+", r"\1.NAME", name) for name in names}
             assert names <= known, names - known
+
+
+def test_every_link_in_the_documents_leads_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_the_trip_of_a_sample_names_functions_that_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `([\w/]+)\.py` \|(.*)\|$", page, flags=re.MULTILINE)
+    assert rows[0][0] == "data/stream" and len(rows) > 20
+    for file, functions in rows:
+        module = importlib.import_module(f"anymal.{file.replace('/', '.')}")
+        for name in re.findall(r"`([\w.]+)`", functions):
+            if name != "data.workers":
+                attrgetter(name)(module)
 
 
 def test_benchmarks_find_what_they_import_wherever_they_are_started(tmp_path):

@@ -275,7 +275,7 @@ def numbers(place: Path, *, rank: int, world: int, bookmark: dict | None = None)
         for shard, (first, count) in enumerate([(100, 4), (104, 6)]):
             streams.write(place / "few" / f"{shard:03d}.tar", streams.numbered(first, count))
     datasets = {name: DatasetConfig(shards=str(place / name), ratio=r) for name, r in (("many", 2), ("few", 1.5))}
-    given = {"seed": 11, "shuffle": 6, "row_tokens": 12, "max_tokens": 12, "look_ahead": 3}
+    given = {"seed": 11, "shuffle": 6, "row_tokens": 12, "max_tokens": 12, "packing_buffer": 3}
     return streams.stream(datasets, rank=rank, world=world, bookmark=bookmark, with_=prepare, **given)
 
 

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,26 @@ import torch
 from torch import nn
 
 from anymal.checkpoints import networks, precision
-from anymal.checkpoints.checkpoint import load_projectors, recipe, start_at, with_lora
+from anymal.checkpoints.built import Built
+from anymal.checkpoints.checkpoint import recipe, start_at
+from anymal.checkpoints.load import load_projectors, with_lora
 from anymal.checkpoints.networks import Start
 from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
 from anymal.config.settings import options
 from anymal.config.stages import encoder_names
-from anymal.data.prepare import Prepare, prepare
+from anymal.data.prepare import prepare
 from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors
 from anymal.model.hub import license_of
-from anymal.model.llm import load_llm
+from anymal.model.llm import base_model, load_llm
 from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Fit, Registry
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A model and what belongs to it."""
-
-    model: AnyMAL
-    """LLM, encoders, projectors, on the device."""
-    adapters: dict[str, Adapter]
-    """What the model was made from, by modality."""
-    tokenizer: Any
-    """The LLM's, with the placeholder tokens."""
-    prepare: Prepare
-    """Decoding and prompt, for the stream's workers."""
-
-
 def build(
     config: Config,
-    place: torch.device,
+    device: torch.device,
     registry: Registry,
     *,
     start: Path | Start | None = None,
@@ -53,41 +40,42 @@ def build(
 
     Args:
         config: The settings.
-        place: The device that everything goes to.
+        device: Where everything goes.
         registry: What the settings may name.
         start: A checkpoint whose projectors and LoRA are loaded, and encoders and LLM if they were trained; or several.
         partly: Whether projectors of some modalities may be missing there.
         train: What is about to be trained, as in the recipe: of encoders and LLM, it is held in float32.
     """
     torch.manual_seed(config.run.seed)  # fresh projectors and LoRA are the same on every rank
-    fresh = start is None
+    settings, fresh = config.model, start is None
     start = start_at(start) if isinstance(start, Path) else start or Start(modalities={}, llm=None)
-    _say_other_precisions(config, start)
-    llm, tokenizer = load_llm(networks.llm_of(config, start.llm), place, learns="llm" in train)
-    config.model.llm.license = config.model.llm.license or license_of(config.model.llm.name)
-    llm = with_lora(llm, config, start.llm)
-    table = llm.get_input_embeddings().weight
-    std, layers = table.float().std().item(), llm.config.get_text_config().num_hidden_layers
-    modalities = networks.encoders_of(config, start.modalities)
-    adapters = build_adapters(registry, modalities, table.shape[1], std, llm_layers=layers)
+    _say_other_precisions(settings.llm.bits, start)
+    llm, tokenizer = load_llm(networks.llm_of(settings.llm, start.llm), device, learns=networks.llm_learns(train))
+    llm = with_lora(llm, settings.lora, start.llm, train=config.train)
+    embedding: Any = base_model(llm).get_input_embeddings()
+    std, width = embedding.weight.float().std().item(), embedding.weight.shape[1]
+    layers = base_model(llm).config.get_text_config().num_hidden_layers
+    modalities = networks.encoders_of(settings.modalities, start.modalities)
+    adapters = build_adapters(registry, modalities, width, std, llm_layers=layers)
     networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start.modalities)
-    model = AnyMAL(llm, adapters, train, low_precision=config.model.llm.bits != 32)
+    model = AnyMAL(llm, adapters, train, low_precision=settings.llm.bits != 32)
     if not fresh:
-        load_projectors(model, adapters, config, start.modalities, partly=partly)
+        load_projectors(model, adapters, settings.modalities, start.modalities, partly=partly)
     return Built(
         model=model,
         adapters=adapters,
         tokenizer=tokenizer,
         prepare=prepare(tokenizer, adapters, config.prompt, config.data.max_tokens),
+        llm_license=settings.llm.license or license_of(settings.llm.name),
     )
 
 
-def _say_other_precisions(config: Config, start: Start) -> None:
+def _say_other_precisions(bits: int, start: Start) -> None:
     """Name the checkpoints whose projectors were trained beside the LLM at other bits than it is loaded at."""
     if int(os.environ.get("RANK", 0)):
         return
     for folder in dict.fromkeys(start.modalities.values()):
-        if note := precision.note(folder, recipe(folder).model.llm.bits, config.model.llm.bits):
+        if note := precision.note(folder, recipe(folder).model.llm.bits, bits):
             print(note, file=sys.stderr)
 
 
@@ -134,14 +122,14 @@ def load_encoder(registry: Registry, name: str, config: ModalityConfig) -> Encod
         UserError: As `build_adapters`.
     """
     modality = registry.modality(name)
-    given = options(modality.options, dict(config.options), f"model.modalities.{name}.options")
-    for place in encoder_names(config.encoder):
-        if place.startswith(("/", ".")) and not Path(place).exists():
+    resolved = options(modality.options, config.options, f"model.modalities.{name}.options")
+    for source in encoder_names(config.encoder):
+        if source.startswith(("/", ".")) and not Path(source).exists():
             raise UserError(
-                f"model.modalities.{name}.encoder: there is no {place}; if it was moved, give "
+                f"model.modalities.{name}.encoder: there is no {source}; if it was moved, give "
                 f"model.modalities.{name}.encoder=FOLDER"
             )
-    return modality.load(config.encoder, given)
+    return modality.load(config.encoder, resolved)
 
 
 def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> Projector:
@@ -151,4 +139,4 @@ def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> Pr
         UserError: An unknown kind or option (the nearest is named), or settings that do not fit the features.
     """
     kind = registry.projector(config.kind)
-    return kind.make(config, options(kind.options, dict(config.options), f"projector.options of {config.kind}"), fit)
+    return kind.make(config, options(kind.options, config.options, f"projector.options of {config.kind}"), fit)

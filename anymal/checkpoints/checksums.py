@@ -64,8 +64,8 @@ def damage(folder: Path, *, training: bool) -> str:
         return f"{path} is damaged: {error}"
     wanted = {name: known for name, known in files.items() if training or not name.startswith(f"{TRAINING}/")}
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _wrong(folder, item[0], *item[1]), wanted.items())
-        return next((said for said in found if said), "")
+        faults = pool.map(lambda item: _wrong(folder, item[0], *item[1]), wanted.items())
+        return next((fault for fault in faults if fault), "")
 
 
 def _listed(data: bytes) -> list[tuple[str, dict]]:
@@ -92,10 +92,11 @@ def _unreadable(path: Path) -> str:
     if path.name not in ("adapter_config.json", "recipe.yaml"):  # nothing of ours reads the others
         return ""
     try:
-        held = json.loads(path.read_text()) if path.suffix == ".json" else OmegaConf.load(path)
+        content = json.loads(path.read_text()) if path.suffix == ".json" else OmegaConf.load(path)
     except Exception as error:  # YAML's errors have no base class in common with the others
         return f"{path} is missing or damaged: {' '.join(str(error).split())}"
-    return "" if isinstance(held, dict) or OmegaConf.is_dict(held) else f"{path} is missing or damaged: no settings"
+    holds_settings = isinstance(content, dict) or OmegaConf.is_dict(content)
+    return "" if holds_settings else f"{path} is missing or damaged: no settings"
 
 
 def _damaged_header(folder: Path, training: bool) -> str:

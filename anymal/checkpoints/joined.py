@@ -9,60 +9,61 @@ come from one of them only.
 """
 
 import filecmp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from anymal.checkpoints.checkpoint import description, existing, modalities_in, start_at
 from anymal.checkpoints.networks import LLM, Start
-from anymal.config.schema import Config
+from anymal.config.schema import ModelConfig
 from anymal.errors import UserError
 
 MIX = "launch/mix.py mixes two of the same modalities"
 
 
-def find_start(config: Config) -> Start | None:
+def find_start(model: ModelConfig) -> Start | None:
     """What ``model.checkpoint`` says that the run starts from; None for nothing.
 
     Raises:
         UserError: A checkpoint is not there or lacks a modality that it is named for, a modality is in two, or they do
             not fit together.
     """
-    given = config.model.checkpoint
-    if given is None:
+    start = model.checkpoint
+    if start is None:
         return None
-    if isinstance(given, str):
-        return start_at(existing(given))
-    named = _named(given) if isinstance(given, dict) else _listed(given, list(config.model.modalities))
-    return Start(modalities=named, llm=_llm_from(list(dict.fromkeys(named.values()))))
+    if isinstance(start, str):
+        return start_at(existing(start))
+    folders = _by_modality(start) if isinstance(start, dict) else _listed(start, list(model.modalities))
+    return Start(modalities=folders, llm=_llm_from(list(dict.fromkeys(folders.values()))))
 
 
-def _named(places: dict[str, str | None]) -> dict[str, Path]:
+def _by_modality(named: Mapping[str, str | None]) -> dict[str, Path]:
     """The checkpoints that a mapping names by modality; null starts one fresh."""
-    found = {name: existing(place) for name, place in places.items() if place is not None}
-    for name, folder in found.items():
-        if name not in (held := modalities_in(folder)):
-            raise UserError(f"model.checkpoint.{name}: {folder} has no projector for it, but for {', '.join(held)}")
-    return found
+    folders = {name: existing(checkpoint) for name, checkpoint in named.items() if checkpoint is not None}
+    for name, folder in folders.items():
+        if name not in (trained := modalities_in(folder)):
+            raise UserError(f"model.checkpoint.{name}: {folder} has no projector for it, but for {', '.join(trained)}")
+    return folders
 
 
-def _listed(places: Sequence[str], modalities: Sequence[str]) -> dict[str, Path]:
+def _listed(named: Sequence[str], modalities: Sequence[str]) -> dict[str, Path]:
     """The only one of several checkpoints that has each of the recipe's modalities."""
-    found: dict[str, Path] = {}
-    for folder in map(existing, places):
-        held = modalities_in(folder)
-        if not set(held) & set(modalities):  # nothing of it would be taken, not even its LoRA
+    folders: dict[str, Path] = {}
+    for folder in map(existing, named):
+        trained = modalities_in(folder)
+        if not set(trained) & set(modalities):  # nothing of it would be taken, not even its LoRA
             raise UserError(
-                f"model.checkpoint: {folder} has projectors for {', '.join(held)} and the recipe for "
+                f"model.checkpoint: {folder} has projectors for {', '.join(trained)} and the recipe for "
                 f"{', '.join(modalities)}: take it out of the list"
             )
-        for name in (name for name in held if name in modalities):
-            if name in found:
+        for name in (name for name in trained if name in modalities):
+            if name in folders:
                 raise UserError(
-                    f"model.checkpoint: {found[name]} and {folder} both have a projector for {name}; say by modality "
+                    f"model.checkpoint: {folders[name]} and {folder} both have a projector for {name}; say by modality "
                     f"which is meant: model.checkpoint='{{{name}: FOLDER, ...}}'"
                 )
-            found[name] = folder
-    return found
+            folders[name] = folder
+    return folders
 
 
 def _llm_from(folders: Sequence[Path]) -> Path | None:
@@ -101,5 +102,5 @@ def _llm_of(folder: Path) -> str:
     return f"the LLM in {folder / LLM}" if (folder / LLM).is_dir() else f"{_describe(folder).get('llm')}"
 
 
-def _describe(folder: Path) -> dict:
+def _describe(folder: Path) -> dict[str, Any]:
     return description(folder / "adapters" / modalities_in(folder)[0] / "adapter_config.json")

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ LORA_OWN = ("r", "lora_alpha", "lora_dropout", "inference_mode", "base_model_nam
 """What may differ between two LoRAs: the mix takes care of rank and scale, and the rest leaves the update as it is."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Mix:
     """What is mixed."""
 
@@ -103,18 +103,18 @@ def mix_checkpoints(mix: Mix) -> None:
     a, b = checkpoint.existing(mix.a), checkpoint.existing(mix.b)
     config = checkpoint.recipe(a, model=mix.model)
     modalities = [checkpoint.modalities_in(folder) for folder in (a, b)]
-    require_alike(*({"modalities": found} for found in modalities), where="adapters")
+    require_alike(*({"modalities": names} for names in modalities), where="adapters")
     require_alike(*({"LoRA": (folder / "lora").is_dir()} for folder in (a, b)), where="checkpoints")
     with whole_folder(new_folder(mix.out)) as out:
         for name in modalities[0]:
-            mix_projectors(*(folder / "adapters" / name for folder in (a, b, out)), mix.beta, moved(mix, name))
+            part = f"adapters/{name}"
+            mix_projectors(a / part, b / part, out / part, mix.beta, moved(mix, name))
         if (a / "lora").is_dir():
-            lora = config.model.lora
-            lora.rank, lora.alpha = mix_lora(
-                config.model.llm.name, *(folder / "lora" for folder in (a, b, out)), mix.beta
-            )
-        for trained in trained_networks(a, b):
-            mix_llms(replace(mix, a=str(a / trained), b=str(b / trained), out=str(out / trained)))
+            rank, alpha = mix_lora(config.model.llm.name, a / "lora", b / "lora", out / "lora", mix.beta)
+            lora = replace(config.model.lora, rank=rank, alpha=alpha)
+            config = replace(config, model=replace(config.model, lora=lora))
+        for network in trained_networks(a, b):
+            mix_llms(replace(mix, a=str(a / network), b=str(b / network), out=str(out / network)))
         settings.save(config, out / "recipe.yaml")
         shutil.copytree(a / "tokenizer", out / "tokenizer")
         (out / "README.md").write_text((a / "README.md").read_text() + note(mix))
@@ -122,20 +122,21 @@ def mix_checkpoints(mix: Mix) -> None:
 
 
 def trained_networks(a: Path, b: Path) -> list[Path]:
-    """The LLM and the encoders that two checkpoints hold because they were trained, as places in them.
+    """The LLM and the encoders that two checkpoints hold because they were trained, as paths within them.
 
     Raises:
         UserError: They do not hold the same, or one is not in transformers' format.
     """
-    found = [
+    networks, others = (
         {path.relative_to(folder) for path in [folder / "llm", *folder.glob("encoders/*")] if path.is_dir()}
         for folder in (a, b)
-    ]
-    require_alike(*({"trained networks": sorted(map(str, places))} for places in found), where="checkpoints")
-    for place in found[0]:
-        if not (a / place / "config.json").is_file():
-            raise UserError(f"{a / place} holds weights without a config.json; compositions cannot be mixed")
-    return sorted(found[0])
+    )
+    both = [{"trained networks": sorted(map(str, paths))} for paths in (networks, others)]
+    require_alike(*both, where="checkpoints")
+    for network in networks:
+        if not (a / network / "config.json").is_file():
+            raise UserError(f"{a / network} holds weights without a config.json; compositions cannot be mixed")
+    return sorted(networks)
 
 
 def moved(mix: Mix, modality: str) -> dict[str, Any]:
@@ -155,13 +156,11 @@ def mix_projectors(a: Path, b: Path, out: Path, beta: float, names: Mapping[str,
             one.pop("llm_weights", None)
     require_alike(*described, where=f"adapters/{a.name}")
     weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
-    require_alike(*({key: list(tensor.shape) for key, tensor in held.items()} for held in weights), where=str(a))
+    require_alike(*({key: list(tensor.shape) for key, tensor in one.items()} for one in weights), where=str(a))
     out.mkdir(parents=True)
     (out / "adapter_config.json").write_text(json.dumps(described[0], indent=2))
-    found = {
-        key: mixed(tensor, weights[1][key], beta, f"adapters/{a.name}: {key}") for key, tensor in weights[0].items()
-    }
-    save_file(found, out / "model.safetensors")
+    mix = {key: mixed(tensor, weights[1][key], beta, f"adapters/{a.name}: {key}") for key, tensor in weights[0].items()}
+    save_file(mix, out / "model.safetensors")
 
 
 def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, float]:
@@ -174,7 +173,7 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
     Returns:
         Rank and alpha of the result; alpha is the rank, since PEFT puts beta and both scales into the matrices.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict
 
     described = [json.loads((folder / "adapter_config.json").read_text()) for folder in (a, b)]
     kept = [
@@ -186,13 +185,15 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
         both.load_adapter(str(b), "b", torch_device="cpu")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the LoRAs {a} and {b} do not fit {llm}: {error}") from error
+    assert isinstance(both.base_model, LoraModel)
     both.base_model.add_weighted_adapter(["a", "b"], [beta, 1 - beta], "mix", combination_type="cat")
     out.mkdir()
     weights = get_peft_model_state_dict(both, adapter_name="mix", save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
-    found = both.peft_config["mix"]
-    found.save_pretrained(out)
-    return found.r, float(found.lora_alpha)
+    mix = both.peft_config["mix"]
+    assert isinstance(mix, LoraConfig)
+    mix.save_pretrained(str(out))
+    return mix.r, float(mix.lora_alpha)
 
 
 def hollow_llm(name: str) -> nn.Module:
@@ -220,15 +221,15 @@ def mix_llms(mix: Mix) -> None:
     require_alike(*({k: v for k, v in one.items() if k not in NAMES} for one in configs), where="config.json")
     if "quantization_config" in configs[0]:
         raise UserError(f"{a} is quantised (quantization_config in config.json): mix the LLMs it was made from")
-    places = [weight_map(folder) for folder in (a, b)]
-    require_alike(*(dict.fromkeys(held, "there") for held in places), where="tensors")
+    in_a, in_b = weight_map(a), weight_map(b)
+    require_alike(*(dict.fromkeys(names, "there") for names in (in_a, in_b)), where="tensors")
     with whole_folder(new_folder(mix.out)) as out, contextlib.ExitStack() as stack:
-        theirs = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places[1].values())}
-        bar = stack.enter_context(tqdm(total=len(places[0]), unit="tensor", desc="mix", disable=None))
-        for shard in sorted(set(places[0].values())):
+        theirs = {path: stack.enter_context(safe_open(path, "pt")) for path in set(in_b.values())}
+        bar = stack.enter_context(tqdm(total=len(in_a), unit="tensor", desc="mix", disable=None))
+        for shard in sorted(set(in_a.values())):
             with shard_like(shard, out / shard.name) as (names, write), safe_open(shard, "pt") as ours:
                 for name in names:
-                    write(mixed(ours.get_tensor(name), theirs[places[1][name]].get_tensor(name), mix.beta, name))
+                    write(mixed(ours.get_tensor(name), theirs[in_b[name]].get_tensor(name), mix.beta, name))
                     bar.update()
         for path in {path for pattern in COPIED for path in a.glob(pattern)}:
             shutil.copy(path, out)
@@ -247,21 +248,21 @@ def weight_map(folder: Path) -> dict[str, Path]:
     files = {single.name}
     if index.is_file():
         files = set(json.loads(index.read_text())["weight_map"].values())
-    found = {}
+    files_of: dict[str, Path] = {}
     for file in sorted(files):
         path = folder / Path(file).name
         if not path.is_file():
             raise UserError(f"{folder} lacks {file}: its weights are not all there, or not in .safetensors")
         try:
-            with safe_open(path, "pt") as held:
-                found |= dict.fromkeys(held.keys(), path)
+            with safe_open(path, "pt") as tensors:
+                files_of |= dict.fromkeys(tensors.keys(), path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged: {error}") from error
-    return found
+    return files_of
 
 
 @contextlib.contextmanager
-def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Any]]:
+def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Callable[[Tensor], None]]]:
     """Write a .safetensors with the header of another, tensor by tensor: the library writes whole files from memory.
 
     The format is eight bytes with the header's length, the header (JSON), and the tensors' bytes in its order.
@@ -273,19 +274,19 @@ def shard_like(model: Path, out: Path) -> Iterator[tuple[list[str], Any]]:
         length = source.read(8)
         header = source.read(int.from_bytes(length, "little"))
         file.write(length + header)
-        places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        offsets = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
 
         def write(tensor: Tensor) -> None:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
-        yield sorted(places, key=places.get), write
+        yield sorted(offsets, key=offsets.__getitem__), write
 
 
 @process_as_found()
 def main(usage: str) -> None:
     """Read the command line, and mix checkpoints or LLMs."""
     mix = parse_args(Mix, usage)
-    are_llms = [(Path(place) / "config.json").is_file() for place in (mix.a, mix.b)]
+    are_llms = [(Path(folder) / "config.json").is_file() for folder in (mix.a, mix.b)]
     if are_llms[0] != are_llms[1]:
         one, other = (mix.a, mix.b) if are_llms[0] else (mix.b, mix.a)
         raise UserError(f"{one} is an LLM (it has a config.json) and {other} is none; they cannot be mixed")

@@ -14,24 +14,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from anymal.checkpoints.built import Built
 from anymal.config import settings
 from anymal.config.schema import Config, LLMConfig, ModalityConfig
 from anymal.config.stages import encoder_names
+from anymal.data.feature_codec import weights_digest
 from anymal.errors import UserError
-from anymal.modality import Adapter, Encoder
+from anymal.modality import Encoder
 from anymal.model.llm import bars_on_terminals_only
-from anymal.model.multimodal import AnyMAL
 
 MASTER = "master"
 """``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
 
 ENCODERS, LLM = "encoders", "llm"
+_DIGESTS: WeakKeyDictionary[Encoder, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,53 +48,61 @@ class Start:
 
 
 def save(
-    model: AnyMAL,
-    parameters: Mapping[str, Tensor],
-    config: Config,
-    adapters: Mapping[str, Adapter],
-    tokenizer: Any,
-    place: Path,
-    before: Start | None,
+    built: Built, parameters: Mapping[str, Tensor], config: Config, checkpoint: Path, before: Start | None
 ) -> None:
     """Write the networks that learn into a checkpoint, and those that an earlier one holds.
 
     Args:
-        model: For its structure and buffers; its weights are not read (under ZeRO they are sharded).
-        parameters: What learns, by its name in `model`, whole.
+        built: The model, for its structure and buffers (its weights are not read: under ZeRO they are sharded).
+        parameters: What learns, by its name in the model, whole.
         config: The resolved settings.
-        adapters: As the model was made from.
-        tokenizer: The LLM's.
-        place: The checkpoint that is being written.
-        before: The one that the run goes on or started from, if any.
+        checkpoint: The folder that is being written.
+        before: The checkpoint that the run goes on or started from, if any.
     """
-    for name, adapter in adapters.items():
-        folder = place / ENCODERS / name
-        if name in model.trained_encoders:
-            learnt = _below(parameters, f"trained_encoders.{name}.")
-            _save_encoder(adapter.encoder, adapter.encoder.state_dict() | learnt, folder)
+    for name, adapter in built.adapters.items():
+        folder = checkpoint / ENCODERS / name
+        if name in built.model.trained_encoders:
+            encoder = network(adapter.encoder)
+            save_encoder(encoder, encoder.state_dict() | below(parameters, f"trained_encoders.{name}."), folder)
         elif before is not None and name in before.modalities:
             _carry(before.modalities[name] / ENCODERS / name, folder)
-    if llm_learns(config):
-        _save_llm(model.llm, _below(parameters, "llm."), tokenizer, place / LLM, config.model.llm.bits)
+    if llm_learns(config.train):
+        weights = below(parameters, "llm.")
+        _save_llm(built.model.llm, weights, built.tokenizer, checkpoint / LLM, config.model.llm.bits)
     elif before is not None and before.llm is not None:
-        _carry(before.llm / LLM, place / LLM)
+        _carry(before.llm / LLM, checkpoint / LLM)
 
 
-def llm_learns(config: Config) -> bool:
-    """Whether the LLM itself is trained."""
-    return "llm" in config.train
+def llm_learns(train: Sequence[str]) -> bool:
+    """Whether `train`, as in a recipe, names the LLM itself."""
+    return "llm" in train
 
 
-def _below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, by what follows it."""
     return {n.removeprefix(prefix): p.contiguous() for n, p in parameters.items() if n.startswith(prefix)}
 
 
-def _save_encoder(encoder: Encoder, weights: dict[str, Tensor], folder: Path) -> None:
-    """In the format of its loader, if the encoder knows it; else its weights alone."""
+def network(encoder: Encoder) -> nn.Module:
+    """An encoder as the ``nn.Module`` that it is by contract."""
+    assert isinstance(encoder, nn.Module), f"{type(encoder).__name__} is no nn.Module"
+    return encoder
+
+
+def encoder_digest(encoder: Encoder) -> str:
+    """Of the weights of an encoder that does not change, or not yet: hashed once."""
+    if encoder not in _DIGESTS:
+        _DIGESTS[encoder] = weights_digest(encoder)
+    return _DIGESTS[encoder]
+
+
+def save_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an encoder in the format of its loader, if the encoder knows it; else its weights alone."""
     folder.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if getattr(encoder, "savable", False):
-        encoder.save_pretrained(folder, weights)
+        save_pretrained: Any = encoder.save_pretrained
+        save_pretrained(folder, weights)
     else:
         save_file(weights, folder / "model.safetensors")
 
@@ -119,19 +130,18 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def masters(parameters: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def masters(parameters: Mapping[str, Tensor], *, bits: int, train: Sequence[str]) -> dict[str, Tensor]:
     """``NAME.master``: the float32 weights of an LLM whose saved form is bfloat16, so that a run resumes exactly."""
-    rounded = llm_learns(config) and config.model.llm.bits == 16
+    rounded = llm_learns(train) and bits == 16
     return {f"{n}.{MASTER}": p for n, p in parameters.items() if rounded and n.startswith("llm.")}
 
 
-def llm_of(config: Config, start: Path | None) -> LLMConfig:
+def llm_of(llm: LLMConfig, start: Path | None) -> LLMConfig:
     """The recipe's LLM, in the form that it has in the checkpoint that the run starts from, if it was trained.
 
     Raises:
         UserError: The recipe names another LLM than the checkpoint was made from.
     """
-    llm = config.model.llm
     if start is None or not (start / LLM).is_dir():
         return llm
     made_from = settings.load(Config, start / "recipe.yaml").model.llm.name
@@ -139,35 +149,35 @@ def llm_of(config: Config, start: Path | None) -> LLMConfig:
     return replace(llm, name=str(start / LLM))
 
 
-def encoders_of(config: Config, starts: Mapping[str, Path]) -> dict[str, ModalityConfig]:
+def encoders_of(modalities: Mapping[str, ModalityConfig], starts: Mapping[str, Path]) -> dict[str, ModalityConfig]:
     """The recipe's modalities, each encoder in the form that it has in its checkpoint, if it was trained.
 
     Args:
-        config: The recipe.
+        modalities: ``model.modalities`` of the recipe.
         starts: By modality, the checkpoint that it goes on from, if any.
 
     Raises:
         UserError: The recipe names another encoder than the checkpoint was made from.
     """
-    found = dict(config.model.modalities)
-    for name, modality in found.items():
+    resolved = dict(modalities)
+    for name, modality in modalities.items():
         folder = starts[name] / ENCODERS / name if name in starts else None
         if folder is None or not folder.is_dir():
             continue
         made_from = settings.load(Config, starts[name] / "recipe.yaml").model.modalities[name].encoder
         _require_same(f"model.modalities.{name}.encoder", modality.encoder, made_from, folder)
         if (folder / "config.json").is_file():
-            found[name] = replace(modality, encoder=_renamed(modality.encoder, str(folder)))
-    return found
+            resolved[name] = replace(modality, encoder=with_name(modality.encoder, str(folder)))
+    return resolved
 
 
-def _renamed(encoder: Any, name: str) -> Any:
+def with_name(encoder: Any, name: str) -> Any:
     """An encoder's setting with another name: itself, or the only one in a mapping."""
     if isinstance(encoder, Mapping):
-        inner = {key: _renamed(value, name) for key, value in encoder.items() if key in ("channels", "append")}
+        inner = {key: with_name(value, name) for key, value in encoder.items() if key in ("channels", "append")}
         return {**encoder, **({"name": name} if "name" in encoder else inner)}
     if isinstance(encoder, Sequence) and not isinstance(encoder, str):
-        return [_renamed(one, name) for one in encoder]
+        return [with_name(one, name) for one in encoder]
     return name
 
 
@@ -189,7 +199,7 @@ def _moved(named: Any, made_from: Any) -> bool:
     """
     pairs = zip(encoder_names(named), encoder_names(made_from), strict=False)
     gone = all(now == then or (then.startswith(("/", ".")) and not Path(then).exists()) for now, then in pairs)
-    return gone and _renamed(named, "") == _renamed(made_from, "")
+    return gone and with_name(named, "") == with_name(made_from, "")
 
 
 def load_bare(encoders: Mapping[str, Encoder], starts: Mapping[str, Path]) -> None:
@@ -207,6 +217,6 @@ def load_bare(encoders: Mapping[str, Encoder], starts: Mapping[str, Path]) -> No
         if not path.is_file() or path.with_name("config.json").is_file():
             continue
         try:
-            encoder.load_state_dict(load_file(path))
+            network(encoder).load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} cannot be loaded into the encoder of {name}: {error}") from error

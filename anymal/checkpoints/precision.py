@@ -30,8 +30,7 @@ def save(folder: Path, trained: int, measured: Mapping[int, Mapping[str, Mapping
         folder: The checkpoint.
         trained: The bits that it was trained beside.
         measured: Bits → set → `anymal.evaluation.scores.figures`, and `samples`, a digest of which they are. What
-        earlier calls
-            kept of other sets or bits stays.
+            earlier calls kept of other sets or bits stays.
     """
     sets = _read(folder)
     for bits, results in measured.items():

@@ -1,4 +1,8 @@
-"""Around a program: the process is left as it was found, for callers whose process goes on."""
+"""Around a program: the process is left as it was found, for callers whose process goes on.
+
+It stands in the lowest room that knows all that a program leaves in its process: handlers of signals, notes of recipes,
+workers, and what is known of tars and of checkpoints' files.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

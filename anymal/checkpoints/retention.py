@@ -24,13 +24,13 @@ def is_whole(folder: Path) -> bool:
     return (folder / "recipe.yaml").is_file() and (folder / "adapters").is_dir()
 
 
-def whole(place: Path) -> list[Path]:
+def whole(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run, the newest first: by time, since a run may go on from an early step."""
     try:
-        found = [path for path in place.iterdir() if _NAME.fullmatch(path.name) and is_whole(path)]
+        folders = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name) and is_whole(path)]
     except OSError:
         return []
-    return sorted(found, key=_time, reverse=True)
+    return sorted(folders, key=_time, reverse=True)
 
 
 def _time(folder: Path) -> tuple[int, str]:
@@ -40,27 +40,27 @@ def _time(folder: Path) -> tuple[int, str]:
     return described.stat().st_mtime_ns, folder.name
 
 
-def newest(place: Path) -> Path | None:
+def newest(checkpoints: Path) -> Path | None:
     """The checkpoint that ``latest`` names, or the newest if it names none: killed between two renames."""
-    latest = place / LATEST
-    return latest.resolve() if is_whole(latest) else next(iter(whole(place)), None)
+    latest = checkpoints / LATEST
+    return latest.resolve() if is_whole(latest) else next(iter(whole(checkpoints)), None)
 
 
-def clean(place: Path) -> None:
+def clean(checkpoints: Path) -> None:
     """Remove what killed processes left. Only for who holds the run's lock."""
-    for path in list(place.iterdir()) if place.is_dir() else []:
+    for path in list(checkpoints.iterdir()) if checkpoints.is_dir() else []:
         aside = _ASIDE.fullmatch(path.name)
-        if aside and is_whole(path) and not (place / aside[1]).exists():
-            path.rename(place / aside[1])  # killed before its successor took the name
+        if aside and is_whole(path) and not (checkpoints / aside[1]).exists():
+            path.rename(checkpoints / aside[1])  # killed before its successor took the name
         elif path.name.startswith(".tmp-"):
             _delete(path)
         elif _NAME.fullmatch(path.name) and path.is_dir() and not is_whole(path):
             remove(path)
-    latest = place / LATEST
+    latest = checkpoints / LATEST
     if latest.is_dir() and not latest.is_symlink():  # the run was copied by something that follows links
-        free, step = place / f"{LATEST}-copy-{secrets.token_hex(4)}", None
+        free, step = checkpoints / f"{LATEST}-copy-{secrets.token_hex(4)}", None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            step = place / f"step-{json.loads((latest / 'training' / 'state.json').read_text())['step']:08d}"
+            step = checkpoints / f"step-{json.loads((latest / 'training' / 'state.json').read_text())['step']:08d}"
             free = free if step.exists() else step
         latest.rename(free)
         if step is not None and is_whole(step):  # a copy's times say nothing of which is the newest
@@ -85,16 +85,16 @@ def publish(temporary: Path, folder: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     link.replace(folder.with_name(LATEST))
-    place = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(place)
-    os.close(place)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
     _delete(aside)
 
 
-def prune(place: Path, keep: int) -> None:
+def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and never the one that ``latest`` names."""
-    latest = (place / LATEST).resolve()
-    for folder in whole(place)[keep:]:
+    latest = (checkpoints / LATEST).resolve()
+    for folder in whole(checkpoints)[keep:]:
         if folder.resolve() != latest:
             remove(folder)
 

@@ -25,12 +25,12 @@ OTHERS_FUTURE_WARNINGS = (
 
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    docs = {}
-    for statement, following in itertools.pairwise(body):
-        is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and is_doc:
-            docs[statement.target.id] = inspect.cleandoc(following.value.value)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs: dict[str, str] = {}
+    for statement, following in itertools.pairwise(getattr(definition, "body", [])):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = inspect.cleandoc(text)
     return docs
 
 

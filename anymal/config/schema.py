@@ -1,6 +1,7 @@
 """Every setting of a run and its default: one home per setting, typed, documented under the field.
 
-`anymal.config.settings` reads them from recipes and the command line.
+`anymal.config.settings` reads them from recipes and the command line. Once resolved they are frozen: who needs others
+makes new ones by ``dataclasses.replace``. A setting that gets another name has an entry in `anymal.config.renamed`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """How an encoder's features become embeddings of the LLM."""
 
@@ -43,7 +44,7 @@ class ProjectorConfig:
         _require(self.tokens >= 0, f"projector.tokens is {self.tokens}; it cannot be negative")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModalityConfig:
     """One modality of the model."""
 
@@ -55,7 +56,7 @@ class ModalityConfig:
     """Decoding settings of this modality (listed by --help under its name)."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LLMConfig:
     """The frozen language model."""
 
@@ -67,7 +68,8 @@ class LLMConfig:
     """packed (each sample of a row by itself; where the LLM's architecture does not let it, sdpa), or one of
     transformers' implementations: eager, sdpa, flash_attention_2, flex_attention."""
     checkpointing: Checkpointing = "none"
-    """What the backward pass recomputes: none, selective (elementwise results) or full (each decoder layer)."""
+    """Activation (gradient) checkpointing, what the backward pass recomputes: none, selective (elementwise results) or
+    full (each decoder layer)."""
     license: str = ""
     """The LLM's licence, for the model card; empty reads it from the model's own card if there is one."""
 
@@ -75,7 +77,7 @@ class LLMConfig:
         _require(self.bits in (4, 8, 16, 32), f"model.llm.bits is {self.bits}; it can be 4, 8, 16 or 32")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adaptation of the LLM (trained when `train` lists lora). AnyMAL: rank 64, alpha 16, all layers."""
 
@@ -93,7 +95,7 @@ class LoraConfig:
         _require(0 <= self.dropout < 1, f"model.lora.dropout is {self.dropout}; it is a share below 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """LLM, modalities, and what to start from."""
 
@@ -109,16 +111,16 @@ class ModelConfig:
     {image: runs/a, imu: runs/b}, or a list."""
 
     def __post_init__(self):
-        given = self.checkpoint
-        fits = isinstance(given, str | None)
-        if isinstance(given, dict):  # null: that modality starts fresh
-            fits = all(isinstance(place, str | None) for place in given.values())
-        elif isinstance(given, list):
-            fits = all(isinstance(place, str) for place in given)
-        _require(fits, f"model.checkpoint is {given!r}; it can be a folder, a list of folders, or one by modality")
+        start = self.checkpoint
+        fits = isinstance(start, str | None)
+        if isinstance(start, dict):  # null: that modality starts fresh
+            fits = all(isinstance(folder, str | None) for folder in start.values())
+        elif isinstance(start, list):
+            fits = all(isinstance(folder, str) for folder in start)
+        _require(fits, f"model.checkpoint is {start!r}; it can be a folder, a list of folders, or one by modality")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """One of several datasets."""
 
@@ -139,7 +141,7 @@ class DatasetConfig:
         _require(all(text.strip() for text in self.instructions), "a dataset's instructions: one of them is empty")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how."""
 
@@ -155,9 +157,9 @@ class DataConfig:
     batch_size: int = 16
     """Samples in a micro-batch of one process, end to end in one row; it plays no part once row_tokens is set."""
     row_tokens: int = 0
-    """Tokens in a micro-batch of one process: samples of any length are packed into rows of at most this many. 0 packs
-    batch_size samples instead."""
-    look_ahead: int = 16
+    """Sequence packing: samples of any length are packed into rows of at most this many tokens, a row being the
+    micro-batch of one process. 0 packs batch_size samples instead."""
+    packing_buffer: int = 16
     """Samples that may be kept for a later row while a fitting one is sought (row_tokens only)."""
     encoder_cost: dict[str, float] = field(default_factory=dict)
     """By modality: how many tokens one medium counts in row_tokens for its encoder's work, beside its own tokens, so
@@ -183,8 +185,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")
-        least = min(self.workers, self.shuffle, self.look_ahead, self.row_tokens)
-        _require(least >= 0, "data.workers, shuffle, look_ahead and row_tokens cannot be negative")
+        least = min(self.workers, self.shuffle, self.packing_buffer, self.row_tokens)
+        _require(least >= 0, "data.workers, shuffle, packing_buffer and row_tokens cannot be negative")
         _require(
             not self.row_tokens or self.row_tokens >= self.max_tokens,
             f"data.row_tokens is {self.row_tokens}, but a sample may have data.max_tokens = {self.max_tokens}",
@@ -195,7 +197,7 @@ class DataConfig:
         _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it is a share from 0 to 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """How a sample becomes text for the LLM."""
 
@@ -208,7 +210,7 @@ class PromptConfig:
     """For media-caption pairs: what the user says after the medium, e.g. "Describe it."; may be empty."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay to zero."""
 
@@ -222,20 +224,21 @@ class OptimConfig:
     """Share of the steps over which the learning rate rises."""
     steps: int = 1000
     """Optimizer steps of the run."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step and process."""
+    gradient_accumulation: int = 1
+    """Gradient accumulation: micro-batches per optimizer step and process."""
     clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Gradient clipping: the largest norm; 0 does not clip."""
 
     def __post_init__(self):
-        _require(self.steps > 0 and self.accumulate > 0, "optim.steps and optim.accumulate must be at least 1")
+        least = min(self.steps, self.gradient_accumulation)
+        _require(least > 0, "optim.steps and optim.gradient_accumulation must be at least 1")
         _require(self.lr >= 0 and self.clip >= 0, "optim.lr and optim.clip cannot be negative")
         _require(0 <= self.warmup <= 1, f"optim.warmup is {self.warmup}; it is a share from 0 to 1")
         decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(decays, f"optim.betas is {self.betas}; it takes two numbers from 0 to below 1")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """DeepSpeed."""
 
@@ -248,7 +251,7 @@ class EngineConfig:
         _require(self.zero in (0, 1, 2, 3), f"engine.zero is {self.zero}; it can be 0, 1, 2 or 3")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where the run lives and how it is followed."""
 
@@ -291,7 +294,7 @@ def encoder_learns(modality: str, train: Sequence[str]) -> bool:
     return "encoders" in train or f"encoders.{modality}" in train
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A run."""
 

@@ -12,19 +12,26 @@ name the nearest one.
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from anymal.config.renamed import under_new_names
 from anymal.errors import UserError, alternatives, nearest
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 """Those that come with the package."""
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BEFORE_HOST = re.compile(r"(?<=://)([^/\s]*@|[^/:\[\s]*:(?!\d*([/?#]|$))\S*@)")  # user:password@, with any / in it
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW", re.IGNORECASE)  # what names itself a secret in the environment
@@ -35,17 +42,19 @@ _reading: ContextVar[str] = ContextVar("reading", default="values")  # what ${oc
 
 
 def load(
-    schema: type,
+    schema: type[T],
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     defaults: Sequence[str] = (),
     part: tuple[str, Any] | None = None,
     keep_unset: bool = False,
-) -> Any:
+) -> T:
     """Defaults of `schema`, then `defaults`, the YAML recipe, and ``a.b=value`` overrides, checked against the types.
 
+    Settings under an old name are read with a warning that says the new one (`anymal.config.renamed`).
+
     Args:
-        schema: A dataclass.
+        schema: A dataclass; a frozen one, since what is resolved does not change.
         recipe: A YAML file, or the name of one that comes with the package.
         overrides: They beat all else.
         defaults: Overrides that the recipe beats.
@@ -58,42 +67,28 @@ def load(
             type, or a setting without default is left out. The message names the recipe or override.
     """
     config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(defaults)))
-    sources: list[tuple[str, Any]] = []
     asked: set[str] = set()  # what the recipe leaves to the command line, as ???: a merge would drop it silently
-    given = [override.split("=", 1)[0] for override in overrides]
-    for name in given:
-        if given.count(name) > 1:
-            times = given.count(name)
-            raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
-    if recipe is not None:
-        file = find_recipe(recipe)
-        sources.append((str(recipe), lambda: OmegaConf.load(file)))
-    if part is not None:
-        sources.append((part[0], lambda: OmegaConf.create(part[1])))
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(
-                f"{public_message(override)!r} is neither a recipe nor an override; an override is written a.b=value"
-            )
-        sources.append((override, lambda override=override: OmegaConf.from_dotlist([override])))
-    for name, read in sources:
+    for source, read in _sources(recipe, part, overrides):
         try:
-            settings = read()
-            for setting, value in _set(OmegaConf.to_container(settings)):
+            settings = under_new_names(OmegaConf.to_container(read()), public_message(source))
+            for setting, value in _set(settings):
                 (asked.add if value == MISSING else asked.discard)(setting)
                 if isinstance(value, list) and OmegaConf.is_dict(OmegaConf.select(config, setting)):
-                    OmegaConf.update(config, setting, None)  # a list takes a dict's place; OmegaConf merges neither
-            config = OmegaConf.merge(config, settings)
+                    config = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{setting}=null"]))  # it merges neither
+            config = OmegaConf.merge(config, OmegaConf.create(settings))
+        except UserError:
+            raise
         except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(public_message(f"{name}: {_reason(error)}")) from error
+            raise UserError(public_message(f"{source}: {_reason(error)}")) from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
-            raise UserError(public_message(f"{name} is not valid YAML: {error}")) from error
+            raise UserError(public_message(f"{source} is not valid YAML: {error}")) from error
     try:
         with _read_as("kept" if keep_unset else "values"):
             missing = sorted(OmegaConf.missing_keys(config) | asked)
             if missing:
                 raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
-            return OmegaConf.to_object(_with_home(config))
+            resolved: Any = OmegaConf.to_object(_with_home(config))
+            return resolved
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
         raise UserError(f"{recipe or 'settings'}: {_reason(error)}") from error
 
@@ -111,6 +106,28 @@ def find_recipe(recipe: str | Path) -> Path:
         return own[str(recipe)]
     hint = nearest(Path(recipe).stem, sorted(own), "those that come with AnyMAL:")
     raise UserError(f"there is no recipe {recipe}; {hint}")
+
+
+def _sources(
+    recipe: str | Path | None, part: tuple[str, Any] | None, overrides: Sequence[str]
+) -> list[tuple[str, Callable[[], Any]]]:
+    """Where settings come from: the name of each source, and what reads it; later ones beat earlier ones."""
+    names = [override.split("=", 1)[0] for override in overrides]
+    for name in names:
+        if (times := names.count(name)) > 1:
+            raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
+    sources: list[tuple[str, Callable[[], Any]]] = []
+    if recipe is not None:
+        sources.append((str(recipe), partial(OmegaConf.load, find_recipe(recipe))))
+    if part is not None:
+        sources.append((part[0], partial(OmegaConf.create, part[1])))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(
+                f"{public_message(override)!r} is neither a recipe nor an override; an override is written a.b=value"
+            )
+        sources.append((override, partial(OmegaConf.from_dotlist, [override])))
+    return sources
 
 
 def _set(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,13 +150,19 @@ def _with_home(config: Any, prefix: str = "") -> Any:
                 with _read_as("written"):
                     written = config[key]
             except OmegaConfBaseException:  # of a resolver that takes an interpolation for nothing it knows
-                written = OmegaConf.to_container(config, resolve=False)[key]
+                written = _unresolved(config)[key]
             at_home = str(Path(value).expanduser()) if value.startswith("~/") else value
             if at_home != value:
-                config[key] = at_home
+                with read_write(config):
+                    config[key] = at_home
             if written != value:
                 _as_written[name, at_home] = written.replace("\0", "$")
     return config
+
+
+def _unresolved(config: Any) -> Any:
+    """Settings as plain dicts and lists, interpolations as they are written."""
+    return OmegaConf.to_container(config, resolve=False)
 
 
 @contextmanager
@@ -157,15 +180,16 @@ def notes_of_its_own() -> Iterator[None]:
 
     Without, what one recipe takes from the environment would be ``${oc.env:NAME}`` in the next that has the same value.
     """
-    before = [(notes, dict(notes)) for notes in (_as_written, _environment)]
-    for notes, _ in before:
-        notes.clear()
+    as_written, environment = dict(_as_written), dict(_environment)
+    _as_written.clear()
+    _environment.clear()
     try:
         yield
     finally:
-        for notes, held in before:
+        for notes in (_as_written, _environment):
             notes.clear()
-            notes.update(held)
+        _as_written.update(as_written)
+        _environment.update(environment)
 
 
 def _env(key: str, *default: Any) -> str | None:
@@ -242,19 +266,17 @@ def _public_address(address: str) -> str:
 
 def _reason(error: Exception) -> str:
     """What OmegaConf found wrong, and where: of a setting with few values all of them, and the nearest."""
-    if choices := _choices(error):
+    if isinstance(error, ValidationError) and (choices := _choices(error)):
         hint = nearest(str(error.value), map(str, choices), otherwise="")
         said = f"{error.full_key} is {error.value!r}; it can be {alternatives(choices)}"
         return f"{said}; {hint}" if hint else said
     lines = [line.strip() for line in str(error).splitlines()]
-    place = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{lines[0]} (at {place})" if place else lines[0]
+    name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    return f"{lines[0]} (at {name})" if name else lines[0]
 
 
-def _choices(error: Exception) -> tuple:
+def _choices(error: ValidationError) -> tuple[Any, ...]:
     """What the setting that is wrong can be, if its type is a Literal, or a list of them; else nothing."""
-    if not isinstance(error, ValidationError):
-        return ()
     if dataclasses.is_dataclass(error.object_type):
         hint = get_type_hints(error.object_type).get(error.key)
     else:
@@ -272,13 +294,14 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(public(config)))
 
 
-def options(cls: type, values: dict[str, Any], where: str) -> Any:
+def options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Make the options dataclass `cls` from a recipe's dict; an unknown name is an error with the nearest one."""
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
             raise UserError(f"{where}: unknown option {name!r}; {nearest(name, known)}")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        resolved: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(values)))
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_reason(error)}") from error
+    return resolved

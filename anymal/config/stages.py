@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -26,7 +26,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 RESERVED = ("checkpoints", "wandb")  # what a run keeps in its own folder
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Config):
     """A run, or several one after another."""
 
@@ -37,12 +37,15 @@ class Recipe(Config):
     """The name of the only stage to run; empty runs all, and passes over those that are done."""
 
 
+R = TypeVar("R", bound=Recipe)
+
+
 def load_stages(
-    schema: type[Recipe],
+    schema: type[R],
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     defaults: Sequence[str] = (),
-) -> list[Recipe]:
+) -> list[R]:
     """The settings of each stage that is to run, in order; of a recipe without stages, its own.
 
     Args:
@@ -53,8 +56,7 @@ def load_stages(
 
     Raises:
         UserError: As `anymal.config.settings.load` for each stage; or stages are not a list, one has no name, one that
-        cannot
-            be a folder's or is taken, or sets what is not its own to set; or none has the name that is asked for.
+            cannot be a folder's or is taken, or sets what is not its own to set; or none has the name asked for.
     """
     if any(re.match(r"stages\b", override) for override in overrides):
         raise UserError("stages are listed in the recipe; to run one of them alone: stage=NAME")
@@ -66,16 +68,21 @@ def load_stages(
         return [load(schema, recipe, overrides, defaults)]
     chosen = [wanted] if wanted else list(parts)
     later = [override for override in overrides if not re.match(r"model\.checkpoint[.=]", override)]
-    made = []
+    stages = []
     for name in chosen:
-        given = overrides if name == chosen[0] else later
-        stage = load(schema, recipe, given, defaults, (f"{recipe}, stage {name}", parts[name]))
-        stage.stage, stage.run.group = name, stage.run.group or stage.run.dir
-        stage.run.dir = derived("run.dir", str(Path(stage.run.dir) / name), stage.run.dir, f"/{name}")
-        made.append(stage)
-    if len(made) > 1 and made[0].run.resume not in ("auto", "never"):
-        raise UserError(f"run.resume={made[0].run.resume} is one stage's checkpoint; say which by stage=NAME")
-    return made
+        own = overrides if name == chosen[0] else later
+        whole = load(schema, recipe, own, defaults, (f"{recipe}, stage {name}", parts[name]))
+        stages.append(_in_its_folder(whole, name))
+    if len(stages) > 1 and stages[0].run.resume not in ("auto", "never"):
+        raise UserError(f"run.resume={stages[0].run.resume} is one stage's checkpoint; say which by stage=NAME")
+    return stages
+
+
+def _in_its_folder(stage: R, name: str) -> R:
+    """The settings of a stage, given them with the recipe's own ``run.dir``."""
+    whole = stage.run.dir
+    folder = derived("run.dir", str(Path(whole) / name), whole, f"/{name}")
+    return replace(stage, stage=name, run=replace(stage.run, dir=folder, group=stage.run.group or whole))
 
 
 def _parts(recipe: str | Path | None) -> dict[str, dict[str, Any]]:
@@ -112,13 +119,13 @@ def _parts(recipe: str | Path | None) -> dict[str, dict[str, Any]]:
 
 def left_behind(stages: Sequence[Config]) -> dict[str, str]:
     """Where stages leave the encoders that they train → the name of what each is made from."""
-    found: dict[str, str] = {}
+    origins: dict[str, str] = {}
     for stage in stages:
         for name, modality in stage.model.modalities.items():
             if encoder_learns(name, stage.train):
                 made_from = next(encoder_names(modality.encoder))
-                found[f"{stage.run.dir}/checkpoints/latest/encoders/{name}"] = found.get(made_from, made_from)
-    return found
+                origins[f"{stage.run.dir}/checkpoints/latest/encoders/{name}"] = origins.get(made_from, made_from)
+    return origins
 
 
 def encoder_names(encoder: Any) -> Iterator[str]:
@@ -134,11 +141,11 @@ def encoder_names(encoder: Any) -> Iterator[str]:
 
 
 def load_untrained(
-    schema: type[Recipe],
+    schema: type[R],
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     defaults: Sequence[str] = (),
-) -> list[Recipe]:
+) -> list[R]:
     """As `load_stages`; encoders that an earlier stage leaves behind replaced by those that they are made from.
 
     These are there before anything is trained, and of the same shapes: all that ``launch/estimate.py`` asks for.
@@ -153,11 +160,11 @@ def load_untrained(
             return [resolved(item) for item in value]
         return origin.get(value, value) if isinstance(value, str) else value
 
-    found = []
+    stages = []
     for stage in load_stages(schema, recipe, overrides, defaults):
         modalities = {n: replace(m, encoder=resolved(m.encoder)) for n, m in stage.model.modalities.items()}
-        found.append(replace(stage, model=replace(stage.model, modalities=modalities)))
-    return found
+        stages.append(replace(stage, model=replace(stage.model, modalities=modalities)))
+    return stages
 
 
 def config_of(stage: Recipe) -> Config:

@@ -42,14 +42,14 @@ class _Bin:
 class Packer:
     """Fills rows first-fit, looking ahead over a few samples that did not fit.
 
-    A row is done when it is full to the last token, or when more than ``data.look_ahead`` samples did not fit; these
-    begin the next one, in the order in which they came, so none waits for longer than a few rows.
+    A row is done when it is full to the last token, or when more than ``data.packing_buffer`` samples did not fit;
+    these begin the next one, in the order in which they came, so none waits for longer than a few rows.
 
     Its state is a pure function of the pending samples (those that it was given and has not returned), in their order:
     given the same samples again, a new packer goes on alike. That is all that a bookmark has to know of it.
 
     Args:
-        data: ``row_tokens``, ``batch_size``, ``look_ahead``, ``encoder_cost`` and ``group_by``.
+        data: ``row_tokens``, ``batch_size``, ``packing_buffer``, ``encoder_cost`` and ``group_by``.
     """
 
     def __init__(self, data: DataConfig):
@@ -63,7 +63,7 @@ class Packer:
         bin = self._bins.setdefault(keys[self.data.group_by], _Bin())
         self._put(bin, item)
         rows = []
-        while bin.used == self.budget or len(bin.missed) > self.data.look_ahead:
+        while bin.used == self.budget or len(bin.missed) > self.data.packing_buffer:
             rows.append(sorted(bin.row, key=lambda item: len(item.tokens.ids)))  # see anymal.model.attention
             missed, bin.row, bin.used, bin.missed = bin.missed, [], 0, []
             for earlier in missed:

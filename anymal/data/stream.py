@@ -10,7 +10,7 @@ it is done this way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,7 +118,7 @@ class Stream:
         self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
         self.quarantine.in_a_row = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for row in self.rows():
             batch = self.collate([item.tokens for item in row])
             batch.datasets = dict(Counter(item.dataset for item in row))

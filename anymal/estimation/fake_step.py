@@ -102,7 +102,7 @@ class FakeStep:
 
     def _model(self, depth: int) -> AnyMAL:
         dtype = torch.bfloat16 if self.gpu else torch.float32
-        settings, learns = self.config.model.llm, networks.llm_learns(self.config)
+        settings, learns = self.config.model.llm, networks.llm_learns(self.config.train)
         settings = replace(settings, bits=32) if learns else settings  # as load_llm has it
         llm = make_llm(settings, with_layers(self._llm_config, depth), self._fake, dtype)
         with computing_on(self._fake, gpu=self.gpu):
@@ -134,7 +134,7 @@ class FakeStep:
         trained = at_depth(lambda m: sum(p.numel() for p in trainable(m).values()))
         whole = at_depth(lambda m: stored_bytes(m.llm))
         body = whole - outside - 4 * lora
-        learns, llm_learns = set(map(id, trainable(model).values())), networks.llm_learns(self.config)
+        learns, llm_learns = set(map(id, trainable(model).values())), networks.llm_learns(self.config.train)
         return ResidentMemory(
             body=0 if llm_learns else body,  # then it is among what is trained
             embeddings_and_head=0 if llm_learns else outside,

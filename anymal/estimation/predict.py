@@ -25,7 +25,7 @@ ROUNDS = 6  # of fake steps in search of the largest micro-batch
 MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EstimateConfig(Recipe):
     """A run, and what is to be known about it."""
 
@@ -110,8 +110,8 @@ def _resident_by_part(resident: ResidentMemory, config: Config, world: int) -> C
 def _during(resident: ResidentMemory, config: Config, world: int) -> Counter:
     """Gradients beside the activations: in ZeRO's bucket, and with gradient accumulation of earlier micro-batches."""
     if not config.engine.zero:  # they are among what the step keeps, unless they were there before
-        return Counter({"gradients": 4 * resident.trained if config.optim.accumulate > 1 else 0})
-    kept = 4 * resident.trained / world if config.optim.accumulate > 1 else 0
+        return Counter({"gradients": 4 * resident.trained if config.optim.gradient_accumulation > 1 else 0})
+    kept = 4 * resident.trained / world if config.optim.gradient_accumulation > 1 else 0
     return Counter({"gradients": round(4 * min(BUCKET, resident.trained) + kept)})
 
 
@@ -260,13 +260,13 @@ def arithmetic(fake_step: FakeStep, work: Workload, samples: int, config: Estima
     """The table of FLOPs, and what they take in time and money."""
     needed, recomputed = fake_step.flops(work, samples)
     tokens = samples * fake_step.mean_tokens(work)
-    per_step = samples * config.optim.accumulate * config.world
+    per_step = samples * config.optim.gradient_accumulation * config.world
     lines = [f"Arithmetic: GFLOP a token, TFLOP an optimizer step of {per_step} samples on {config.world} GPU(s)"]
-    micro = config.optim.accumulate * config.world
+    micro = config.optim.gradient_accumulation * config.world
     by_part = {**needed, "what is needed": needed.total(), "recomputed on top": recomputed}
     lines += [f"  {name:<34} {n / tokens / 1e9:>9.3f} {n * micro / TERA:>12,.1f}" for name, n in by_part.items() if n]
-    total = needed.total() * config.optim.accumulate / TERA  # of one GPU
-    with_both = (needed.total() + recomputed) * config.optim.accumulate / TERA
+    total = needed.total() * config.optim.gradient_accumulation / TERA  # of one GPU
+    with_both = (needed.total() + recomputed) * config.optim.gradient_accumulation / TERA
     rows = []
     if config.run.peak_tflops:
         rows.append((f"floor, at {config.run.peak_tflops:g} TFLOP/s", total / config.run.peak_tflops))

@@ -1,8 +1,8 @@
-"""How good the answers are: caption metrics in plain Python, accuracy, and how sure one can be of it.
+"""Metrics: captions (CIDEr-D, ROUGE-L, BLEU), accuracy and its confidence interval, POPE's figures of yes/no questions.
 
-`anymal.evaluation.evaluate` calls these with what the model said beside what is right. The caption metrics follow the
-formulas of the COCO caption evaluation, whose usual implementation needs Java for its tokenizer; the figures are the
-same as there for the same words (tests/evaluation/test_metrics.py holds them side by side). They are figures of a whole
+`anymal.evaluation.scores` calls these with what the model said beside what is right. The caption metrics follow the
+formulas of the COCO caption evaluation, whose usual implementation needs Java for its tokenizer. For the same words the
+figures are the same as there (tests/evaluation/test_metrics.py holds them side by side). They are figures of a whole
 corpus: do not average them over parts of one.
 """
 
@@ -74,10 +74,11 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]], *, sig
             }
 
         for caption, several in corpus:
-            said = weigh(caption)
+            vector = weigh(caption)
             total += sum(
-                _clipped_cosine(said, weigh(right)) * math.exp(-(_length_gap(caption, right) ** 2) / (2 * sigma**2))
-                for right in several
+                _clipped_cosine(vector, weigh(reference))
+                * math.exp(-(_length_gap(caption, reference) ** 2) / (2 * sigma**2))
+                for reference in several
             ) / len(several)
     return 10.0 * total / 4 / len(corpus)
 
@@ -87,11 +88,12 @@ def _length_gap(a: list[str], b: list[str]) -> int:
     return max(len(a) - 1, 0) - max(len(b) - 1, 0)
 
 
-def _clipped_cosine(said: dict[Ngram, float], right: dict[Ngram, float]) -> float:
-    norms = math.sqrt(sum(w * w for w in said.values())) * math.sqrt(sum(w * w for w in right.values()))
+def _clipped_cosine(candidate: dict[Ngram, float], reference: dict[Ngram, float]) -> float:
+    norms = math.sqrt(sum(w * w for w in candidate.values())) * math.sqrt(sum(w * w for w in reference.values()))
     if norms == 0:
         return 0.0
-    return sum(min(weight, right.get(ngram, 0.0)) * right.get(ngram, 0.0) for ngram, weight in said.items()) / norms
+    common = (min(weight, reference.get(ngram, 0.0)) * reference.get(ngram, 0.0) for ngram, weight in candidate.items())
+    return sum(common) / norms
 
 
 def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]], *, beta: float = 1.2) -> float:
@@ -101,10 +103,10 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]], *, bet
     weighs `beta` times as much as precision and each is the best over the references. Raises as `cider_d`.
     """
     scores = []
-    for said, several in _tokenized(captions, references):
-        common = [_longest_common_subsequence(said, right) for right in several]
-        precision = max(common) / max(len(said), 1)
-        recall = max(c / max(len(right), 1) for c, right in zip(common, several, strict=True))
+    for caption, several in _tokenized(captions, references):
+        common = [_longest_common_subsequence(caption, reference) for reference in several]
+        precision = max(common) / max(len(caption), 1)
+        recall = max(c / max(len(reference), 1) for c, reference in zip(common, several, strict=True))
         both = precision and recall
         scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision) if both else 0.0)
     return sum(scores) / len(scores)
@@ -127,13 +129,14 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]], *, size: 
     """
     matched, possible = [0] * size, [0] * size
     length = reference_length = 0
-    for said, several in _tokenized(captions, references):
-        length += len(said)
-        reference_length += min((len(right) for right in several), key=lambda n: (abs(n - len(said)), n))
+    for caption, several in _tokenized(captions, references):
+        length += len(caption)
+        closest = [(abs(len(reference) - len(caption)), len(reference)) for reference in several]
+        reference_length += min(closest)[1]
         for n in range(1, size + 1):
-            counts, most = _ngrams(said, n), Counter()
-            for right in several:
-                most |= _ngrams(right, n)
+            counts, most = _ngrams(caption, n), Counter()
+            for reference in several:
+                most |= _ngrams(reference, n)
             matched[n - 1] += (counts & most).total()
             possible[n - 1] += counts.total()
     if not all(matched):
@@ -164,14 +167,14 @@ def says_no(answer: str) -> bool:
     return not {"No", "no", "not"}.isdisjoint(first.split())
 
 
-def yes_no(said: Sequence[str], answers: Sequence[str]) -> dict[str, float | None]:
-    """POPE's figures of the answers to yes/no questions; yes is what is counted as found.
+def yes_no(predicted: Sequence[str], answers: Sequence[str]) -> dict[str, float | None]:
+    """POPE's figures of the answers to yes/no questions (object hallucination); yes is the positive class.
 
     Li and others: "Evaluating Object Hallucination in Large Vision-Language Models", 2023 (arXiv 2305.10355). Who says
-    yes to everything has an accuracy of the share of right yes, recall 1 and yes_ratio 1.
+    yes to everything has as accuracy the share of right yes, and recall and yes_ratio 1.
 
     Args:
-        said: Answers in any words; see `says_no`.
+        predicted: Answers in any words; see `says_no`.
         answers: The right ones, "yes" or "no" in any case.
 
     Returns:
@@ -182,28 +185,29 @@ def yes_no(said: Sequence[str], answers: Sequence[str]) -> dict[str, float | Non
     Raises:
         ValueError: There are none, their numbers differ, or a right answer is neither yes nor no.
     """
-    if not answers or len(said) != len(answers):
-        raise ValueError(f"{len(said)} predictions and {len(answers)} answers; there must be as many, and some")
+    if not answers or len(predicted) != len(answers):
+        raise ValueError(f"{len(predicted)} predictions and {len(answers)} answers; there must be as many, and some")
     right = [answer.strip().lower() for answer in answers]
     if unknown := set(right) - {"yes", "no"}:
         raise ValueError(f"{', '.join(map(repr, sorted(unknown)))} is neither yes nor no")
-    seen = Counter((not says_no(s), r == "yes") for s, r in zip(said, right, strict=True))
-    found, claimed, there = seen[True, True], seen[True, True] + seen[True, False], right.count("yes")
+    seen = Counter((not says_no(s), r == "yes") for s, r in zip(predicted, right, strict=True))
+    hits, claimed, positives = seen[True, True], seen[True, True] + seen[True, False], right.count("yes")
     return {
         "n": len(right),
-        "accuracy": (found + seen[False, False]) / len(right),
-        "precision": found / claimed if claimed else None,
-        "recall": found / there if there else None,
-        "f1": 2 * found / (claimed + there) if claimed + there else None,
+        "accuracy": (hits + seen[False, False]) / len(right),
+        "precision": hits / claimed if claimed else None,
+        "recall": hits / positives if positives else None,
+        "f1": 2 * hits / (claimed + positives) if claimed + positives else None,
         "yes_ratio": claimed / len(right),
     }
 
 
 def wilson_interval(k: int, n: int, *, z: float = 1.96) -> tuple[float, float]:
-    """Between which shares the true one lies (95% at the default `z`), having seen `k` of `n`.
+    """The confidence interval of a share (95% at the default `z`), having seen `k` of `n`.
 
     Wilson: "Probable Inference, the Law of Succession, and Statistical Inference", 1927. Unlike k/n ± z·error, it
-    holds for few samples and for shares near 0 and 1.
+    holds for few samples and for shares near 0 and 1. In closed form, so no bootstrap is needed; like one over samples,
+    it takes them for independent.
 
     Raises:
         ValueError: `k` is not within 0 and `n`, or `n` is 0.

@@ -72,8 +72,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def _stages(run: Path) -> list[Path]:
-    found = {path.parent.name: path.parent for path in run.glob("*/metrics.jsonl")}
-    return [found.pop(name) for name in STAGES if name in found] + [found[name] for name in sorted(found)]
+    folders = {path.parent.name: path.parent for path in run.glob("*/metrics.jsonl")}
+    return [folders.pop(name) for name in STAGES if name in folders] + [folders[name] for name in sorted(folders)]
 
 
 def _header(run: Path, stages: Sequence[Path], evaluation: Mapping[str, Any]) -> str:
@@ -107,8 +107,8 @@ def _results(evaluation: Mapping[str, Any]) -> str:
         f"<h2>Held-out results</h2>{_bars(sets)}{shown}"
         '<p class="soft small">Accuracy: the right option is chosen. <b>Blank</b> and <b>shuffled</b> are the '
         "same model with an empty medium and with another sample’s; × control compares with the better of them. "
-        "95% is the Wilson interval. CIDEr-D (0–10), exact, empty and cut are of what the model says freely; the loss "
-        "is that of the right answers, in nats per token.</p>"
+        "95% is the confidence interval (Wilson). CIDEr-D (0–10), exact, empty and cut are of what the model says "
+        "freely; the loss is that of the right answers, in nats per token.</p>"
     )
 
 
@@ -126,16 +126,16 @@ def _bars(sets: Mapping[str, Any]) -> str:
     """The accuracy of each set of closed questions above its controls."""
     rows = []
     for name, result in sets.items():
-        found = {condition: (result.get(condition) or {}).get("accuracy") for condition in CONDITIONS}
-        if found[OWN] is None:
+        shares = {condition: (result.get(condition) or {}).get("accuracy") for condition in CONDITIONS}
+        if shares[OWN] is None:
             continue
         bars = "".join(
             f'<div class="bar{" ours" if key == OWN else ""}" style="width:{100 * (share or 0):.1f}%" '
             f'title="{key}: {percent(share)}"></div>'
-            for key, share in found.items()
+            for key, share in shares.items()
         )
         rows.append(
-            f'<tr><td>{escape(name)}</td><td class="n">{percent(found[OWN])}</td><td class="bars">{bars}</td></tr>'
+            f'<tr><td>{escape(name)}</td><td class="n">{percent(shares[OWN])}</td><td class="bars">{bars}</td></tr>'
         )
     head = '<tr><th>set</th><th class="n">accuracy</th><th>accuracy, blank, shuffled</th></tr>'
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else ""

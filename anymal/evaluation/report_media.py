@@ -1,4 +1,4 @@
-"""What `launch/report.py` draws: one medium as HTML by its file's ending, and curves; all of it inside the page.
+"""What `anymal report` draws: one medium as HTML by its file's ending, and curves; all of it inside the page.
 
 Media and plots become data URIs, so that the page is one file that needs no network. Plots are transparent with
 mid-grey axes: they read the same on a light and a dark page.
@@ -72,8 +72,9 @@ def loss_plot(lines: Sequence[Mapping[str, float]]) -> str:
     axes.set_ylabel("loss (nats per answer token)", color=GREY, fontsize=8)
     axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[1]:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(names)}
-        axes.legend(frameon=False, labelcolor=GREY, fontsize=8, **place)
+        axes.legend(
+            frameon=False, labelcolor=GREY, fontsize=8, ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1)
+        )
     return _image(figure, "loss curves")
 
 
@@ -149,11 +150,12 @@ def _signal_plot(path: Path) -> str:
         axes.set_xlim(0, len(part) - 1)
         if i < len(panels) - 1:
             axes.set_xticklabels([])
+        else:
+            axes.set_xlabel("reading", color=GREY, fontsize=7)
         if six and i == 0:
             axes.legend(
                 frameon=False, labelcolor=GREY, fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.95)
             )
-    axes.set_xlabel("reading", color=GREY, fontsize=7)
     return _image(figure, "signals over time")
 
 

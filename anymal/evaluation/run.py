@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from omegaconf import MISSING
@@ -22,15 +22,17 @@ from anymal.config.schema import Config, DataConfig
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import samples_once, unchanged
 from anymal.errors import BudgetExceeded, UserError
-from anymal.evaluation.evaluate import ask, evaluate
+from anymal.evaluation.evaluate import evaluate, prepare_held_out
 from anymal.evaluation.report import read_lines
 from anymal.evaluation.scores import Rule, agreement, figures, predictions, read_records, write_record
 from anymal.evaluation.tables import print_table
+from anymal.files import write_whole
 from anymal.model.llm import device
 from anymal.model.registry import Registry
 from anymal.sample import Sample
 
 BITS = (4, 8, 16, 32)
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,7 @@ class EvaluateConfig:
     """By what an option is chosen, for the figures called accuracy (all three are reported): sum, the log-likelihood of
     the option; bytes, that by byte of its text; or blank, that less the same with a blank medium."""
     max_new_tokens: int = 16
-    """Longest free answer; 0 asks for none."""
+    """Longest free answer; 0 generates none."""
     batch_size: int = 16
     """Media encoded, and prompts answered, at once."""
     workers: int = 2
@@ -63,7 +65,7 @@ class EvaluateConfig:
     media: int = 64
     """So many samples of each set have their media and predictions kept for the report."""
     seed: int = 0
-    """Of the order: which samples `limit` takes, and who lends whom media in the shuffled control."""
+    """Of the order: which samples `limit` takes, and whose media each is shown in the shuffled control."""
     notes: list[str] = field(default_factory=list)
     """Remarks that the report shows."""
 
@@ -87,32 +89,35 @@ def main(usage: str, registry: Registry) -> None:
         raise UserError("nothing to evaluate: give sets.NAME=SHARDS")
     folder = checkpoint.existing(config.checkpoint)
     trained = checkpoint.recipe(folder).model.llm.bits
-    asked = checkpoint.recipe(folder, model=config.model).model
-    several = list(dict.fromkeys(bits or asked.llm.bits for bits in listed(config.bits)))
+    model = checkpoint.recipe(folder, model=config.model).model
+    precisions = list(dict.fromkeys(bits or model.llm.bits for bits in listed(config.bits)))
     out = Path(config.out or folder / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    media = {name: write_media(config, registry, name, asked.modalities, out / "media" / name) for name in config.sets}
+    media = {name: write_media(config, registry, name, model.modalities, out / "media" / name) for name in config.sets}
     temporary = out / f".records.jsonl.{os.getpid()}"
     try:
         with temporary.open("w") as lines:
-            for bits in several:
+            for bits in precisions:
                 recipe = checkpoint.recipe(folder, [f"model.llm.bits={bits}"], config.model)
                 write_records(config, registry, recipe, folder, lines)
         temporary.replace(out / "records.jsonl")
     finally:
         temporary.unlink(missing_ok=True)
-    evaluation = summarise(config, out, folder, several, media)
-    temporary = out / f".evaluation.json.{os.getpid()}"
-    temporary.write_text(json.dumps(evaluation, indent=1))
-    temporary.replace(out / "evaluation.json")
+    evaluation = summarise(config, out, folder, precisions, media)
+    write_whole(out / "evaluation.json", json.dumps(evaluation, indent=1))
     precision.save(folder, trained, {int(bits): sets for bits, sets in evaluation["precisions"].items()})
     print(print_table(evaluation))
     print(f"written: {out / 'evaluation.json'}")
 
 
 def held_out(
-    config: EvaluateConfig, registry: Registry, name: str, modalities: Collection[str], prepare: Any, limit: int
-) -> Iterator[Any]:
+    config: EvaluateConfig,
+    registry: Registry,
+    name: str,
+    modalities: Collection[str],
+    prepare: Callable[[Sample], T],
+    limit: int,
+) -> Iterator[T]:
     """The samples of a set in the order of the evaluation, each as `prepare` makes it.
 
     Media of other modalities than the model's are ignored.
@@ -122,9 +127,16 @@ def held_out(
     """
     data = DataConfig(shards=config.sets[name], workers=config.workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": registry.suffixes(), "modalities": list(modalities), "prepare": prepare}
     try:
-        yield from samples_once(data, **parts, quarantine=quarantine, seed=config.seed, limit=limit)
+        yield from samples_once(
+            data,
+            suffixes=registry.suffixes(),
+            modalities=list(modalities),
+            prepare=prepare,
+            quarantine=quarantine,
+            seed=config.seed,
+            limit=limit,
+        )
     except BudgetExceeded as error:
         raise UserError(f"sets.{name}: held-out data must be whole. {error}") from error
 
@@ -133,33 +145,43 @@ def write_records(config: EvaluateConfig, registry: Registry, recipe: Config, fo
     """Evaluate all sets with the LLM at one precision, record by record."""
     built = build(recipe, device(), registry, start=folder)
     bits = recipe.model.llm.bits
-    sizes = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    prepare = partial(prepare_held_out, built.prepare)
     for name in config.sets:
-        asked = held_out(config, registry, name, built.adapters, partial(ask, built.prepare), config.limit)
-        records = evaluate(built.model, built.tokenizer, asked, **sizes)
+        samples = held_out(config, registry, name, built.adapters, prepare, config.limit)
+        records = evaluate(
+            built.model,
+            built.tokenizer,
+            samples,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+        )
         for record in tqdm(records, desc=f"{name}, {bits} bits", unit=" answers", dynamic_ncols=True):
             lines.write(write_record(record, set=name, bits=bits))
 
 
 def summarise(
-    config: EvaluateConfig, out: Path, folder: Path, several: list[int], media: dict[str, dict[Any, list[str]]]
+    config: EvaluateConfig,
+    out: Path,
+    folder: Path,
+    precisions: list[int],
+    media: dict[str, dict[tuple[str, str], list[str]]],
 ) -> dict[str, Any]:
-    """What evaluation.json holds: all of it from the records."""
-    precisions: dict[str, dict[str, Any]] = {}
+    """What evaluation.json holds: its figures are computed from the records alone."""
+    by_bits: dict[str, dict[str, Any]] = {}
     for name in config.sets:
         reference = None
-        for bits in several:
+        for bits in precisions:
             records = read_records(out / "records.jsonl", set=name, bits=bits)
             result = figures(records, config.choose)
-            asked = sorted({(record.shard, record.key) for record in records})
-            result["samples"] = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+            samples = sorted({(record.shard, record.key) for record in records})
+            result["samples"] = hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:16]
             result["same_choice"] = None if reference is None else agreement(reference, records, config.choose)
             kept = (p for p in predictions(records, config.choose) if (p["shard"], p["key"]) in media[name])
             result["predictions"] = [p | {"media": media[name][p["shard"], p["key"]]} for p in kept]
             reference = records if reference is None else reference
-            precisions.setdefault(str(bits), {})[name] = result
+            by_bits.setdefault(str(bits), {})[name] = result
     return {
-        "precisions": precisions,
+        "precisions": by_bits,
         "checkpoint": str(folder),
         "seed": config.seed,
         "limit": config.limit,
@@ -178,7 +200,7 @@ def write_media(
     folder.mkdir(parents=True, exist_ok=True)
     limit = min(config.limit or config.media, config.media)
     names: dict[tuple[str, str], list[str]] = {}
-    samples: Iterator[Sample] = held_out(config, registry, name, modalities, unchanged, limit)
+    samples = held_out(config, registry, name, modalities, unchanged, limit)
     for i, sample in enumerate(samples):
         mine = names.setdefault((sample.shard, sample.key), [])
         for n, part in enumerate(sample.media()):
@@ -197,12 +219,12 @@ def training_speed(folder: Path) -> float | None:
 
 
 def trained_parameters(folder: Path) -> int:
-    """How many numbers a checkpoint holds in projectors, LoRA, and in encoders and an LLM that were trained."""
+    """How many parameters a checkpoint holds: projectors, LoRA, and encoders and an LLM that were trained."""
     from safetensors import safe_open
 
     total = 0
-    parts = ("adapters", "lora", "encoders", "llm")
-    for path in (path for part in parts for path in folder.glob(f"{part}/**/*.safetensors")):
+    folders = ("adapters", "lora", "encoders", "llm")
+    for path in (path for name in folders for path in folder.glob(f"{name}/**/*.safetensors")):
         with safe_open(path, "pt") as file:
             total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     return total

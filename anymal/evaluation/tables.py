@@ -1,6 +1,6 @@
 """An evaluation as tables: their titles, columns and cells, for the terminal and for the report's page.
 
-`evaluation` is always what ``launch/evaluate.py`` wrote as evaluation.json. What is not there, or not defined, is a –.
+`evaluation` is always what `anymal evaluate` wrote as evaluation.json. What is not there, or not defined, is a –.
 """
 
 import textwrap
@@ -78,10 +78,10 @@ def _free(evaluation: Mapping[str, Any]) -> Table:
 def _yes_no(evaluation: Mapping[str, Any]) -> Table:
     """POPE's figures of each set of yes/no questions, once for each way of answering."""
     rows = [
-        [f"{name}, {how}", str(found["n"]), *(percent(found[key]) for key in list(YES_NO.values())[1:])]
+        [f"{name}, {how}", str(scores["n"]), *(percent(scores[key]) for key in list(YES_NO.values())[1:])]
         for name, result in sets_of(evaluation).items()
-        for how, found in result.get("yes_no", {}).items()
-        if found
+        for how, scores in result.get("yes_no", {}).items()
+        if scores
     ]
     return Table(columns=["yes/no questions", *YES_NO], rows=rows)
 
@@ -136,7 +136,7 @@ def chose_right(prediction: Mapping[str, Any]) -> bool | None:
 
 
 def said_right(prediction: Mapping[str, Any]) -> bool | None:
-    """Whether what was said is the answer, in the same words; None if nothing was asked for."""
+    """Whether the free answer is the right one, in the same words; None if none was generated."""
     if prediction.get("said") is None:
         return None
     said, answer = (words(text) or [text.strip()] for text in (prediction["said"], prediction["answer"]))
@@ -160,8 +160,8 @@ def print_table(evaluation: Mapping[str, Any], examples: int = 3) -> str:
     lines: list[str] = []
     for table in tables(evaluation):
         lines += [*_aligned([table.columns, *table.rows]), ""]
-    if said := list(remarks(evaluation)):
-        lines += [*said, ""]
+    if notes := list(remarks(evaluation)):
+        lines += [*notes, ""]
     for name, result in sets_of(evaluation).items():
         lines += [name, *(f"  {_prediction(one)}" for one in result.get("predictions", [])[:examples]), ""]
     if (trained := evaluation.get("trained_parameters")) is not None:
@@ -173,15 +173,15 @@ def print_table(evaluation: Mapping[str, Any], examples: int = 3) -> str:
 
 def _prediction(one: Mapping[str, Any]) -> str:
     """``✓ chose guitar, ✗ said “” (answer: guitar)``: an empty answer is shown as it is."""
-    given = []
+    answers = []
     for right, how, text in (
         (chose_right(one), "chose", one.get("choice")),
         (said_right(one), "said", one.get("said")),
     ):
-        if right is not None:
+        if right is not None and text is not None:
             shown = textwrap.shorten(text, 60)
-            given.append(f"{'✓' if right else '✗'} {how} {shown if how == 'chose' else f'“{shown}”'}")
-    return f"{', '.join(given)} (answer: {textwrap.shorten(one['answer'], 60)})"
+            answers.append(f"{'✓' if right else '✗'} {how} {shown if how == 'chose' else f'“{shown}”'}")
+    return f"{', '.join(answers)} (answer: {textwrap.shorten(one['answer'], 60)})"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

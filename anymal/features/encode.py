@@ -262,13 +262,13 @@ def frozen_encoders(stage: Config, registry: Registry, earlier: Sequence[Config]
     start = None
     if stage.model.checkpoint is not None:
         try:
-            start = find_start(stage)
+            start = find_start(stage.model)
         except UserError:
             if not earlier:
                 raise
     encoders: dict[str, Encoder] = {}
     starts = start.modalities if start else {}
-    for name, modality in networks.encoders_of(stage, starts).items():
+    for name, modality in networks.encoders_of(stage.model.modalities, starts).items():
         if encoder_learns(name, stage.train):
             print(f"{name}: its encoder learns, so its features do not last")
         elif _awaited(stage, name, start, earlier):

@@ -46,8 +46,9 @@ def _chosen(model: AnyMAL, name: str) -> Iterator[nn.Parameter]:
     """The parameters that a name in `train` stands for."""
     group, _, modality = name.partition(".")
     if group == "encoders":
-        for trained in [modality] if modality else model.trained_encoders:
-            yield from _used(model.encoders[trained], model.device)
+        for trained in model.trained_encoders:
+            if modality in ("", trained):
+                yield from _used(model.encoders[trained], model.device)
         return
     if group == "llm" and any("lora_" in path for path, _ in model.llm.named_parameters()):
         raise UserError("train lists 'llm', but the LLM has a LoRA: train one or the other, or start without the LoRA")

@@ -89,22 +89,22 @@ def _known(setting: str) -> str:
     raise UserError(f"{setting}: there is no setting {name}; {hint} (a text that looks so is given by standard input)")
 
 
-def medium(asked: str, name: str, file: str, modalities: Collection[str]) -> Part:
-    """A file as a medium of modality `name`; `asked` is how that was written.
+def medium(argument: str, name: str, file: str, modalities: Collection[str]) -> Part:
+    """A file as a medium of modality `name`; `argument` is how that was written, for messages.
 
     Raises:
         UserError: There is no such modality or file, or the file cannot be read.
     """
     if name not in modalities:
         hint = nearest(name.partition("=")[0], modalities)
-        raise UserError(f"{asked}: there is no such modality; {hint} A setting is written name=value, without --")
+        raise UserError(f"{argument}: there is no such modality; {hint} A setting is written name=value, without --")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"{asked} needs a file; {file!r} is none")
+        raise UserError(f"{argument} needs a file; {file!r} is none")
     try:
         return Part(kind=name, content=path.read_bytes(), member=path.name)
     except OSError as error:
-        raise UserError(f"{asked} {file}: {error.strerror}") from error
+        raise UserError(f"{argument} {file}: {error.strerror}") from error
 
 
 @process_as_found()
@@ -218,7 +218,7 @@ def _painter(config: ChatConfig) -> Painter | None:
     if not config.draw:
         return None
     return Painter(
-        name=config.draw, place=device(), steps=config.draw_steps, size=config.draw_size, seed=config.draw_seed
+        name=config.draw, device=device(), steps=config.draw_steps, size=config.draw_size, seed=config.draw_seed
     )
 
 

@@ -1,10 +1,10 @@
-"""A conversation with a model: what was said so far, the media of the next question, and its answer as it comes.
+"""A conversation with a model: its history, the media of the next question, and the answer, streamed.
 
     attach(medium) ─▶ attached ─┐
     ask(parts) ─────────────────┴▶ messages ──Prepare──▶ Tokens ──embed_prompt──▶ generate ──▶ pieces of text
 
 Every question is read together with all that came before it, by the same code that reads a sample of several turns, so
-an answer is what an evaluation of that sample would get. Nothing is printed here: a terminal (`launch/chat.py`) or
+an answer is what an evaluation of that sample would get. Nothing is printed here: a terminal (`anymal chat`) or
 whatever else answers people shows the pieces.
 """
 
@@ -19,6 +19,7 @@ from anymal.checkpoints.build import Built
 from anymal.data.prompt import LONGEST_TOKEN
 from anymal.errors import BadSample, UserError
 from anymal.model.generate import Embedded, Said, embed_prompt, generate
+from anymal.model.llm import base_model
 from anymal.sample import TEXT, Message, Part, Sample
 
 
@@ -37,19 +38,20 @@ class Conversation:
     temperature: float = 0.0
     """0 takes the likeliest token each time; higher values draw among the likely ones."""
     messages: list[Message] = field(default_factory=list)
-    """What was said so far, media as encoded bytes; without the recipe's system message, which is always put first."""
+    """The history, media as encoded bytes; without the recipe's system message, which is always put first."""
     attached: list[Part] = field(default_factory=list)
     """Media that the next question begins with."""
     notes: list[str] = field(default_factory=list)
     """What decoding left out of the last question's media, or added: ``"b.wav: cropped to the middle 10 s"``."""
     cut: str = ""
-    """Why the last answer has no end; empty if it has one."""
+    """Why the last answer was truncated; empty if it was not."""
 
     @property
     def limit(self) -> int | None:
-        """The most tokens that the LLM reads, its answer included; None if it has no such bound."""
-        known = getattr(self.built.model.llm.config.get_text_config(), "max_position_embeddings", None)
-        return known if known and known > 0 else None
+        """The context length: the most tokens that the LLM reads, its answer included; None if it has no such bound."""
+        text_config = base_model(self.built.model.llm).config.get_text_config()
+        most = getattr(text_config, "max_position_embeddings", None)
+        return most if most and most > 0 else None
 
     def attach(self, medium: Part) -> str:
         """Put a medium before the next question.
@@ -101,66 +103,66 @@ class Conversation:
     def _characters(self, question: Message) -> int:
         return sum(len(p.content) for m in [*self.messages, question] for p in m.parts if p.kind == TEXT)
 
-    def _require(self, found: int, most: int, unit: str) -> None:
-        if found > most:
-            raise ContextTooLong(f"with this question the conversation has {found} {unit}; at most {most} can be read")
+    def _require(self, count: int, most: int, unit: str) -> None:
+        if count > most:
+            raise ContextTooLong(f"with this question the conversation has {count} {unit}; at most {most} can be read")
 
     def _decoded(self, messages: list[Message]) -> Sample:
         return self.built.prepare.decode(Sample(key="prompt", shard="conversation", messages=messages))
 
     def _answer(self, question: Message, prompt: Embedded, longest: int) -> Generator[str, None, None]:
         """The pieces of the answer. It is generated in a thread of its own, which ends with this iterator."""
-        built, tokens, ids, shown = self.built, _Tokens(), [], ""
+        built, streamer, ids, shown = self.built, _Streamer(), [], ""
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {}
         with ThreadPoolExecutor(1) as thread:
             work: Future[list[Said]] = thread.submit(
-                generate, built.model, built.tokenizer, [prompt], max_new_tokens=longest, streamer=tokens, **sampling
+                generate, built.model, built.tokenizer, [prompt], max_new_tokens=longest, streamer=streamer, **sampling
             )
-            work.add_done_callback(lambda _: tokens.come.put(None))
+            work.add_done_callback(lambda _: streamer.queue.put(None))
             try:
-                while (new := tokens.come.get()) is not None:
+                while (new := streamer.queue.get()) is not None:
                     ids += new
                     text = built.tokenizer.decode(ids, skip_special_tokens=True).strip()
                     if text.startswith(shown) and not text.endswith("\ufffd"):  # that is half of a character
                         piece, shown = text[len(shown) :], text
                         if piece:
                             yield piece
-                (said,) = work.result()
-                if said.text[len(shown) :]:
-                    yield said.text[len(shown) :]
+                (answer,) = work.result()
+                if answer.text[len(shown) :]:
+                    yield answer.text[len(shown) :]
             except (GeneratorExit, KeyboardInterrupt):
                 if shown:
                     self._keep(question, shown, "interrupted")
                 raise
             finally:
-                tokens.wanted = False
+                streamer.stopped = True
         why = f"max_new_tokens is {longest}" if longest == self.max_new_tokens else f"the LLM reads {self.limit} tokens"
-        self._keep(question, said.text, why if said.cut else "")
+        self._keep(question, answer.text, why if answer.cut else "")
 
     def _keep(self, question: Message, answer: str, cut: str) -> None:
-        said = Message(role="assistant", parts=[Part(kind=TEXT, content=answer)])
-        self.messages, self.attached, self.cut = [*self.messages, question, said], [], cut
+        reply = Message(role="assistant", parts=[Part(kind=TEXT, content=answer)])
+        self.messages, self.attached, self.cut = [*self.messages, question, reply], [], cut
 
 
-class _Unwanted(Exception):
+class _Stopped(Exception):
     """Nobody reads the answer any more."""
 
 
-class _Tokens:
-    """A streamer, as ``generate`` of transformers takes one: hands ids on, and ends the generation if asked to.
+class _Streamer:
+    """A streamer, as ``generate`` of transformers takes one: hands token ids on, and ends the generation when stopped.
 
     That library's own ones give text whose blanks may differ from the answer's after a line break.
     """
 
     def __init__(self):
-        self.come: SimpleQueue[list[int] | None] = SimpleQueue()
-        self.wanted = True
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
+        self.stopped = False
 
     def put(self, ids: Tensor) -> None:
         """Some more token ids; first those of the prompt, which are none where embeddings are given."""
-        if not self.wanted:
-            raise _Unwanted
-        self.come.put(ids.flatten().tolist())
+        if self.stopped:
+            raise _Stopped
+        self.queue.put(ids.flatten().tolist())
 
     def end(self) -> None:
         """All has come; the thread's result says so, too."""

@@ -1,9 +1,9 @@
-"""Pictures that an answer asks for: ``<h>prompt</h>`` in what the LLM says → a text-to-image pipeline → PNG files.
+"""Drawing: ``<h>prompt</h>`` in an answer → a text-to-image pipeline of diffusers → PNG files.
 
     answer ──split──▶ reply, prompts ──Painter──▶ FOLDER/0000.png, …
 
 The contract is Mini-Gemini's (Li and others, arXiv 2403.18814): the LLM writes the prompt between tags, as
-plain text, and a diffusion model that nobody trained draws it. `launch/chat.py` is what people run.
+plain text, and a diffusion model that nobody trained draws it. `anymal chat` is what people run.
 """
 
 import gc
@@ -38,14 +38,14 @@ class Painter:
 
     name: str
     """Hub name or local folder, such as stabilityai/stable-diffusion-xl-base-1.0."""
-    place: torch.device
+    device: torch.device
     """Where it runs: in bfloat16 on a GPU, else in float32."""
     steps: int = 0
     """Denoising steps; 0 takes the pipeline's default."""
     size: int = 0
     """Height and width in pixels; 0 takes the pipeline's default."""
     seed: int = 0
-    """Of the noise that the first prompt of an answer starts from; the next one's is one more."""
+    """Of the noise that the first prompt of an answer starts from; the second's is one more, and so on."""
 
     def __post_init__(self):
         if min(self.steps, self.size, self.seed) < 0:
@@ -68,16 +68,16 @@ class Painter:
         if not prompts:
             return []
         gc.collect()  # whatever held the GPU before
-        if self.place.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         pipeline, paths = self._load(), []
-        given = {"num_inference_steps": self.steps, "height": self.size, "width": self.size}
-        given = {name: value for name, value in given.items() if value}
+        options = {"num_inference_steps": self.steps, "height": self.size, "width": self.size}
+        options = {name: value for name, value in options.items() if value}
         folder.mkdir(parents=True, exist_ok=True)
         for i, prompt in enumerate(prompts):
             noise = torch.Generator("cpu").manual_seed(self.seed + i)  # on the CPU: the same noise whatever draws
             try:
-                picture = pipeline(prompt, generator=noise, **given).images[0]
+                picture = pipeline(prompt, generator=noise, **options).images[0]
             except (ValueError, torch.OutOfMemoryError) as error:
                 raise UserError(f"draw={self.name} cannot draw {prompt!r}: {error}") from error
             path = next(p for n in range(10**9) if not (p := folder / f"{n:04d}.png").exists())
@@ -88,11 +88,12 @@ class Painter:
     def _load(self) -> Any:
         from diffusers import AutoPipelineForText2Image
 
-        dtype = torch.bfloat16 if self.place.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:  # safetensors only: other weights are pickles
-            own = {"use_safetensors": True, "trust_remote_code": False}
-            found = AutoPipelineForText2Image.from_pretrained(self.name, dtype=dtype, **own)
+            pipeline: Any = AutoPipelineForText2Image.from_pretrained(
+                self.name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"draw={self.name} does not load as a text-to-image pipeline: {error}") from error
-        found.set_progress_bar_config(leave=False)
-        return found.to(self.place)
+        pipeline.set_progress_bar_config(leave=False)
+        return pipeline.to(self.device)

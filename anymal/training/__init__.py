@@ -1,12 +1,16 @@
 """One program for both stages: a stage is a list of what is trainable.
 
-    Config ──run──▶ model, stream, engine ──loop──▶ [ micro-batches × gradient accumulation → optimizer step ] ──▶
-    checkpoint
+    Config ──run──▶ model, stream, engine ──loop──▶ [ gradient accumulation → optimizer step ] ──▶ checkpoint
 
-1. `run`: from settings to the last checkpoint; what is restored when it goes on. Read it first, then `loop`.
-2. `loop`: micro-batches, gradient accumulation, the loss divided by the answer tokens of all data-parallel ranks.
-3. `prefetch`: the next micro-batch moves and is encoded while the LLM is busy. `engine`: DeepSpeed and ZeRO.
-4. `recovery`: a loss or gradient that is not finite: which sample it was, and on without it.
-5. `signals`: what asks a run to stop. `resume`: what may change between two starts.
-6. `meter` measures, `tracking` tells: JSON Lines, W&B, one progress bar.
+1. `run`: from settings to the last checkpoint. Read it first, then `loop`. `restore`: all that a run stands on, made or
+   restored by one function. `resume`: which settings may change between two starts.
+2. `engine`: DeepSpeed: data parallel ranks, ZeRO, AdamW, gradient clipping, the learning rate schedule.
+   `optimizer_state`: out of the engine and back, whatever the number of ranks.
+3. `loop`: micro-batches, gradient accumulation, the loss divided by the answer tokens of all ranks.
+4. `prefetch`: the next micro-batch is copied to the GPU and encoded while the LLM is busy with this one.
+5. `recovery`: a loss or gradient that is not finite (NaN): which sample it was, and on without it.
+6. `meter` measures loss, throughput and memory; `tracking` writes them: JSON Lines, W&B, one progress bar.
+
+Beside this room: `anymal.signals` (what asks a run to stop), `anymal.checkpoints` (what is saved). Mixed precision is
+the model's own autocast (`anymal.model.multimodal`), activation checkpointing `anymal.model.activation_checkpointing`.
 """

@@ -1,4 +1,4 @@
-"""DeepSpeed: processes, its JSON derived from our config, and the trained state in a form free of the world size.
+"""DeepSpeed: data parallel processes, its JSON derived from our config, and one optimizer step.
 
 The engine gets only what gradients pass through: projectors, LLM, and encoders that learn. Parameters that learn are
 float32; on a GPU the arithmetic is bfloat16 through autocast, so DeepSpeed itself runs in float32 and its
@@ -10,32 +10,62 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import _lru_cache_wrapper, partial
+from functools import _lru_cache_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anymal.checkpoints.networks import MASTER
 from anymal.config.schema import Config
 from anymal.errors import UserError
 from anymal.model.llm import on_gpu
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import trainable
+from anymal.sample import Batch
 
+T = TypeVar("T")
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, by torch's names
 
 
-def start_processes() -> tuple[int, int, torch.device]:
+class Engine(Protocol):
+    """What is used of ``deepspeed.DeepSpeedEngine``, whose own annotations do not say what it holds."""
+
+    module: AnyMAL
+    """The model. Under ZeRO 3 its parameters are empty but for the moment of a layer."""
+    optimizer: Any
+    """AdamW, or one of DeepSpeed's classes around it for each ZeRO stage."""
+    device: torch.device
+    global_rank: int
+    world_size: int
+
+    def __call__(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> Any: ...
+    def step(self) -> None: ...
+    def was_step_applied(self) -> bool: ...
+    def is_gradient_accumulation_boundary(self) -> bool: ...
+    def get_global_grad_norm(self) -> float | None: ...
+    def zero_optimization(self) -> bool: ...
+    def zero_optimization_stage(self) -> int: ...
+    def destroy(self) -> None: ...
+
+
+class Process(NamedTuple):
+    """One rank of a run."""
+
+    rank: int
+    """Its number."""
+    world: int
+    """How many there are."""
+    device: torch.device
+    """Where it computes."""
+
+
+def start_processes() -> Process:
     """Join the process group that the launcher described, or make one of a single process.
-
-    Returns:
-        rank, world size, and this process's device.
 
     Raises:
         UserError: Several Slurm tasks were started without a launcher; each would be a run of its own.
@@ -59,11 +89,11 @@ def start_processes() -> tuple[int, int, torch.device]:
     if gpu:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
+    return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
 @contextmanager
-def processes() -> Iterator[tuple[int, int, torch.device]]:
+def processes() -> Iterator[Process]:
     """`start_processes`, and the end of a group of a single process, with what describes it in the environment.
 
     What this process starts later would take itself for a rank of it. A launcher's group stays for the next stage or
@@ -92,7 +122,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "gradient_accumulation_steps": config.optim.accumulate,
+        "gradient_accumulation_steps": config.optim.gradient_accumulation,
         "gradient_clipping": config.optim.clip,
         "zero_optimization": {"stage": config.engine.zero},
         "zero_allow_untested_optimizer": True,
@@ -114,7 +144,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return _merged(derived, extra, str(path))
 
 
-def _merged(ours: dict, extra: dict, where: str) -> dict:
+def _merged(ours: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in extra.items():
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
@@ -126,26 +156,27 @@ def _merged(ours: dict, extra: dict, where: str) -> dict:
     return merged
 
 
-def make_engine(model: AnyMAL, config: Config) -> Any:
+def make_engine(model: AnyMAL, config: Config) -> Engine:
     """Wrap the model in a DeepSpeed engine with AdamW over what is trainable."""
     import deepspeed
 
+    first, second = config.optim.betas
     optimizer = torch.optim.AdamW(
         list(trainable(model).values()),
         lr=config.optim.lr,
-        betas=tuple(config.optim.betas),
+        betas=(first, second),
         weight_decay=config.optim.weight_decay,
     )
     settings = deepspeed_config(config)
     # ZeRO's buffer for gradients would be 2 GB, however little is trained.
     learns = sum(parameter.numel() for parameter in trainable(model).values())
     settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, learns))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     return engine
 
 
 @contextmanager
-def engine_of(model: AnyMAL, config: Config) -> Iterator[Any]:
+def engine_of(model: AnyMAL, config: Config) -> Iterator[Engine]:
     """`make_engine`'s engine; afterwards what it holds is free, and torch has its own ``linear`` back.
 
     Under ZeRO-3 DeepSpeed puts one in its place that keeps the input of every layer, frozen ones too, and leaves it
@@ -182,7 +213,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
+def set_learning_rate(engine: Engine, rate: float) -> None:
     """Set the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -198,7 +229,7 @@ def scale_of(total: Tensor, answers: int, world: int) -> Tensor:
     return (1 + 0 * total.detach()) * (world / answers)
 
 
-def step(engine: Any) -> bool:
+def step(engine: Engine) -> bool:
     """DeepSpeed's step after a micro-batch. At a step's last one gradients are applied, if they are all finite.
 
     Returns:
@@ -226,113 +257,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def gather(value: Any) -> list[Any]:
     """Every rank's plain-JSON value, on every rank."""
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def portable_parameters(engine: Any) -> dict[str, Tensor]:
-    """Projectors, LoRA and what else learns by name, whole and in float32 on the CPU.
-
-    Every rank must call it, and rank 0 gets them: an LLM that learns would fill the memory once for each process.
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        if name.startswith(("projectors.", "trained_encoders.")) or "lora_" in name or parameter.requires_grad:
-            with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-                if engine.global_rank == 0:
-                    found[name] = parameter.detach().float().cpu().clone()
-    return found
-
-
-def full_moments(engine: Any) -> dict[str, Tensor]:
-    """AdamW's moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, whole, on the CPU.
-
-    Every rank must call it, and rank 0 gets them.
-    DeepSpeed's own optimizer files are cut by the number of ranks; these are not, so a run may go on with another.
-    """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    sharded = engine.zero_optimization()
-    found = {}
-    for name, parameter in trainable(engine.module).items():
-        for key in MOMENTS:
-            whole = safe_get_full_optimizer_state(parameter, key) if sharded else engine.optimizer.state[parameter][key]
-            if engine.global_rank == 0:
-                found[f"{name}.{key}"] = whole.detach().float().cpu().clone()
-    return found
-
-
-def _from_rank_0(read: Callable[[], Tensor], shape: torch.Size, device: torch.device) -> Tensor:
-    """A float32 tensor that rank 0 alone reads, on every rank's device; all must call it."""
-    whole = torch.empty(shape, device=device)  # NCCL takes no tensors of the host
-    if torch.distributed.get_rank() == 0:
-        whole.copy_(read())
-    torch.distributed.broadcast(whole, src=0)
-    return whole
-
-
-@torch.no_grad()
-def restore_masters(model: nn.Module, saved: Container[str], read: Callable[[str], Tensor]) -> None:
-    """Put back the float32 weights of which the model has a rounded form. Before ZeRO-3 shards it; on every rank.
-
-    Args:
-        model: Loaded from the checkpoint.
-        saved: The names in the optimizer's file.
-        read: Gives a tensor of that file by its name; called on rank 0.
-    """
-    for name, parameter in model.named_parameters():
-        if f"{name}.{MASTER}" in saved:
-            parameter.copy_(_from_rank_0(partial(read, f"{name}.{MASTER}"), parameter.shape, parameter.device))
-
-
-def restore_moments(engine: Any, read: Callable[[str], Tensor], step: int) -> None:
-    """Put back what `full_moments` returned after `step` optimizer steps, for whatever world size and ZeRO stage.
-
-    One tensor at a time: rank 0 reads it, every rank takes the slice that it owns, and the rest is forgotten. So no
-    rank needs more memory than the largest parameter takes, as the forward pass of ZeRO-3 does, too. On every rank.
-
-    Args:
-        engine: As it was made, without a step.
-        read: Gives a tensor that `full_moments` returned by its name; called on rank 0.
-        step: Optimizer steps done.
-    """
-    stage = _fresh_moments(engine, step)
-    for name, parameter in trainable(engine.module).items():
-        for key in MOMENTS:
-            shape = parameter.ds_shape if stage == 3 else parameter.shape  # it is empty itself while it is sharded
-            _set_moment(engine, parameter, key, _from_rank_0(partial(read, f"{name}.{key}"), shape, engine.device))
-
-
-def _fresh_moments(engine: Any, step: int) -> int:
-    """Make the optimizer's state, all zeros, which its first step would do; the ZeRO stage."""
-    stage = engine.zero_optimization_stage()
-    inner = engine.optimizer.optimizer if stage else engine.optimizer
-    if stage == 3:  # its groups are empty but for the moment of a step
-        pieces = engine.optimizer.fp32_partitioned_groups_flat
-    else:  # under stages 1 and 2 this rank's flat partition, under 0 the parameters themselves
-        pieces = [piece for group in inner.param_groups for piece in group["params"]]
-    for piece in pieces:
-        inner.state[piece] = {key: torch.zeros_like(piece) for key in MOMENTS} | {"step": torch.tensor(float(step))}
-    if stage in (1, 2):
-        # Stages 1 and 2 find a parameter's piece of the flat state only once linked, which the first step would do.
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    return stage
-
-
-def _set_moment(engine: Any, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-    """Take this rank's slice of a moment, given all of it."""
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        engine.optimizer.state[parameter][key].copy_(whole)
-    elif stage == 3:  # DeepSpeed's own way to set all of it fails where the size is no multiple of the ranks
-        size = parameter.ds_tensor.numel()
-        rank = torch.distributed.get_rank(parameter.ds_process_group)
-        own = whole.flatten()[rank * size : (rank + 1) * size]
-        safe_set_local_optimizer_state(parameter, torch.nn.functional.pad(own, (0, size - own.numel())), key)
-    else:
-        safe_set_full_optimizer_state(parameter, whole, key)
+def on_rank_0(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on every rank; if it raises there, the others end without a word."""
+    decided: list[Any] = [None]
+    try:
+        if torch.distributed.get_rank() == 0:
+            decided = [(decide(),)]
+    finally:
+        torch.distributed.broadcast_object_list(decided)
+    if decided[0] is None:
+        raise SystemExit(2)
+    return decided[0][0]

@@ -1,10 +1,17 @@
-"""The loop, and nothing but the loop. Both stages run it; they differ in what is trainable and in their data."""
+"""The training loop, and nothing but the loop. Both stages run it; they differ in what is trainable and in their data.
+
+    stream ──micro-batches──▶ prefetch ──▶ forward, backward: gradient accumulation ──▶ optimizer step ──▶ checkpoint
+
+Where the rest of a step is: the learning rate schedule, data parallel ranks and ZeRO in `anymal.training.engine`;
+gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a GPU) is the model's autocast.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from anymal import signals
 from anymal.config.schema import Config
@@ -14,8 +21,8 @@ from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
 from anymal.training.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
 from anymal.training.meter import Meter
-from anymal.training.prefetch import Ahead
-from anymal.training.recovery import refuse_culprits
+from anymal.training.prefetch import Prefetcher
+from anymal.training.recovery import refuse_nonfinite
 from anymal.training.tracking import Tracker
 
 STOPPED = "stopped, since it was asked to; start the same command again to go on"
@@ -34,8 +41,8 @@ def train(
 ) -> bool:
     """Run optimizer steps until ``optim.steps`` are done.
 
-    The loss of a step is the sum over the answer tokens of all its micro-batches on all ranks, divided by their
-    number: one process with eight micro-batches and eight processes with one do the same.
+    The loss of a step is the sum over the answer tokens of all its micro-batches on all data parallel ranks, divided by
+    their number: one process with eight micro-batches and eight processes with one do the same.
 
     Args:
         engine: A DeepSpeed engine around the model.
@@ -57,54 +64,81 @@ def train(
     model: AnyMAL = engine.module
     signals.note_signals()
     meter = Meter(step_flops, peak_tflops=config.run.peak_tflops)
-    ahead, done, place = Ahead(model), start, stream.bookmark
-    batches = iter(stream)
-    following = _fetch(batches, config, meter, ahead) if done < config.optim.steps else []
-    while done < config.optim.steps:
+    prefetcher, batches = Prefetcher(model), iter(stream)
+    done, last, bookmark = start, config.optim.steps, stream.bookmark
+
+    def fetch() -> list[Batch]:
+        return _fetch(batches, config.optim.gradient_accumulation, meter, prefetcher)
+
+    micro_batches = fetch() if done < last else []
+    while done < last:
         _seed(config.run.seed, done, rank)
-        micro_batches, losses = following, []
-        answers = sum(len(batch.targets) for batch in micro_batches)
-        answers = sum_over_ranks(torch.tensor(answers, device=model.device)).item()
         rate = learning_rate(done, config)
         set_learning_rate(engine, rate)
-        for number in range(1, len(micro_batches) + 1):
-            batch, features = ahead.take()
-            total, per_group = engine(batch, features)
-            losses.append(per_group.detach())
-            engine.backward(total * scale_of(total, answers, engine.world_size), scale_wrt_gas=False)
-            # A GPU is busy with the backward pass from here to the step, which waits for it.
-            if number < len(micro_batches):
-                ahead.start(micro_batches[number])
-            elif done + 1 < config.optim.steps:
-                following = _fetch(batches, config, meter, ahead)
-            applied = step(engine)
+        fetch_next = fetch if done + 1 < last else None
+        applied, losses, following = _optimizer_step(engine, micro_batches, prefetcher, fetch_next)
         if not applied:
             batches.close()
-            tracker.note(refuse_culprits(model, stream, place, rows=len(micro_batches), step=done + 1))
+            tracker.note(refuse_nonfinite(model, stream, bookmark, micro_batches=len(micro_batches), step=done + 1))
             batches = iter(stream)
-            following = _fetch(batches, config, meter, ahead)
+            micro_batches = fetch()
             continue
-        done, place = done + 1, micro_batches[-1].bookmark
+        done, bookmark = done + 1, micro_batches[-1].bookmark
         for batch, per_group in zip(micro_batches, losses, strict=True):
             meter.add(batch, per_group)
-        stop = sum_over_ranks(torch.tensor(int(signals.asked()), device=model.device)).item() > 0
-        if done % config.run.log_every == 0 or done == config.optim.steps:
+        micro_batches = following
+        stop = sum_over_ranks(torch.tensor(int(signals.stop_requested()), device=model.device)).item() > 0
+        if done % config.run.log_every == 0 or done == last:
             tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
-        if done % config.run.save_every == 0 or done == config.optim.steps or stop:
-            save(done, merge_bookmarks(gather(place)))
-        if stop and done < config.optim.steps:
+        if done % config.run.save_every == 0 or done == last or stop:
+            save(done, merge_bookmarks(gather(bookmark)))
+        if stop and done < last:
             tracker.note(STOPPED)
             break
     tracker.summary(meter.summary())
-    return done == config.optim.steps
+    return done == last
 
 
-def _fetch(batches: Iterator[Batch], config: Config, meter: Meter, ahead: Ahead) -> list[Batch]:
-    """The micro-batches of one optimizer step, the first of them on its way."""
+def _optimizer_step(
+    engine: Any, micro_batches: list[Batch], prefetcher: Prefetcher, fetch_next: Callable[[], list[Batch]] | None
+) -> tuple[bool, list[Tensor], list[Batch]]:
+    """Gradient accumulation over the micro-batches of one step, then the optimizer.
+
+    Args:
+        engine: The DeepSpeed engine.
+        micro_batches: This rank's; the first was started in `prefetcher`.
+        prefetcher: The others are started in it while the GPU works on the one before.
+        fetch_next: Fetches the micro-batches of the next step and starts the first; None after the last step.
+
+    Returns:
+        Whether the step was applied (not if a loss or a gradient is not finite), for each micro-batch its [G, 2] losses
+        and answer tokens by group, and the micro-batches of the next step.
+    """
+    device = engine.module.device
+    answers = sum(len(batch.targets) for batch in micro_batches)
+    answers = int(sum_over_ranks(torch.tensor(answers, device=device)).item())
+    losses: list[Tensor] = []
+    following: list[Batch] = []
+    applied = False
+    for number in range(1, len(micro_batches) + 1):
+        total, per_group = engine(*prefetcher.take())
+        losses.append(per_group.detach())
+        engine.backward(total * scale_of(total, answers, engine.world_size), scale_wrt_gas=False)
+        # A GPU is busy with the backward pass from here to the step, which waits for it.
+        if number < len(micro_batches):
+            prefetcher.start(micro_batches[number])
+        elif fetch_next is not None:
+            following = fetch_next()
+        applied = step(engine)
+    return applied, losses, following
+
+
+def _fetch(batches: Iterator[Batch], count: int, meter: Meter, prefetcher: Prefetcher) -> list[Batch]:
+    """The micro-batches of one optimizer step; prefetching of the first has begun."""
     with meter.waiting():
-        found = [next(batches) for _ in range(config.optim.accumulate)]
-    ahead.start(found[0])
-    return found
+        micro_batches = [next(batches) for _ in range(count)]
+    prefetcher.start(micro_batches[0])
+    return micro_batches
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
@@ -113,6 +147,6 @@ def _seed(seed: int, step: int, rank: int) -> None:
 
 
 def _norm(engine: Any) -> dict[str, float]:
-    """The gradient norm before clipping; without ZeRO, DeepSpeed does not say it."""
+    """The gradient norm before gradient clipping; without ZeRO, DeepSpeed does not say it."""
     norm = engine.get_global_grad_norm()
     return {} if norm is None else {"grad_norm": float(norm)}

@@ -1,4 +1,4 @@
-"""What a run measures of itself, step by step: loss by group, tokens and FLOPs per second, waiting, memory.
+"""What a run measures of itself: loss by group, throughput (tokens and FLOPs per second), data waiting, peak memory.
 
 model ──per-group loss──▶ Meter ──figures──▶ tracking.py
 """
@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,9 @@ class Meter:
 
     def __init__(self, step_flops: StepFlops | None = None, *, peak_tflops: float = 0.0) -> None:
         self._step_flops, self._peak = step_flops, peak_tflops * TERA
-        self._whole: Counter[str] = Counter()
-        self._whole_decoded: Counter[tuple[str, str]] = Counter()
-        self._whole_ignored: Counter[str] = Counter()
+        self._totals: dict[str, float] = {}
+        self._all_decoded: Counter[tuple[str, str]] = Counter()
+        self._all_ignored: Counter[str] = Counter()
         self._reset()
 
     def _reset(self) -> None:
@@ -57,8 +57,7 @@ class Meter:
         Args:
             batch: What the model saw, T tokens of it.
             per_group: [G, 2] from `anymal.model.loss.sums_per_group`: for each of ``batch.groups``, the summed loss
-            (nats)
-                and the number of answer tokens.
+                (nats) and the number of answer tokens.
             padding: How many of the T tokens are padding.
         """
         for name, pair in zip(batch.groups, per_group.detach().double(), strict=True):
@@ -94,8 +93,8 @@ class Meter:
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
             together, as `anymal.model.flops` counts them: nothing recomputed), ``utilisation`` of the peak if it is
-            known, ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if it has one, else of its
-            process without loader workers), and `also`.
+            known (model FLOPs utilisation, MFU), ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if
+            it has one, else of its process without loader workers), and `also`.
         """
         ours = {
             "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
@@ -119,20 +118,23 @@ class Meter:
                 loss_before, answers_before = groups.get(name, (0.0, 0.0))
                 groups[name] = (loss_before + loss, answers_before + answers)
         answers = sum(count for _, count in groups.values())
-        figures = {"loss": sum(loss for loss, _ in groups.values()) / answers} if answers else {}
+        figures: dict[str, float] = {}
+        if answers:
+            figures["loss"] = sum(loss for loss, _ in groups.values()) / answers
         figures |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(groups.items()) if count}
         datasets = sum((rank["datasets"] for rank in ranks), Counter())
         if len(datasets) > 1:
             figures |= {f"share/{name}": count / datasets.total() for name, count in sorted(datasets.items())}
         decoded = sum((rank["decoded"] for rank in ranks), Counter())
-        self._whole_decoded.update(decoded)
-        self._whole_ignored.update(sum((rank["ignored"] for rank in ranks), Counter()))
+        self._all_decoded.update(decoded)
+        self._all_ignored.update(sum((rank["ignored"] for rank in ranks), Counter()))
         for name, counts in _by_modality(decoded).items():
             if altered := counts.total() - counts["whole"]:
                 figures[f"altered/{name}"] = altered / counts.total()
-        sums = Counter({name: sum(rank[name] for rank in ranks) for name in SUMS})
-        sums.update(answers=answers, seconds=seconds, rank_seconds=seconds * len(ranks))
-        self._whole.update(sums)
+        sums = {name: sum(rank[name] for rank in ranks) for name in SUMS}
+        sums |= {"answers": answers, "seconds": seconds, "rank_seconds": seconds * len(ranks)}
+        for name, value in sums.items():
+            self._totals[name] = self._totals.get(name, 0) + value
         return figures | self._rates(sums) | {"memory_gb": max(rank["memory"] for rank in ranks) / GB, **also}
 
     def summary(self) -> dict[str, Any]:
@@ -141,19 +143,19 @@ class Meter:
         ``media`` has for each modality how many media were decoded ``whole``, and how many with which note. ``ignored``
         has, if there were any, how many members of samples were left out of each modality that the run does not have.
         """
-        whole = self._whole
-        if not whole:
+        totals = self._totals
+        if not totals:
             return {}
-        sums = {name: whole[name] for name in ("seconds", "tokens", "answers")}
+        sums: dict[str, Any] = {name: totals[name] for name in ("seconds", "tokens", "answers")}
         if self._step_flops is not None:
-            sums |= {"model_tflop": whole["flops"] / TERA, "recomputed_tflop": whole["recomputed"] / TERA}
-        if self._whole_decoded:
-            sums["media"] = {name: dict(counts) for name, counts in _by_modality(self._whole_decoded).items()}
-        if self._whole_ignored:
-            sums["ignored"] = dict(sorted(self._whole_ignored.items()))
-        return self._rates(whole) | sums
+            sums |= {"model_tflop": totals["flops"] / TERA, "recomputed_tflop": totals["recomputed"] / TERA}
+        if self._all_decoded:
+            sums["media"] = {name: dict(counts) for name, counts in _by_modality(self._all_decoded).items()}
+        if self._all_ignored:
+            sums["ignored"] = dict(sorted(self._all_ignored.items()))
+        return self._rates(totals) | sums
 
-    def _rates(self, sums: Counter) -> dict[str, float]:
+    def _rates(self, sums: Mapping[str, float]) -> dict[str, float]:
         seconds, tokens = sums["seconds"], sums["tokens"]
         rates = {
             "tokens_per_s": tokens / seconds,
@@ -171,17 +173,17 @@ class Meter:
 
 def _by_modality(decoded: Counter[tuple[str, str]]) -> dict[str, Counter[str]]:
     """Modality → how many of its media were decoded with which note; ``"whole"`` where there is none."""
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for (name, note), count in sorted(decoded.items()):
-        found.setdefault(name, Counter())[note or "whole"] = count
-    return found
+        counts.setdefault(name, Counter())[note or "whole"] = count
+    return counts
 
 
 def _gather(ours: dict) -> list[dict]:
     """`ours` of every rank. Ranks may have seen different groups, so it is not a sum of tensors."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return [ours]
-    everyones: list[Any] = [None] * dist.get_world_size()
+    everyones: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyones, ours)
     return everyones
 

@@ -1,14 +1,13 @@
-"""A step whose loss is not finite: which of its samples make it so, and on without them. Beside the loop.
+"""A step whose loss or gradient is not finite (NaN or infinite): find the samples that cause it, go on without them.
 
 A finite sound can have a spectrogram that is not, and a medium may drive an encoder beyond its numbers. Such a sample
-is as bad as one that does not decode, which only shows here. Nothing of the step was applied
-(`anymal.training.engine.step`): the stream goes back to where the step began, its samples are run one by one, and those
-whose own loss is not finite are bad samples from then on. So the run is the one in which they had been so from the
-start.
+is as bad as one that does not decode; it only shows here. Nothing of the step was applied
+(`anymal.training.engine.step`). The stream goes back to where the step began, the step's samples are run one by one,
+and those whose own loss or gradient is not finite are bad samples from then on. So the run equals one in which they
+were bad from the start.
 """
 
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -19,35 +18,35 @@ from anymal.model.llm import set_frozen_mode
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import trainable
 from anymal.training.engine import gather
-from anymal.training.prefetch import Ahead
+from anymal.training.prefetch import Prefetcher
 
 _NAMED = 10  # samples that a message names
 
 
-def refuse_culprits(model: AnyMAL, stream: Stream, place: dict[str, Any], *, rows: int, step: int) -> str:
-    """Have the stream take the culprits of a step that is not finite for bad samples, and go back to its beginning.
+def refuse_nonfinite(model: AnyMAL, stream: Stream, bookmark: dict, *, micro_batches: int, step: int) -> str:
+    """Have the stream refuse the samples that make a step not finite, and go back to where the step began.
 
     With several processes all must call it.
 
     Args:
         model: As it was when the step was tried.
         stream: This rank's; iterate anew afterwards.
-        place: This rank's piece of the bookmark before the step.
-        rows: Micro-batches of the step on this rank.
+        bookmark: This rank's piece of the bookmark before the step.
+        micro_batches: How many the step has on this rank.
         step: Its number, counted from 1, for messages.
 
     Returns:
-        What was found, for the user.
+        Which samples were refused and why, for the user.
 
     Raises:
         UserError: It is not the samples: each is finite alone, or none is.
     """
-    bookmark = merge_bookmarks(gather(place))
-    stream.rewind(bookmark)
-    items = [item for row in islice(stream.rows(), rows) for item in row]
+    merged = merge_bookmarks(gather(bookmark))
+    stream.rewind(merged)
+    items = [item for row in islice(stream.rows(), micro_batches) for item in row]
     ranks = gather({"keys": [item.tokens.key for item in items], "bad": _not_finite(model, items)})
     keys = [key for rank in ranks for key in rank["keys"]]
-    bad = [found for rank in ranks for found in rank["bad"]]
+    bad = [one for rank in ranks for one in rank["bad"]]
     if not bad or len(bad) == len(keys) > 1:
         alone = "no sample's is so alone" if not bad else "each sample's is so alone"
         named = ", ".join(keys[:_NAMED]) + (f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
@@ -56,14 +55,14 @@ def refuse_culprits(model: AnyMAL, stream: Stream, place: dict[str, Any], *, row
             f"Lower optim.lr, or look at the samples {named}"
         )
     stream.refuse({position: reason for position, _, reason in bad})
-    stream.rewind(bookmark)
+    stream.rewind(merged)
     named = ", ".join(f"{key} ({reason})" for _, key, reason in bad[:_NAMED])
     return f"step {step} is done without {len(bad)} of its samples: {named}"
 
 
 def _not_finite(model: AnyMAL, items: list[Item]) -> list[tuple[int, str, str]]:
     """Position, key and reason of each sample whose loss, alone in a row, is not finite, or has such a gradient."""
-    found = []
+    bad = []
     model.eval()
     set_frozen_mode(model.llm, recompute=True)  # a long sample may not fit without what checkpointing saves
     # A sharded model runs only where all ranks run it: those with fewer samples run their last one again.
@@ -71,19 +70,19 @@ def _not_finite(model: AnyMAL, items: list[Item]) -> list[tuple[int, str, str]]:
         item = items[min(number, len(items) - 1)]
         reason = _fault(model, item)
         if reason and number < len(items):
-            found.append((item.position, item.tokens.key, reason))
+            bad.append((item.position, item.tokens.key, reason))
     model.train()
-    return found
+    return bad
 
 
 def _fault(model: AnyMAL, item: Item) -> str:
     """What is not finite about a sample; empty if nothing is."""
     learns = list(trainable(model).values())
     sharded = hasattr(learns[0], "ds_id")  # by ZeRO-3, whose parameters are whole for the moment of a layer only
-    ahead = Ahead(model)
-    ahead.start(pack([item.tokens]))
+    prefetcher = Prefetcher(model)
+    prefetcher.start(pack([item.tokens]))
     with torch.set_grad_enabled(not sharded):
-        total, _ = model(*ahead.take())
+        total, _ = model(*prefetcher.take())
     if not torch.isfinite(total):
         return f"its loss is {total.item()}, which is not finite"
     if sharded:

@@ -1,8 +1,8 @@
 """What may change between the starts of one run, and what may not.
 
-A run goes on exactly where it stopped only if it computes what it did. So settings that change it are refused by name;
-those that are known to change nothing may change freely; those in between are said. A setting that nobody has thought
-about yet is refused.
+A resumed run goes on exactly where it stopped only if it computes the same as before. So a setting that changes what is
+computed is refused, by name. One that is known to change nothing may change freely (`FREE`). One in between is noted
+(`NOTED`). A setting that nobody has thought about yet is refused.
 """
 
 import json
@@ -26,7 +26,7 @@ FREE = (
 """Settings that change nothing of what is trained."""
 _SHARDS = "where the tars lie; their names and counts are compared next"
 _ROUNDING = "results are rounded otherwise"
-SAID = {
+NOTED = {
     r"data\.shards|data\.datasets\.[^.]+\.shards": _SHARDS,
     r"data\.features": "features of another precision differ by rounding",
     r"engine\.(zero|deepspeed)|model\.llm\.attention": _ROUNDING,
@@ -34,8 +34,8 @@ SAID = {
     r"optim\.steps": "from here on the learning rate follows the schedule of a run of that length",
     r"model\.modalities\.[^.]+\.encoder": "the weights there are compared with those it was trained on",
 }
-"""Settings whose change is said, and with which words."""
-_STEP = ("data.batch_size", "optim.accumulate")  # compared with the number of processes, by their product
+"""Settings (patterns of dotted names) whose change is noted → what is said of it."""
+_STEP = ("data.batch_size", "optim.gradient_accumulation")  # compared with the number of processes, by their product
 _ENCODER = re.compile(r"model\.modalities\.[^.]+\.encoder")
 _LONGEST = 100  # characters of a value in a message
 
@@ -48,7 +48,7 @@ def differences(saved: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def compare(saved: Config, now: Config, folder: Path, processes: tuple[int, int]) -> list[str]:
-    """What is to be said of a run that goes on with other settings than those of its checkpoint.
+    """Notes on a run that goes on with other settings than those of its checkpoint.
 
     Args:
         saved: The settings in the checkpoint.
@@ -61,39 +61,45 @@ def compare(saved: Config, now: Config, folder: Path, processes: tuple[int, int]
     """
     changed = {name: values for name, values in differences(saved, now).items() if name not in FREE}
     step = {name: changed.pop(name) for name in _STEP if name in changed}
-    refused, said = _compare_steps(saved, now, processes, bool(step))
+    refused, notes = _compare_steps(saved, now, processes, bool(step))
     for name, (was, new) in changed.items():
-        reason = next((text for pattern, text in SAID.items() if re.fullmatch(pattern, name)), None)
+        reason = next((text for pattern, text in NOTED.items() if re.fullmatch(pattern, name)), None)
         if reason is None or (_ENCODER.fullmatch(name) and _nameless(was) != _nameless(new)):
             refused.append(f"{name} was {_shown(was)}, is {_shown(new)}")
         else:
-            said.append(f"{name} was {_shown(was)}, is {_shown(new)}: {reason}")
+            notes.append(f"{name} was {_shown(was)}, is {_shown(new)}: {reason}")
     if refused:
         moved = "; a folder that was moved: link it at its old place" if "model.llm.name" in changed else ""
         raise UserError(
             f"the run would go on from {folder}, but with other settings: {'; '.join(refused)}. Put them back{moved}; "
             f"or start a new run from its weights: model.checkpoint={folder} and another run.dir"
         )
-    return said
+    return notes
 
 
-def _compare_steps(saved: Config, now: Config, processes: tuple[int, int], changed: bool) -> tuple[list, list]:
-    """One step must be of as many samples as before: one process with eight micro-batches is eight with one."""
+def _compare_steps(
+    saved: Config, now: Config, processes: tuple[int, int], changed: bool
+) -> tuple[list[str], list[str]]:
+    """What to refuse and what to note of the effective batch size: a step must have as many samples as before.
+
+    One process with eight micro-batches is eight data parallel processes with one.
+    """
     if not changed and processes[0] in (0, processes[1]):
         return [], []
     (was, text_was), (new, text_new) = (_samples(c, p) for c, p in zip((saved, now), processes, strict=True))
-    factors = "optim.accumulate × processes" if now.data.row_tokens else "batch_size × optim.accumulate × processes"
-    told = f"{factors} was {text_was}, is {text_new}"
+    factors = ("" if now.data.row_tokens else "batch_size × ") + "optim.gradient_accumulation × processes"
+    change = f"{factors} was {text_was}, is {text_new}"
     if processes[0] == 0:
-        return [], [f"{told}: whether a step is as large as it was is for you to know"]
+        return [], [f"{change}: whether a step is as large as it was is for you to know"]
     if was == new:
-        return [], [f"{told}: {_ROUNDING}"]
-    return [told], []
+        return [], [f"{change}: {_ROUNDING}"]
+    return [change], []
 
 
 def _samples(config: Config, processes: int) -> tuple[int, str]:
     """The samples, or packed rows, of one optimizer step; and how that comes about."""
-    factors = [*([] if config.data.row_tokens else [config.data.batch_size]), config.optim.accumulate, processes]
+    batch = [] if config.data.row_tokens else [config.data.batch_size]
+    factors = [*batch, config.optim.gradient_accumulation, processes]
     product = 1
     for factor in factors:
         product *= factor
@@ -121,8 +127,8 @@ def _same(was: Any, new: Any) -> bool:
 def _nameless(encoder: Any) -> Any:
     """An encoder's setting without the names of what it is made of: its structure, and all that it sets."""
     if isinstance(encoder, Mapping):
-        parts = ("name", "channels", "append")
-        return {key: _nameless(value) if key in parts else value for key, value in encoder.items()}
+        names = ("name", "channels", "append")
+        return {key: _nameless(value) if key in names else value for key, value in encoder.items()}
     if isinstance(encoder, Sequence) and not isinstance(encoder, str):
         return [_nameless(one) for one in encoder]
     return "" if encoder is not None else None

@@ -4,52 +4,38 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 
 from anymal.checkpoints import checkpoint, lock, retention
-from anymal.checkpoints.build import Built, build
-from anymal.checkpoints.checkpoint import TrainingState
-from anymal.checkpoints.joined import find_start
+from anymal.checkpoints.built import Built
 from anymal.checkpoints.networks import Start
 from anymal.checkpoints.process import process_as_found
+from anymal.checkpoints.state import load_training_state
 from anymal.config import settings
 from anymal.config.command_line import parse_args
 from anymal.config.schema import Config
 from anymal.config.stages import Recipe, config_of, load_stages
-from anymal.data import feature_cache
-from anymal.data.feature_codec import identity
-from anymal.data.packing import pack
 from anymal.data.prepare import Prepare
 from anymal.data.quarantine import Quarantine
-from anymal.data.stream import Stream, samples_once, tars
+from anymal.data.stream import samples_once, tars
 from anymal.errors import UserError
 from anymal.files import write_whole
-from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.generate import embed_prompt, generate
-from anymal.model.llm import isolates_packed_samples
 from anymal.model.registry import Registry
-from anymal.model.trainable import format_table, select_trainable, table, trainable
+from anymal.model.trainable import format_table, table
 from anymal.sample import Sample, Tokens
-from anymal.training.engine import (
-    engine_of,
-    full_moments,
-    portable_parameters,
-    processes,
-    restore_masters,
-    restore_moments,
-)
+from anymal.training.engine import on_rank_0, processes
 from anymal.training.loop import train
+from anymal.training.restore import Run, restore, save
 from anymal.training.resume import FREE, compare, differences
-from anymal.training.tracking import Tracker
 
 
 @process_as_found()
@@ -61,7 +47,7 @@ def main(usage: str, registry: Registry, defaults: list[str], argv: Sequence[str
 
 def run_stages(stages: Sequence[Config], registry: Registry) -> int:
     """Run stages one after another in this process; of several, those that are done are passed over."""
-    undone = [stage for stage in stages if len(stages) == 1 or not checkpoint.is_done(stage)]
+    undone = [stage for stage in stages if len(stages) == 1 or not checkpoint.is_done(stage.run, stage.optim.steps)]
     for stage in undone:
         tars(stage.data)  # a missing shard is noticed before a stage is trained
     if int(os.environ.get("RANK", 0)) == 0:
@@ -79,8 +65,10 @@ def run_stages(stages: Sequence[Config], registry: Registry) -> int:
 
 def _changed_since(stage: Config) -> str:
     """The settings that a stage which is done was trained with and the recipe no longer says."""
+    newest = retention.newest(checkpoint.checkpoints(stage.run))
+    assert newest is not None
     try:
-        changed = differences(checkpoint.recipe(retention.newest(checkpoint.checkpoints(stage))), stage)
+        changed = differences(checkpoint.recipe(newest), stage)
     except UserError as error:  # edited, or of another version: the stage is done all the same
         return f", with settings that cannot be compared ({error})"
     names = sorted(set(changed) - set(FREE) - {"model.checkpoint"})
@@ -95,124 +83,71 @@ def run_stage(config: Config, registry: Registry) -> int:
         UserError: Another run trains in ``run.dir``, or it was begun with other settings; and many more.
     """
     tars(config.data)  # a missing shard is noticed before an LLM is loaded
-    with processes() as (rank, world, device), ExitStack() as at_end:
-        resume, notes = _on_rank_0(rank, lambda: _open(config, world, at_end))
-        return _train(config, registry, rank, world, device, resume, notes, at_end)
-
-
-def _on_rank_0(rank: int, decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on rank 0, on every rank; if it raises there, the others end without a word."""
-    decided: list[Any] = [None]
-    try:
-        if rank == 0:
-            decided = [(decide(),)]
-    finally:
-        torch.distributed.broadcast_object_list(decided)
-    if decided[0] is None:
-        raise SystemExit(2)
-    return decided[0][0]
+    with processes() as process, ExitStack() as at_end:
+        resume, notes = on_rank_0(partial(_open, config, process.world, at_end))
+        run = restore(config, registry, process, resume, at_end)
+        return _train(run, registry, resume, notes)
 
 
 def _open(config: Config, world: int, at_end: ExitStack) -> tuple[Path | None, list[str]]:
     """Lock the run's folder until `at_end` is left; the verified checkpoint to go on from, and what to say of it."""
     at_end.enter_context(lock.hold(Path(config.run.dir)))
-    retention.clean(checkpoint.checkpoints(config))
-    resume = checkpoint.find_resume(config)
+    retention.clean(checkpoint.checkpoints(config.run))
+    resume = checkpoint.find_resume(config.run)
     if resume is None:
         return None, []
-    before = checkpoint.load_training_state(resume).world
+    before = load_training_state(resume).world
     return resume, compare(checkpoint.recipe(resume), config, resume, (before, world))
 
 
-def _train(
-    config: Config,
-    registry: Registry,
-    rank: int,
-    world: int,
-    device: torch.device,
-    resume: Path | None,
-    notes: Sequence[str],
-    at_end: ExitStack,
-) -> int:
-    state = checkpoint.load_training_state(resume) if resume else TrainingState()
-    start = checkpoint.start_at(resume) if resume else _on_rank_0(rank, lambda: find_start(config))
-    built = build(config, device, registry, start=start, partly=resume is None, train=config.train)
-    if (config.data.row_tokens or config.data.batch_size > 1) and not isolates_packed_samples(built.model.llm):
-        raise UserError(
-            f"{config.model.llm.name} lets samples in one row see one another; try model.llm.attention=sdpa, or give "
-            "each a row of its own: data.batch_size=1 data.row_tokens=0 (optim.accumulate makes up for it)"
-        )
-    select_trainable(built.model, config.train)
-    if resume is not None:
-        read = partial(checkpoint.read_optimizer, resume)
-        restore_masters(built.model, _on_rank_0(rank, lambda: _saved_by_optimizer(built, resume)), read)
-    folder = Path(config.run.dir)
-    if rank == 0:
-        _describe(built, config, folder)
-    step_flops = StepFlops(built.model, llm_flops(built.model.llm, config.model.llm.checkpointing))
-    engine = at_end.enter_context(engine_of(built.model, config))
-    if resume is not None:
-        restore_moments(engine, read, state.step)
+def _train(run: Run, registry: Registry, resume: Path | None, notes: Sequence[str]) -> int:
+    config, tracker = run.config, run.tracker
+    with tracker:
+        if run.process.rank == 0:
+            _describe(run)
+        questions = _questions(run, registry)
+        _introduce(run, resume, notes)
 
-    log = folder / ("quarantine.jsonl" if rank == 0 else f"quarantine-{rank}.jsonl")
-    limits = {"max_in_a_row": config.data.max_bad_in_a_row, "max_share": config.data.max_bad_share}
-    stream = Stream(
-        config.data,
-        suffixes=registry.suffixes(),
-        modalities=list(built.adapters),
-        prepare=built.prepare,
-        collate=pack,
-        quarantine=Quarantine(log, **limits),
-        seed=config.run.seed,
-        rank=rank,
-        world=world,
-        bookmark=state.bookmark,
-        refused=state.refused,
-        encoders=_identities(built, config),
-    )
-    shown = _samples_to_show(built, config, registry.suffixes())
-    with Tracker(
-        config.run,
-        settings.public(config),
-        rank=rank,
-        steps=config.optim.steps,
-        start=state.step,
-        run_id=state.wandb_id,
-    ) as tracker:
-        tracker.note(format_table(table(built.model)))
-        tracker.note(stream.cached)
-        for note in notes:
-            tracker.note(note)
-        if resume is not None:
-            tracker.note(f"going on from {resume}, step {state.step}")
-        elif start is not None:
-            tracker.note(_start_of(built, start))
-
-        def save(place: int, bookmark: dict) -> None:
-            nonlocal start
-            parameters, moments = portable_parameters(engine), full_moments(engine)
-            if rank == 0:
-                lock.require_no_other(folder)
-                now = TrainingState(
-                    step=place,
-                    bookmark=bookmark,
-                    refused=stream.refused,
-                    wandb_id=tracker.run_id,
-                    world=world,
-                )
-                parts = (config, built.adapters, built.tokenizer, start)
-                saved = checkpoint.save(built.model, parameters, moments, now, *parts)
-                start = checkpoint.start_at(saved)
-            _show(built, shown, tracker, place)
+        def save_and_answer(step: int, bookmark: dict) -> None:
+            save(run, step, bookmark)
+            _answer(run, questions, step)
             torch.distributed.barrier()
 
-        loop = {"start": state.step, "rank": rank, "tracker": tracker, "save": save, "step_flops": step_flops}
-        finished = train(engine, stream, config=config, **loop)
+        finished = train(
+            run.engine,
+            run.stream,
+            config=config,
+            start=run.step,
+            rank=run.process.rank,
+            tracker=tracker,
+            save=save_and_answer,
+            step_flops=run.step_flops,
+        )
         if finished:
-            logs = "".join(f"; bad samples: {path}" for path in sorted(folder.glob("quarantine*.jsonl")))
-            tracker.note(f"done: {checkpoint.checkpoints(config) / checkpoint.LATEST}{logs}")
+            logs = sorted(Path(config.run.dir).glob("quarantine*.jsonl"))
+            latest = checkpoint.checkpoints(config.run) / checkpoint.LATEST
+            tracker.note(f"done: {latest}{''.join(f'; bad samples: {path}' for path in logs)}")
     torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
     return 0 if finished else 1
+
+
+def _describe(run: Run) -> None:
+    """Leave the resolved recipe and the table of what is trained in the run's folder."""
+    folder = Path(run.config.run.dir)
+    write_whole(folder / "recipe.yaml", settings.to_yaml(run.config))
+    write_whole(folder / "model.json", json.dumps([asdict(row) for row in table(run.built.model)], indent=2))
+
+
+def _introduce(run: Run, resume: Path | None, notes: Sequence[str]) -> None:
+    """Say what is trained, from where, and what is read."""
+    run.tracker.note(format_table(table(run.built.model)))
+    run.tracker.note(run.stream.cached)
+    for note in notes:
+        run.tracker.note(note)
+    if resume is not None:
+        run.tracker.note(f"going on from {resume}, step {run.step}")
+    elif run.before is not None:
+        run.tracker.note(_start_of(run.built, run.before))
 
 
 def _start_of(built: Built, start: Start) -> str:
@@ -224,39 +159,12 @@ def _start_of(built: Built, start: Start) -> str:
     return f"starting from {' and '.join(map(str, folders))}, projectors: {'; '.join(parts)}"
 
 
-def _identities(built: Built, config: Config) -> dict[str, str]:
-    """What cached features must be of, by modality; not for an encoder that learns, nor if they are not wanted."""
-    if not feature_cache.precisions(config.data.features):
-        return {}
-    encoders, learn = built.model.encoders, built.model.trained_encoders
-    return {name: identity(encoder) for name, encoder in encoders.items() if name not in learn}
+Question = tuple[str, str, Tokens]  # key, right answer, question
 
 
-def _saved_by_optimizer(built: Built, folder: Path) -> set[str]:
-    """The names of the optimizer's tensors in a checkpoint, which must be about what is trained."""
-    saved = checkpoint.optimizer_names(folder)
-    now = set(trainable(built.model))
-    before = {name.rsplit(".", 1)[0] for name in saved}
-    if now != before:
-        name = sorted(now ^ before)[0]
-        raise UserError(
-            f"{folder} was made with other parameters trainable: {name} is {'new' if name in now else 'gone'}. "
-            f"To start a new stage from it, set model.checkpoint={folder} and another run.dir"
-        )
-    return saved
-
-
-def _describe(built: Built, config: Config, folder: Path) -> None:
-    """Leave the resolved recipe and the table of what is trained in the run's folder."""
-    write_whole(folder / "recipe.yaml", settings.to_yaml(config))
-    write_whole(folder / "model.json", json.dumps([asdict(row) for row in table(built.model)], indent=2))
-
-
-Shown = tuple[str, str, Tokens]  # key, right answer, question
-
-
-def _samples_to_show(built: Built, config: Config, suffixes: Mapping[str, str]) -> list[Shown]:
-    """The samples whose answers are logged with each checkpoint; bad ones are passed over."""
+def _questions(run: Run, registry: Registry) -> list[Question]:
+    """Of the samples whose answers are logged with each checkpoint; bad ones are passed over."""
+    config, built = run.config, run.built
     if not config.run.samples:
         return []
     data = replace(config.data, workers=0)
@@ -264,22 +172,24 @@ def _samples_to_show(built: Built, config: Config, suffixes: Mapping[str, str]) 
         data = replace(data, shards=config.run.samples_from, datasets={})
     few = {"max_in_a_row": data.max_bad_in_a_row, "max_share": data.max_bad_share, "grace": sys.maxsize}
     quarantine = Quarantine(None, **few)  # a few samples say nothing of a share
-    parts = {"suffixes": suffixes, "modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
-    return list(islice(samples_once(data, **parts, quarantine=quarantine), config.run.samples))
+    parts = {"modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
+    samples = samples_once(data, suffixes=registry.suffixes(), **parts, quarantine=quarantine)
+    return list(islice(samples, config.run.samples))
 
 
-def _question(prepare: Prepare, sample: Sample) -> Shown:
+def _question(prepare: Prepare, sample: Sample) -> Question:
     return sample.key, sample.answer(), prepare.prompt.question(prepare.decode(sample))
 
 
-def _show(built: Built, samples: list[Shown], tracker: Tracker, step: int) -> None:
+def _answer(run: Run, questions: Sequence[Question], step: int) -> None:
     """Log what the model answers. Every rank computes it, since a sharded model needs them all."""
-    if not samples:
+    if not questions:
         return
-    prompts = [embed_prompt(built.model, question) for _, _, question in samples]
-    said = generate(built.model, built.tokenizer, prompts, max_new_tokens=16)
+    model = run.built.model
+    prompts = [embed_prompt(model, question) for _, _, question in questions]
+    said = generate(model, run.built.tokenizer, prompts, max_new_tokens=16)
     rows = [
-        [key, question.group(), answer, one.text] for (key, answer, question), one in zip(samples, said, strict=True)
+        [key, question.group(), answer, one.text] for (key, answer, question), one in zip(questions, said, strict=True)
     ]
-    tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
-    built.model.train()
+    run.tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
+    model.train()

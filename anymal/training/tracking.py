@@ -27,7 +27,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -35,6 +35,9 @@ from anymal.config.schema import RunConfig
 from anymal.config.settings import public_text
 from anymal.errors import UserError
 from anymal.files import append_line, write_whole, writing
+
+if TYPE_CHECKING:
+    import wandb
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where the output is not a terminal, the bar is a line of text at most this often."""
@@ -137,7 +140,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
 
@@ -154,7 +157,7 @@ def _keep_until(path: Path, step: int) -> None:
         write_whole(path, "".join(kept))
 
 
-def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) -> Any:
+def _start_wandb(run: RunConfig, config_dict: Mapping[str, Any], run_id: str) -> "wandb.Run":
     """A W&B run whose files lie under the run's folder.
 
     A resumed run is a second piece with the same id: online W&B appends to it; offline it is a folder of its own and
@@ -198,8 +201,8 @@ class _Bar:
         if sys.stderr.isatty():
             # A terminal inside a container may claim to have no columns and rows; tqdm would show nothing at all.
             known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if known else {"ncols": 100, "nrows": 24}
-            self._bar = tqdm(total=steps, initial=start, unit="step", **width)
+            columns, rows = (None, None) if known else (100, 24)
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=known, ncols=columns, nrows=rows)
 
     def show(self, step: int, figures: Mapping[str, float]) -> None:
         postfix = _postfix(figures)

@@ -51,14 +51,14 @@ def wheel(package: str, cache: Path, file: Path | None = None) -> Path:
         UserError: It was not downloaded, or is not the pinned file.
     """
     version, digest = pins(file)[package]
-    found = sorted((cache / "wheels").glob(f"{package.replace('-', '_')}-{version}-*.whl"))
-    if not found:
+    files = sorted((cache / "wheels").glob(f"{package.replace('-', '_')}-{version}-*.whl"))
+    if not files:
         raise UserError(f"{package} {version} is not in {cache / 'wheels'}; run: python data_prep/demo/assets.py")
-    with found[0].open("rb") as data:
+    with files[0].open("rb") as data:
         actual = hashlib.file_digest(data, "sha256").hexdigest()
     if actual != digest:
-        raise UserError(f"{found[0]} has sha256 {actual}, pinned is {digest}; remove it and download it again")
-    return found[0]
+        raise UserError(f"{files[0]} has sha256 {actual}, pinned is {digest}; remove it and download it again")
+    return files[0]
 
 
 def read(package: str, member: str, cache: Path, file: Path | None = None) -> bytes:
@@ -97,5 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     download(cache_folder(parse_args(Settings, __doc__, argv).cache))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

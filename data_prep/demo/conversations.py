@@ -18,7 +18,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from anymal.config.command_line import parse_args, run_program
-from anymal.data_prep.write import QUESTION, SPLITS, read_shards, write_shards
+from anymal.data_prep.demo.labelled import QUESTION, SPLITS
+from anymal.data_prep.write import read_shards, write_shards
 from anymal.errors import UserError
 from anymal.files import is_done
 
@@ -72,8 +73,8 @@ Form = Callable[[random.Random, Draw, dict[str, list[str]]], tuple[Turns, list[s
 
 
 def _ask(rng: random.Random, medium: Medium) -> list[Medium | str]:
-    said: list[Medium | str] = [medium, rng.choice(QUESTIONS[medium.modality])]
-    return said if rng.random() < 0.7 else said[::-1]
+    parts: list[Medium | str] = [medium, rng.choice(QUESTIONS[medium.modality])]
+    return parts if rng.random() < 0.7 else parts[::-1]
 
 
 def _single(rng: random.Random, draw: Draw, labels: dict[str, list[str]]) -> tuple[Turns, list[str]]:
@@ -89,9 +90,9 @@ def _in_turn(rng: random.Random, draw: Draw, labels: dict[str, list[str]]) -> tu
 def _together(rng: random.Random, draw: Draw, labels: dict[str, list[str]]) -> tuple[Turns, list[str]]:
     first, second = (draw(modality) for modality in rng.sample(sorted(MEMBERS), 2))
     number = rng.choice((0, 1))
-    asked = (first, second)[number]
+    medium = (first, second)[number]
     text = f"What is the {('first', 'second')[number]} one?"
-    return [([first, second, text], asked.label)], labels[asked.modality]
+    return [([first, second, text], medium.label)], labels[medium.modality]
 
 
 def _which(rng: random.Random, draw: Draw, labels: dict[str, list[str]]) -> tuple[Turns, list[str]]:
@@ -125,9 +126,9 @@ def _sample(key: str, form: str, turns: Turns, options: list[str]) -> dict[str, 
     """The tar members: each medium under a number and its suffix, and the conversation that names them."""
     sample: dict[str, Any] = {"__key__": key}
     messages = []
-    for said, answer in turns:
+    for parts, answer in turns:
         content = []
-        for part in said:
+        for part in parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
                 continue
@@ -190,5 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     make(parse_args(Settings, __doc__, argv))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -140,10 +140,10 @@ def _renamed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     layer, _, part = path.partition("/")
     if part not in _LAYER_NAMES or kind not in _KINDS:
         raise UserError(f"array {name} has no place in transformers' Whisper")
-    places = _LAYER_NAMES[part]
+    names = _LAYER_NAMES[part]
     prefix = f"{side}.layers.{layer.removeprefix('layer_')}"
-    pieces = np.split(array, len(places))
-    return {f"{prefix}.{place}.{_KINDS[kind]}": piece for place, piece in zip(places, pieces, strict=True)}
+    pieces = np.split(array, len(names))
+    return {f"{prefix}.{name}.{_KINDS[kind]}": piece for name, piece in zip(names, pieces, strict=True)}
 
 
 def _config(tensors: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> dict:
@@ -179,5 +179,10 @@ def main(argv: list[str] | None = None) -> None:
         convert(Path(settings.model).read_bytes(), folder, card, seconds=settings.seconds)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

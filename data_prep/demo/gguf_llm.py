@@ -10,7 +10,7 @@ values of a checkpoint that was trained in 16 bits; they are dequantised here on
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import MISSING
@@ -18,6 +18,9 @@ from omegaconf import MISSING
 from anymal.config.command_line import parse_args, run_program
 from anymal.errors import UserError
 from anymal.files import is_done, whole_folder
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -72,7 +75,7 @@ def convert(gguf: Path, folder: Path, card: str) -> None:
         (temporary / "README.md").write_text(card)
 
 
-def _save_weights(reader: Any, fields: dict[str, Any], folder: Path) -> None:
+def _save_weights(reader: "GGUFReader", fields: dict[str, Any], folder: Path) -> None:
     from gguf import dequantize
     from safetensors.numpy import save_file
 
@@ -158,5 +161,10 @@ def main(argv: list[str] | None = None) -> None:
         convert(Path(settings.gguf), folder, f"---\nlicense: {settings.license}\n---\nConverted from {source}.\n")
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -24,9 +24,10 @@ from omegaconf import MISSING
 
 from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, read
+from anymal.data_prep.demo.labelled import SPLITS, labelled_sample
 from anymal.data_prep.demo.soundfont import RATE, Soundfont
 from anymal.data_prep.steps import mapped, worker_pool
-from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.data_prep.write import write_shards
 from anymal.files import is_done
 
 _DRUM_BANK = 128
@@ -66,7 +67,7 @@ class Settings:
     folder: str = MISSING
     """The folder to write train, validation and test into."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     per_family: int = 120
     """Training clips of each family."""
     validation_per_family: int = 18
@@ -87,14 +88,14 @@ def soundfont(cache: Path) -> Soundfont:
 
 def instruments_of(members: Iterable[int], recordings: Callable[[int], set[int]]) -> list[list[int]]:
     """`members` that share a recording, directly or through others, put together."""
-    found: list[tuple[list[int], set[int]]] = []
+    instruments: list[tuple[list[int], set[int]]] = []
     for member in members:
         alike, heard = [member], recordings(member)
-        for other in [other for other in found if other[1] & heard]:
-            found.remove(other)
+        for other in [other for other in instruments if other[1] & heard]:
+            instruments.remove(other)
             alike, heard = other[0] + alike, other[1] | heard
-        found.append((alike, heard))
-    return [alike for alike, _ in found]
+        instruments.append((alike, heard))
+    return [alike for alike, _ in instruments]
 
 
 def split(font: Soundfont, seed: int) -> dict[str, dict[str, list[list[int]]]]:
@@ -202,5 +203,10 @@ def main(argv: list[str] | None = None) -> None:
         make(settings, pool)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -30,7 +30,7 @@ class Settings:
     folder: str = ""
     """The folder to write llm, image and audio into; empty takes models in the cache."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     audio_seconds: int = 3
     """Length of the clips that the audio encoder shall take."""
 
@@ -111,5 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         make(to)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -22,9 +22,10 @@ from PIL import Image
 
 from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder
+from anymal.data_prep.demo.labelled import SPLITS, labelled_sample
 from anymal.data_prep.demo.openmoji import Picture, draw, light_colour, pictures, split
 from anymal.data_prep.steps import mapped, worker_pool
-from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.data_prep.write import write_shards
 from anymal.files import is_done
 
 MOTIONS = {
@@ -46,7 +47,7 @@ class Settings:
     folder: str = MISSING
     """The folder to write train, validation and test into."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     per_motion: int = 48
     """Training clips of each motion."""
     validation_per_motion: int = 18
@@ -113,18 +114,18 @@ def _make(task: _Task) -> dict:
 
 
 def _tasks(settings: Settings, cache: Path, name: str) -> list[_Task]:
-    found, held_out = split(pictures(cache), settings.seed)[name], name != "train"
+    of_split, held_out = split(pictures(cache), settings.seed)[name], name != "train"
     counts = {
         "train": settings.per_motion,
         "validation": settings.validation_per_motion,
         "test": settings.test_per_motion,
     }
     per_motion = counts[name]
-    random.Random(f"{settings.seed}/video/{name}").shuffle(found)
+    random.Random(f"{settings.seed}/video/{name}").shuffle(of_split)
     todo = []
     for number in range(per_motion * len(MOTIONS)):
-        picture, motion = found[number % len(found)], list(MOTIONS)[number // per_motion]
-        key = f"video-{picture.key}-{motion.replace(' ', '-')}-{number // len(found)}"
+        picture, motion = of_split[number % len(of_split)], list(MOTIONS)[number // per_motion]
+        key = f"video-{picture.key}-{motion.replace(' ', '-')}-{number // len(of_split)}"
         todo.append(_Task(picture=picture, motion=motion, name=key, cache=cache, seed=settings.seed, held_out=held_out))
     random.Random(settings.seed).shuffle(todo)
     return todo
@@ -146,5 +147,10 @@ def main(argv: list[str] | None = None) -> None:
         make(settings, pool)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

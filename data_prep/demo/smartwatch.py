@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from anymal.config.command_line import parse_args, run_program
 from anymal.data_prep.demo.assets import cache_folder, read
-from anymal.data_prep.write import SPLITS, labelled_sample, write_shards
+from anymal.data_prep.demo.labelled import SPLITS, labelled_sample
+from anymal.data_prep.write import write_shards
 from anymal.errors import UserError
 from anymal.files import is_done
 
@@ -61,7 +62,7 @@ class Settings:
     folder: str = MISSING
     """The folder to write train, validation and test into."""
     cache: str = ""
-    """Folder of the downloads, as in demo_assets.py."""
+    """Folder of the downloads, as in assets.py."""
     per_exercise: int = 140
     """Training windows of each exercise; they begin at every second."""
     validation_per_exercise: int = 24
@@ -110,9 +111,9 @@ def unpickle_arrays(data: bytes) -> Any:
 
 def recordings(cache: Path) -> list[Recording]:
     """The 140 recordings."""
-    found = unpickle_arrays(read("seglearn", "seglearn/data/watch_dataset.npy", cache)).item()
-    labels = [EXERCISES[found["y_labels"][label]] for label in found["y"]]
-    rows = zip(found["subject"], found["side"], labels, found["X"], strict=True)
+    data = unpickle_arrays(read("seglearn", "seglearn/data/watch_dataset.npy", cache)).item()
+    labels = [EXERCISES[data["y_labels"][label]] for label in data["y"]]
+    rows = zip(data["subject"], data["side"], labels, data["X"], strict=True)
     units = np.array([_GRAVITY] * 3 + [1] * 3)
     return [
         Recording(
@@ -126,19 +127,19 @@ def recordings(cache: Path) -> list[Recording]:
     ]
 
 
-def split(found: list[Recording], seed: int) -> dict[str, list[Recording]]:
+def split(every: list[Recording], seed: int) -> dict[str, list[Recording]]:
     """The recordings of each split; all of one person's are in one."""
-    people = sorted({recording.person for recording in found})
+    people = sorted({recording.person for recording in every})
     random.Random(seed).shuffle(people)
     test, validation = people[:TEST_PEOPLE], people[TEST_PEOPLE : TEST_PEOPLE + VALIDATION_PEOPLE]
     splits: dict[str, list[Recording]] = {name: [] for name in SPLITS}
-    for recording in found:
+    for recording in every:
         name = "test" if recording.person in test else "validation" if recording.person in validation else "train"
         splits[name].append(recording)
     return splits
 
 
-def windows(found: list[Recording], per_exercise: int, stride: int, seed: int) -> list[tuple[Recording, int]]:
+def windows(of_split: list[Recording], per_exercise: int, stride: int, seed: int) -> list[tuple[Recording, int]]:
     """(recording, first sample) of `per_exercise` windows for each exercise, `stride` samples apart, shuffled.
 
     Raises:
@@ -148,7 +149,7 @@ def windows(found: list[Recording], per_exercise: int, stride: int, seed: int) -
     for exercise in EXERCISES.values():
         all_windows = [
             (recording, start)
-            for recording in found
+            for recording in of_split
             if recording.exercise == exercise
             for start in range(0, len(recording.motion) - RATE * SECONDS + 1, stride)
         ]
@@ -188,5 +189,10 @@ def main(argv: list[str] | None = None) -> None:
     make(parse_args(Settings, __doc__, argv))
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Run the program, for the command line."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -87,12 +87,12 @@ class Soundfont:
 
     def recordings(self, bank: int, number: int, keys: range = range(128)) -> set[int]:
         """The recordings that a preset plays for `keys`. The two channels of a stereo recording come together."""
-        found = set()
+        numbers = set()
         for zone in self.zones(bank, number):
             if any(_within(key, zone.settings["keys"]) for key in keys):
                 *_, link, kind = self.headers[zone.sample]
-                found |= {zone.sample, link} if kind in (2, 4) else {zone.sample}
-        return found
+                numbers |= {zone.sample, link} if kind in (2, 4) else {zone.sample}
+        return numbers
 
     def play(self, bank: int, number: int, notes: list[tuple[float, float, int, int]], seconds: float) -> np.ndarray:
         """Play notes (start in s, length in s, MIDI key, velocity 1 to 127) → [seconds * 16000] float32, peak 0.7.
@@ -134,13 +134,13 @@ class Soundfont:
 
 def _chunks(data: bytes, at: int) -> dict[bytes, bytes]:
     """RIFF chunks by name, those of the lists inside included."""
-    found = {}
+    chunks = {}
     while at + 8 <= len(data):
         name, size = struct.unpack_from("<4sI", data, at)
         body = data[at + 8 : at + 8 + size]
-        found |= _chunks(body, 4) if name == b"LIST" else {name: body}
+        chunks |= _chunks(body, 4) if name == b"LIST" else {name: body}
         at += 8 + size + size % 2
-    return found
+    return chunks
 
 
 def _zones(bags: bytes, generators: bytes) -> list[dict[int, int]]:

@@ -10,7 +10,7 @@ The format of LLaVA's training data, which many sets share: a JSON list (or JSON
 
 ``image`` is a path in the folder of images, a list of paths, or absent; each ``<image>`` in what the human says stands
 for one of them, in order. A record whose markers and images do not fit, whose images are missing, or whose turns make
-no conversation is skipped, counted, and written to ``FOLDER.skipped.jsonl`` with its place, id and reason; too many of
+no conversation is skipped, counted, and written to ``FOLDER.skipped.jsonl`` with its number, id and reason; too many of
 them stop the run. Images are copied as they are, byte for byte.
 """
 
@@ -87,9 +87,9 @@ def convert(record: Any, number: int, images: Path) -> dict[str, Any]:
     listed = record.get("image") or []
     paths = listed if isinstance(listed, list) else [listed]
     members = {}
-    for place, path in enumerate(paths):
+    for number_of_image, path in enumerate(paths):
         file, suffix = _image(images, path)
-        members[f"{place}.{suffix}"] = file.read_bytes()
+        members[f"{number_of_image}.{suffix}"] = file.read_bytes()
     messages = [_message(turn) for turn in record["conversations"]]
     markers = [part for message in messages for part in message["content"] if part["type"] == "image"]
     if len(markers) != len(members):
@@ -125,8 +125,8 @@ def _message(turn: Any) -> dict[str, Any]:
             raise BadSample(f"there is an {MARKER} in what the {role} says")
         return {"role": role, "content": [{"type": "text", "text": turn["value"].strip()}]}
     content: list[dict[str, str]] = []
-    for place, text in enumerate(turn["value"].split(MARKER)):
-        content += [{"type": "image"}] if place else []
+    for markers_before, text in enumerate(turn["value"].split(MARKER)):
+        content += [{"type": "image"}] if markers_before else []
         content += [{"type": "text", "text": text.strip("\n")}] if text.strip() else []
     return {"role": role, "content": content}
 
@@ -161,8 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     quarantine = Quarantine(log, max_in_a_row=settings.max_bad_in_a_row, max_share=settings.max_bad_share)
-    found = samples(records, Path(settings.images), settings.json, quarantine)
-    written = write_shards(folder, found, per_shard=settings.per_shard)
+    good = samples(records, Path(settings.images), settings.json, quarantine)
+    written = write_shards(folder, good, per_shard=settings.per_shard)
     skipped = f"; {quarantine.bad} records skipped, see {log}" if quarantine.bad else ""
     print(f"{written} conversations in {folder}{skipped}")
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_is_made_and_run_without_weights(kind, tmp_path):
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_an_option_that_a_kind_does_not_have_is_named(kind):
     config, count = suited(kind, 9, 4)
-    config.options = {"depth_of_field": 3}
+    config = replace(config, options={"depth_of_field": 3})
     with pytest.raises(UserError, match=f"projector.options of {kind}: unknown option 'depth_of_field'"):
         build_projector(config, [(count, 16)], llm_width=24)
 

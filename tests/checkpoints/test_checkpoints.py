@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint, checksums, retention
 from anymal.checkpoints.build import build
+from anymal.checkpoints.model_card import model_card
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.errors import UserError
-from small_runs import losses, make_encoders, pretrain_here, settings, write_pairs
+from small_runs import losses, make_checkpoint, make_encoders, pretrain_here, settings, write_pairs
 
 TRAIN = ["train=[projectors,lora]"]
 PROJECTOR = "adapters/image/model.safetensors"
@@ -55,7 +57,7 @@ def resumed(arguments, run):
     """The checkpoint that the run would go on from."""
 
     def find() -> Path | None:
-        return checkpoint.find_resume(load(Config, None, [*arguments, f"run.dir={run}"]))
+        return checkpoint.find_resume(load(Config, None, [*arguments, f"run.dir={run}"]).run)
 
     return find
 
@@ -125,7 +127,7 @@ def test_older_checkpoints_have_no_manifest_and_load(run, resumed, caplog):
     del state["world"]
     (latest / "training/state.json").write_text(json.dumps(state))
     assert resumed() == latest and "cannot be verified" in caplog.text
-    assert checkpoint.load_training_state(latest).world == 0
+    assert load_training_state(latest).world == 0
     path = latest / "training/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert resumed().name == "step-00000002"
@@ -139,7 +141,7 @@ def test_what_people_do_to_publish_a_checkpoint_is_no_damage(run, resumed):
     described.write_text(described.read_text().replace("encoder_weights", "was"))
     assert checkpoint.existing(run) == latest == resumed()
     with pytest.raises(UserError, match=r"training is missing: .* stripped.*set model\.checkpoint=.* another run\.dir"):
-        checkpoint.load_training_state(latest)
+        load_training_state(latest)
     described.write_text("{")
     with pytest.raises(UserError, match=r"image/adapter_config\.json is missing or damaged"):
         checkpoint.existing(run)
@@ -163,8 +165,20 @@ def test_every_file_is_in_the_manifest_and_has_the_mode_of_the_umask(trained):
 
 @pytest.mark.parametrize(("name", "head"), [("Qwen/Qwen3-0.6B", "base_model: Qwen/Qwen3-0.6B\n"), ("/home/me/llm", "")])
 def test_the_card_names_a_base_model_of_the_hub_or_none(name, head):
-    card = checkpoint.model_card(load(Config, None, [f"model.llm.name={name}"]), {}, 1)
+    card = model_card(load(Config, None, [f"model.llm.name={name}"]), {}, 1, "unknown")
     assert card.startswith(f"---\n{head}library_name: anymal\n")
+
+
+def test_the_card_names_the_llms_licence_and_the_recipe_keeps_what_was_set(tiny_llm, tmp_path):
+    llm = tmp_path / "llm"
+    shutil.copytree(tiny_llm, llm)
+    (llm / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    encoders = make_encoders(tmp_path / "encoders")
+    folder = make_checkpoint(llm, encoders, tmp_path / "of the LLM's card", 0, kinds=["image"])
+    assert f"| LLM | {llm} | apache-2.0 |\n" in (folder / "README.md").read_text()
+    assert checkpoint.recipe(folder).model.llm.license == ""
+    folder = make_checkpoint(llm, encoders, tmp_path / "set", 0, "model.llm.license=mine", kinds=["image"])
+    assert f"| LLM | {llm} | mine |\n" in (folder / "README.md").read_text()
 
 
 def test_whatever_lies_beside_checkpoints_stops_neither_start_nor_save(run, arguments):

@@ -61,7 +61,7 @@ def test_runs_of_stage_1_are_joined_in_one_stage_2(tiny_llm, encoders, shards, a
     expected = {kind: projectors(run)[kind] for kind, run in apart.items()}
     for places in (apart, list(apart.values())):
         config = joined(tiny_llm, encoders, tmp_path / "run", places)
-        model = build(config, CPU, REGISTRY, start=find_start(config), partly=True).model
+        model = build(config, CPU, REGISTRY, start=find_start(config.model), partly=True).model
         for kind in KINDS:
             held = model.projectors[kind].state_dict()
             assert held.keys() == expected[kind].keys()
@@ -84,8 +84,8 @@ def test_runs_of_stage_1_are_joined_in_one_stage_2(tiny_llm, encoders, shards, a
 
 def test_a_modality_may_start_fresh(tiny_llm, encoders, apart, tmp_path):
     config = joined(tiny_llm, encoders, tmp_path / "run", f"{{image: {apart['image']}, imu: null}}")
-    assert list(find_start(config).modalities) == ["image"]
-    build(config, CPU, REGISTRY, start=find_start(config), partly=True)
+    assert list(find_start(config.model).modalities) == ["image"]
+    build(config, CPU, REGISTRY, start=find_start(config.model), partly=True)
 
 
 def test_which_modality_is_whose_must_be_said(tiny_llm, encoders, apart, tmp_path):
@@ -95,16 +95,16 @@ def test_which_modality_is_whose_must_be_said(tiny_llm, encoders, apart, tmp_pat
         r"image and .*both.* have a projector for image; say by modality which is meant: model\.checkpoint='\{image: "
     )
     with pytest.raises(UserError, match=said.replace("image and", "image/checkpoints/.* and")):
-        find_start(config)
+        find_start(config.model)
     config = joined(tiny_llm, encoders, tmp_path / "run", {"image": apart["image"], "imu": both})
-    assert find_start(config).modalities == {"image": checkpoint.existing(apart["image"]), "imu": both}
+    assert find_start(config.model).modalities == {"image": checkpoint.existing(apart["image"]), "imu": both}
     with pytest.raises(UserError, match=r"model\.checkpoint\.imu: .* has no projector for it, but for image"):
-        find_start(joined(tiny_llm, encoders, tmp_path / "run", dict.fromkeys(KINDS, apart["image"])))
+        find_start(joined(tiny_llm, encoders, tmp_path / "run", dict.fromkeys(KINDS, apart["image"])).model)
     of_imu = settings(tiny_llm, encoders, tmp_path / "run", "x", ["imu"], model__checkpoint=f"[{apart['image']}]")
     with pytest.raises(UserError, match=r"image/.* has projectors for image and the recipe for imu: take it out"):
-        find_start(load(Config, None, of_imu))
+        find_start(load(Config, None, of_imu).model)
     with pytest.raises(UserError, match=r"nowhere holds no checkpoint"):
-        find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": "nowhere"}))
+        find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": "nowhere"}).model)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_only_the_same_llm_is_joined(tiny_llm, encoders, tmp_path):
     c = make_checkpoint(other, encoders, tmp_path / "c", 1, "train=[projectors]", kinds=["imu"])
 
     config = joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": b})
-    build(config, CPU, REGISTRY, start=find_start(config))
+    build(config, CPU, REGISTRY, start=find_start(config.model))
     said = rf"{a} was trained with {tiny_llm}, {c} with {other}; .* cannot be joined \(launch/mix\.py"
     with pytest.raises(UserError, match=said):
-        find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": c}))
+        find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": c}).model)
     config = joined(other, encoders, tmp_path / "run", {"image": a, "imu": b})
     said = r"a/.*/adapters/image: this projector was trained on an LLM with other weights than model\.llm\.name has now"
     with pytest.raises(UserError, match=said):
-        build(config, CPU, REGISTRY, start=find_start(config))
+        build(config, CPU, REGISTRY, start=find_start(config.model))
 
 
 def test_two_loras_or_trained_llms_are_not_joined(tiny_llm, encoders, tmp_path):
@@ -148,7 +148,7 @@ def test_two_loras_or_trained_llms_are_not_joined(tiny_llm, encoders, tmp_path):
             made[what, kind] = make_checkpoint(*given, kinds=[kind])
 
     def start(**places: Path):
-        return find_start(joined(tiny_llm, encoders, tmp_path / "run", places))
+        return find_start(joined(tiny_llm, encoders, tmp_path / "run", places).model)
 
     with pytest.raises(UserError, match=r"hold a LoRA each; an LLM takes but one \(launch/mix\.py"):
         start(image=made["lora", "image"], imu=made["lora", "imu"])

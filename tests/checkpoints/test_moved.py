@@ -103,9 +103,9 @@ def test_checkpoints_from_before_and_after_a_move_are_mixed(moved, monkeypatch, 
 
 
 def test_a_next_stage_names_the_new_place(moved, tmp_path):
-    config = load(Config, None, settings(moved["new"] / "llm", moved["new"], tmp_path / "run", "x", ["image"]))
-    config.model.checkpoint, config.model.lora.rank, config.model.lora.alpha = str(moved["a"]), 4, 8
-    build(config, CPU, REGISTRY, start=find_start(config))
+    given = settings(moved["new"] / "llm", moved["new"], tmp_path / "run", "x", ["image"])
+    config = load(Config, None, [*given, f"model.checkpoint={moved['a']}", "model.lora.rank=4", "model.lora.alpha=8"])
+    build(config, CPU, REGISTRY, start=find_start(config.model))
 
 
 def test_networks_that_were_trained_need_not_be_where_they_came_from(tmp_path):

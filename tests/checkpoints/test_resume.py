@@ -32,8 +32,11 @@ def change(*overrides: str, base: tuple[str, ...] = (), processes: tuple[int, in
         ("model.llm.name=y", r"model\.llm\.name was x, is y"),
         ("model.lora.alpha=32", r"model\.lora\.alpha was 16\.0, is 32\.0"),
         ("optim.lr=1e-3", r"optim\.lr was 0\.0002, is 0\.001"),
-        ("data.batch_size=4", r"batch_size × optim\.accumulate × processes was 2 × 1 × 1 = 2, is 4 × 1 × 1 = 4"),
-        ("optim.accumulate=2", r"was 2 × 1 × 1 = 2, is 2 × 2 × 1 = 4"),
+        (
+            "data.batch_size=4",
+            r"batch_size × optim\.gradient_accumulation × processes was 2 × 1 × 1 = 2, is 4 × 1 × 1 = 4",
+        ),
+        ("optim.gradient_accumulation=2", r"was 2 × 1 × 1 = 2, is 2 × 2 × 1 = 4"),
         ("data.max_tokens=100", r"data\.max_tokens was 2048, is 100"),
         ("data.row_tokens=4096", r"data\.row_tokens was 0, is 4096"),
         ("prompt.instruction=Describe it.", r"prompt\.instruction was , is Describe it\."),
@@ -81,14 +84,14 @@ def test_what_is_harmless_is_said(override, said):
 
 
 def test_one_process_with_eight_micro_batches_is_eight_with_one():
-    (note,) = change("optim.accumulate=1", base=("optim.accumulate=8",), processes=(1, 8))
+    (note,) = change("optim.gradient_accumulation=1", base=("optim.gradient_accumulation=8",), processes=(1, 8))
     assert "was 2 × 8 × 1 = 16, is 2 × 1 × 8 = 16" in note
-    (note,) = change("optim.accumulate=8", base=("data.row_tokens=4096",), processes=(8, 1))
-    assert "optim.accumulate × processes was 1 × 8 = 8, is 8 × 1 = 8" in note
+    (note,) = change("optim.gradient_accumulation=8", base=("data.row_tokens=4096",), processes=(8, 1))
+    assert "optim.gradient_accumulation × processes was 1 × 8 = 8, is 8 × 1 = 8" in note
     with pytest.raises(UserError, match="was 2 × 1 × 2 = 4, is 2 × 1 × 1 = 2"):
         change(processes=(2, 1))
     assert change(processes=(0, 4)) == []  # older checkpoints do not say how many they were
-    (note,) = change("optim.accumulate=8", processes=(0, 1))
+    (note,) = change("optim.gradient_accumulation=8", processes=(0, 1))
     assert "is for you to know" in note
 
 

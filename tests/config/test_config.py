@@ -1,18 +1,25 @@
 """Settings: types, defaults, overrides, and errors that say what to do."""
 
-from dataclasses import replace
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anymal.config.command_line import describe, parse_args
+from anymal.config.renamed import RENAMED
 from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
 from anymal.config.settings import RECIPES, load, options, public, save
 from anymal.config.stages import Recipe, load_stages
 from anymal.data_prep import negatives
 from anymal.errors import UserError
+from anymal.estimation.predict import EstimateConfig
 
 NAMED = "model.llm.name=x"
+ADDRESS = "https://bucket.example/a/{00..09}.tar"
+SECRET = "X-Amz-Signature=0123456789abcdef"
 
 
 def test_defaults_recipe_and_overrides_in_that_order(tmp_path):
@@ -34,6 +41,8 @@ def test_modalities_are_typed_though_their_names_are_free():
     ("override", "said"),
     [
         ("optim.lrr=1", "'lrr'.*Did you mean: 'lr'"),
+        ("optim.gradient_acumulation=2", "'gradient_acumulation'.*Did you mean: 'gradient_accumulation'"),
+        ("optim.accumulat=2", "'accumulat' not in 'OptimConfig'"),
         ("optim.lr=fast", "'fast'.*Float"),
         ("model.llm.bits=5", "bits is 5; it can be 4, 8, 16 or 32"),
         ("prompt.template=chatt", r"prompt\.template is 'chatt'; it can be chat or plain; did you mean chat\?"),
@@ -120,6 +129,86 @@ def test_resolved_settings_are_read_back_alike(tmp_path):
     assert load(Config, tmp_path / "recipe.yaml") == original
 
 
+def sections(config: Any) -> Iterator[Any]:
+    """The dataclasses of which settings consist, the outermost first."""
+    if dataclasses.is_dataclass(config):
+        yield config
+        config = vars(config)
+    if isinstance(config, dict):
+        for value in config.values():
+            yield from sections(value)
+
+
+@pytest.mark.parametrize("schema", [Config, Recipe, EstimateConfig])
+def test_what_is_resolved_is_frozen(schema):
+    loaded = load(schema, None, [NAMED, "model.modalities.image.encoder=e", "data.datasets.a.shards=~/x"])
+    assert len(list(sections(loaded))) == 12
+    for section in sections(loaded):
+        for f in dataclasses.fields(section):
+            with pytest.raises(FrozenInstanceError):
+                setattr(section, f.name, getattr(section, f.name))
+
+
+def test_the_stages_of_a_recipe_share_no_settings(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {llm: {name: x}}\nrun: {dir: all}\nstages: [{name: a}, {name: b, optim: {lr: 1}}]\n")
+    first, second = load_stages(Recipe, recipe)
+    assert (first.stage, first.run.dir, first.run.group) == ("a", "all/a", "all")
+    assert (second.stage, second.run.dir, second.model.checkpoint, second.optim.lr) == ("b", "all/b", "all/a", 1)
+
+
+OLD = pytest.mark.filterwarnings("default::FutureWarning")
+
+
+@OLD
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+@pytest.mark.parametrize("source", ["recipe", "override", "stage"])
+def test_a_setting_is_read_under_its_old_name(old, new, source, tmp_path):
+    recipe, section, name = tmp_path / "r.yaml", *old.split(".")
+    text, given = "model: {llm: {name: x}}\n", []
+    if source == "recipe":
+        text += f"{section}: {{{name}: 7}}\n"
+    elif source == "stage":
+        text += f"stages: [{{name: a, {section}: {{{name}: 7}}}}]\n"
+    else:
+        given = [f"{old}=7"]
+    recipe.write_text(text)
+    with pytest.warns(
+        FutureWarning, match=rf"{old.replace('.', '[.]')} is called {new.replace('.', '[.]')} now"
+    ) as said:
+        (loaded,) = load_stages(Recipe, recipe, given)
+    assert len(said) == 1 and str(said[0].message).startswith(given[0] if given else str(recipe))
+    section, name = new.split(".")
+    assert getattr(getattr(loaded, section), name) == 7
+
+
+def test_new_names_beat_old_ones_of_an_earlier_source_and_warn_of_nothing(tmp_path, monkeypatch):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {llm: {name: x}}\noptim: {accumulate: 2, steps: '${optim.accumulate}'}\n")
+    with pytest.warns(FutureWarning, match="optim.accumulate is called"):
+        loaded = load(Config, recipe, ["optim.gradient_accumulation=3"])
+    assert (loaded.optim.gradient_accumulation, loaded.optim.steps) == (3, 3)
+    monkeypatch.setenv("RANK", "1")  # rank 0 says it
+    assert load(Config, recipe).optim.gradient_accumulation == 2  # a FutureWarning is an error in tests
+
+
+@OLD
+def test_a_warning_holds_no_signature():
+    with pytest.warns(FutureWarning, match="look_ahead") as said:
+        load(Config, None, [NAMED, f"data={{look_ahead: 3, shards: '{ADDRESS.split('{')[0]}0.tar?{SECRET}'}}"])
+    assert "bucket.example" in str(said[0].message) and SECRET not in str(said[0].message)
+
+
+@OLD
+def test_a_setting_under_both_names_is_refused(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {llm: {name: x}}\noptim: {accumulate: 2, gradient_accumulation: 3}\n")
+    with pytest.raises(
+        UserError, match=r"r\.yaml sets optim\.gradient_accumulation twice: optim\.accumulate is its old"
+    ):
+        load(Config, recipe)
+
+
 def test_home_and_environment_are_filled_in(monkeypatch):
     monkeypatch.setenv("PLACE", "~/here")
     loaded = load(Config, None, [NAMED, 'data.shards=["${oc.env:PLACE}/a",b]', "run.dir=~/runs"])
@@ -162,10 +251,6 @@ def test_unknown_options_of_a_modality_name_the_nearest():
     with pytest.raises(UserError, match=r"model\.x: unknown option 'framez'; did you mean frames\?"):
         options(MODALITY.options, {"framez": 4}, "model.x")
     assert options(MODALITY.options, {"frames": 4}, "model.x").frames == 4
-
-
-ADDRESS = "https://bucket.example/a/{00..09}.tar"
-SECRET = "X-Amz-Signature=0123456789abcdef"
 
 
 def test_what_is_written_keeps_interpolations_and_drops_signatures(tmp_path, monkeypatch):

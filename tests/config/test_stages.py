@@ -1,6 +1,7 @@
 """Recipes of several stages: what each trains, how they follow one another, and what their checkpoints hold."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import tiny_encoders
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build, load_encoder
-from anymal.checkpoints.networks import _renamed, _save_encoder, load_bare
+from anymal.checkpoints.networks import load_bare, save_encoder, with_name
 from anymal.config.schema import Config, ModalityConfig
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
@@ -204,7 +205,7 @@ def test_what_beats_what_and_where_stages_start(recipe, tmp_path):
     assert [s.model.checkpoint for s in (first, second, third)] == ["x", f"{run}/a", None]
     assert {s.optim.lr for s in stages_of(given, "model.checkpoint=x", "optim.lr=9")} == {9}
     (alone,) = stages_of(given, "stage=b")
-    assert alone == second.__class__(**vars(second) | {"optim": alone.optim}) and alone.optim.steps == 5
+    assert alone == replace(second, optim=alone.optim) and alone.optim.steps == 5
     assert stages_of(given, "stage=b", "model.checkpoint=y")[0].model.checkpoint == "y"
 
 
@@ -227,7 +228,7 @@ def test_a_trained_encoder_is_a_folder_like_any_other(tmp_path, kind, name):
     options = {"rate": 50} if kind == "imu" else {}
     first = load_encoder(REGISTRY, kind, ModalityConfig(encoder=source, options=options))
     folder = tmp_path / "checkpoint" / "encoders" / kind
-    _save_encoder(first, changed(first), folder)
+    save_encoder(first, changed(first), folder)
     if getattr(first, "savable", False):
         source = str(folder)
     again = load_encoder(REGISTRY, kind, ModalityConfig(encoder=source, options=options))
@@ -263,9 +264,9 @@ def test_an_expert_that_was_trained_in_a_tree_of_its_own_can_be_named_in_another
     source = tiny_encoders.clip(tmp_path / "clip")
     first = encoder(source)
     assert first.savable
-    _save_encoder(first, changed(first), tmp_path / "saved")
+    save_encoder(first, changed(first), tmp_path / "saved")
     same(encoder(str(tmp_path / "saved")), first, tiny_encoders.picture())
-    assert _renamed({"channels": [{"name": source, "size": 48}], "grid": 6}, "x") == {
+    assert with_name({"channels": [{"name": source, "size": 48}], "grid": 6}, "x") == {
         "channels": [{"name": "x", "size": 48}],
         "grid": 6,
     }
@@ -274,7 +275,7 @@ def test_an_expert_that_was_trained_in_a_tree_of_its_own_can_be_named_in_another
 @pytest.mark.parametrize(("kind", "options"), [("image", {"tiles": "2x2"}), ("video", {"frames": 2, "views": True})])
 def test_an_encoder_of_views_can_be_saved(tmp_path, kind, options):
     first = load_encoder(REGISTRY, kind, ModalityConfig(encoder=tiny_encoders.clip(tmp_path / "clip"), options=options))
-    _save_encoder(first, changed(first), tmp_path / "saved")
+    save_encoder(first, changed(first), tmp_path / "saved")
     again = load_encoder(REGISTRY, kind, ModalityConfig(encoder=str(tmp_path / "saved"), options=options))
     pixels = torch.randn(1, *first.shape)
     with torch.no_grad():
@@ -326,8 +327,8 @@ def test_eagle_from_an_aligned_expert_to_a_joint_training(recipe, tmp_path, enco
     # The answerer of a checkpoint has the trained networks; a later, frozen stage hands them on.
     answering = build(checkpoint.recipe(latest, ["model.llm.bits=4"]), CPU, REGISTRY, start=latest).model
     assert torch.equal(dict(answering.encoders["image"].named_parameters())[first], after[first])
-    last = load(Config, run / "joint" / "recipe.yaml", ["train=[projectors]", f"run.dir={run}/last", "optim.steps=1"])
-    last.model.checkpoint = str(run / "joint")
+    more = ["train=[projectors]", f"run.dir={run}/last", "optim.steps=1", f"model.checkpoint={run}/joint"]
+    last = load(Config, run / "joint" / "recipe.yaml", more)
     assert run_stages([last], REGISTRY) == 0
     kept = checkpoint.existing(run / "last") / "llm" / "model.safetensors"
     assert kept.samefile(checkpoint.existing(run / "joint") / "llm" / "model.safetensors")
@@ -338,7 +339,7 @@ def test_a_projector_stays_with_the_encoder_that_it_was_trained_on(recipe, tmp_p
     given = recipe(EAGLE, optim__steps=2, run__samples=0, optim__lr=1e-3)
     align, combine, joint = stages_of(given)
     assert run_stages([align, combine], REGISTRY) == 0
-    align.optim.steps, combine.optim.steps = 3, 3
+    align, combine = (replace(stage, optim=replace(stage.optim, steps=3)) for stage in (align, combine))
     assert run_stages([align], REGISTRY) == 0
     said = r"adapters/image: this projector was trained on .* other weights than model\.modalities\.image\.encoder"
     for later in (combine, joint):
@@ -406,7 +407,7 @@ def test_two_ranks_train_encoders_and_llm_though_each_sees_another_modality(reci
     given += [f"model.modalities.{k}.projector.tokens=4" for k in kinds]
     deepspeed(2, "launch/pretrain.py", *given)
     alone = [f"run.dir={tmp_path / 'one'}" if setting.startswith("run.dir=") else setting for setting in given]
-    pretrain_here(*alone, "optim.accumulate=2")
+    pretrain_here(*alone, "optim.gradient_accumulation=2")
     for stage in ("a2", "b2", "c2", "a3", "b3", "c3"):
         two, one = tmp_path / "run" / stage, tmp_path / "one" / stage
         assert sorted(losses(two)) == [1, 2, 3, 4] and losses(two) == pytest.approx(losses(one), rel=1e-4)

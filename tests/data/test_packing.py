@@ -35,7 +35,7 @@ def rows(packer: Packer, items: list[Item]) -> list[list[int]]:
 
 
 def test_samples_that_do_not_fit_begin_the_next_row():
-    packer = Packer(DataConfig(row_tokens=10, max_tokens=10, look_ahead=2))
+    packer = Packer(DataConfig(row_tokens=10, max_tokens=10, packing_buffer=2))
     items = [item(p, n) for p, n in enumerate([6, 5, 3, 5, 1, 4, 4])]
     assert rows(packer, items) == [[4, 2, 0], [1, 3]]  # 1 + 3 + 6 and 5 + 5: full to the last token
     assert packer.pending() == [5, 6]
@@ -46,9 +46,9 @@ def test_batch_size_counts_samples():
 
 
 def test_what_an_encoder_costs_counts():
-    packer = Packer(DataConfig(row_tokens=10, max_tokens=4, look_ahead=0, encoder_cost={"eye": 4}))
+    packer = Packer(DataConfig(row_tokens=10, max_tokens=4, packing_buffer=0, encoder_cost={"eye": 4}))
     assert rows(packer, [item(p, 1, modality="eye") for p in range(4)]) == [[0, 1], [2, 3]]
-    alone = Packer(DataConfig(row_tokens=10, max_tokens=4, look_ahead=0, encoder_cost={"eye": 40}))
+    alone = Packer(DataConfig(row_tokens=10, max_tokens=4, packing_buffer=0, encoder_cost={"eye": 40}))
     assert rows(alone, [item(p, 1, modality="eye") for p in range(3)]) == [[0], [1], [2]]
 
 
@@ -70,7 +70,9 @@ def test_what_was_pending_goes_into_the_same_rows_when_given_again(seed):
         for p in range(150)
     ]
     group_by = rng.choice(["none", "modality", "dataset"])
-    data = DataConfig(row_tokens=rng.choice([20, 33]), max_tokens=20, look_ahead=rng.randint(0, 6), group_by=group_by)
+    data = DataConfig(
+        row_tokens=rng.choice([20, 33]), max_tokens=20, packing_buffer=rng.randint(0, 6), group_by=group_by
+    )
     packer, found = Packer(data), []
     for new in made:
         for n, row in enumerate(later := packer.add(new)):
@@ -180,7 +182,7 @@ def gradients(model, batches: list[list[Tokens]]) -> tuple[float, list[torch.Ten
 def test_packed_and_unpacked_losses_and_gradients_are_equal(real):
     """Every modality, at 4 bits: rows of about 200 tokens, against each sample alone."""
     model, tokens = real
-    packer = Packer(DataConfig(row_tokens=200, max_tokens=150, look_ahead=2))
+    packer = Packer(DataConfig(row_tokens=200, max_tokens=150, packing_buffer=2))
     filled = [row for p, t in enumerate(tokens) for row in packer.add(Item(position=p, dataset="d", tokens=t))]
     left = [t for p, t in enumerate(tokens) if p in packer.pending()]
     packed = [[i.tokens for i in row] for row in filled] + [left]

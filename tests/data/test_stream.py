@@ -177,7 +177,7 @@ def prepare_long(sample: Sample) -> Tokens:
     return replace(prepare(sample), ids=[number] * (number % 23 + 1), labels=[number] * (number % 23 + 1))
 
 
-PACKED = {"row_tokens": 40, "max_tokens": 40, "look_ahead": 3, "with_": prepare_long}
+PACKED = {"row_tokens": 40, "max_tokens": 40, "packing_buffer": 3, "with_": prepare_long}
 
 
 def cut(whole: list[Batch], at: int) -> dict:
@@ -205,11 +205,11 @@ def test_packing_resumes_at_every_batch(tmp_path, workers, group_by):
 
 def test_rows_are_full_and_nothing_is_left_behind(tmp_path):
     data, filled = folder(tmp_path / "d", 60, 40), {}
-    for look_ahead in (0, 3, 9):
-        found = batches(stream(data, **PACKED | {"look_ahead": look_ahead}), 60)
+    for packing_buffer in (0, 3, 9):
+        found = batches(stream(data, **PACKED | {"packing_buffer": packing_buffer}), 60)
         lengths = [sum(int(key) % 23 + 1 for key in batch.keys) for batch in found]
         assert max(lengths) <= 40
-        filled[look_ahead] = sum(lengths) / len(lengths) / 40
+        filled[packing_buffer] = sum(lengths) / len(lengths) / 40
     assert filled[0] < 0.85 and filled[3] > 0.9 and filled[9] > 0.95, filled
     keys = [key for batch in found for key in batch.keys]
     first = {f"{i:05d}" for i in range(100) if i % 5 != 4}

@@ -3,6 +3,7 @@
 The formats that are read stand in ``test_data_prep_formats.py``, the real packages in ``test_data_prep_demo.py``.
 """
 
+import importlib
 import io
 import json
 import random
@@ -19,12 +20,14 @@ from anymal.data_prep.demo import assets as demo_assets
 from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
 from anymal.data_prep.demo import data as demo_data
 from anymal.data_prep.demo import run as demo
+from anymal.data_prep.demo.labelled import QUESTION, SPLITS, labelled_sample
 from anymal.data_prep.sources import llava
 from anymal.data_prep.steps import worker_pool
-from anymal.data_prep.write import QUESTION, SPLITS, labelled_sample, read_shards, write_shards
+from anymal.data_prep.write import read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
 from anymal.files import is_done, whole_folder
 
+ROOM = Path(__file__).parents[2] / "data_prep"
 SUFFIXES = {"jpg": "image", "flac": "audio", "imu.npy": "imu", "mp4": "video"}
 
 
@@ -33,6 +36,24 @@ def _pairs(count: int) -> list[dict]:
         labelled_sample(f"s{i:03d}", "imu", "imu.npy", np.full((4, 6), i, np.float32), f"number {i}")
         for i in range(count)
     ]
+
+
+# Programs
+
+PROGRAMS = [path for path in sorted(ROOM.rglob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_starts_from_the_console_script_and_says_what_it_sets(path, monkeypatch, capsys):
+    module = importlib.import_module(".".join(["anymal", "data_prep", *path.relative_to(ROOM).with_suffix("").parts]))
+    monkeypatch.setattr("sys.argv", [path.stem, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.start()
+    assert ended.value.code == 0 and "Settings:" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [path.stem, "no_such_setting=1"])
+    with pytest.raises(SystemExit) as ended:
+        module.start()
+    assert ended.value.code == 2 and "no_such_setting" in capsys.readouterr().err
 
 
 # Shards

@@ -14,8 +14,9 @@ from anymal.data.prompt import Prompt
 from anymal.data_prep.demo import conversations, instruments, moving_pictures, openmoji, smartwatch
 from anymal.data_prep.demo import models as demo_models
 from anymal.data_prep.demo.assets import cache_folder, download
+from anymal.data_prep.demo.labelled import QUESTION, SPLITS
 from anymal.data_prep.steps import worker_pool
-from anymal.data_prep.write import QUESTION, SPLITS, read_shards
+from anymal.data_prep.write import read_shards
 from anymal.sample import Message, Part, Sample
 
 pytestmark = pytest.mark.slow

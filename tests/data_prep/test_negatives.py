@@ -10,9 +10,10 @@ import pytest
 import tiny_encoders
 from anymal.data.parse import parse
 from anymal.data_prep import negatives
+from anymal.data_prep.demo.labelled import labelled_sample
 from anymal.data_prep.negatives import WAYS, Chooser, Picture
 from anymal.data_prep.objects import Names, forms, occurs, read_table
-from anymal.data_prep.write import labelled_sample, read_shards, write_shards
+from anymal.data_prep.write import read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
 
 NAMES = ["fox", "owl", "cat"]
@@ -80,7 +81,7 @@ def test_what_may_be_there_under_another_name(name, present, text, same):
 
 def pictures(*objects: list[str]) -> list[Picture]:
     return [
-        Picture(number=i, key=f"k{i}", place=("a.tar", 0, 0), member="png", objects=listed, caption="")
+        Picture(number=i, key=f"k{i}", location=("a.tar", 0, 0), member="png", objects=listed, caption="")
         for i, listed in enumerate(objects)
     ]
 

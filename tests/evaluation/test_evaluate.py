@@ -9,7 +9,7 @@ import torch
 
 from anymal.data.prepare import Prepare
 from anymal.errors import BadSample
-from anymal.evaluation.evaluate import ask, evaluate
+from anymal.evaluation.evaluate import evaluate, prepare_held_out
 from anymal.evaluation.scores import figures
 from anymal.model.generate import embed_prompt, log_likelihoods
 from anymal.sample import Message, Part, Sample
@@ -37,8 +37,8 @@ def toy(tiny_llm):
 
 def run(toy, samples: list[Sample], **sizes) -> list:
     model, prepare = toy
-    asked = (ask(prepare, sample) for sample in samples)
-    return list(evaluate(model, prepare.prompt.tokenizer, asked, **{"max_new_tokens": 2, **sizes}))
+    held_out = (prepare_held_out(prepare, sample) for sample in samples)
+    return list(evaluate(model, prepare.prompt.tokenizer, held_out, **{"max_new_tokens": 2, **sizes}))
 
 
 def test_records_say_which_media_the_model_ignored(toy):
@@ -125,14 +125,14 @@ def test_records_do_not_depend_on_the_batch_and_each_medium_is_met_once(tiny_llm
     prepare = Prepare(prompt=prompt, decoders={"eye": counted})
     samples = [closed(float(i), ("yes", "the dog")[i % 2], f"k{i}") for i in range(8)]
 
-    def asked():
-        made = []
+    def stream():
+        prepared = []
         for sample in samples:
-            made.append(ask(prepare, sample))
-            yield made[-1]
-            held.append(sum(bool(one.tokens.media) for one in made))
+            prepared.append(prepare_held_out(prepare, sample))
+            yield prepared[-1]
+            held.append(sum(bool(one.tokens.media) for one in prepared))
 
-    found = list(evaluate(model, prompt.tokenizer, asked(), max_new_tokens=2, batch_size=batch_size))
+    found = list(evaluate(model, prompt.tokenizer, stream(), max_new_tokens=2, batch_size=batch_size))
     assert len(read) == 8, "each is decoded once"
     assert Counting.seen == 8 + 1, "each is encoded once, and the blank one"
     assert max(held) <= batch_size, "media are let go once they are encoded"
@@ -154,9 +154,9 @@ def test_no_free_answer_is_made_where_none_is_asked_for(toy):
 def test_samples_that_cannot_be_judged_are_bad(toy):
     prepare = toy[1]
     with pytest.raises(BadSample, match="'cat', which is not among its options"):
-        ask(prepare, closed(1.0, "cat", "k"))
+        prepare_held_out(prepare, closed(1.0, "cat", "k"))
     with pytest.raises(BadSample, match="without an answer"):
-        ask(prepare, closed(1.0, "yes", "k").question())
+        prepare_held_out(prepare, closed(1.0, "yes", "k").question())
 
 
 def test_a_seeded_sample_is_drawn_from_all_of_a_sorted_set(tmp_path):

@@ -17,6 +17,7 @@ import anymal.model.multimodal
 from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build_adapters
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
@@ -84,7 +85,7 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_features(tiny_llm
     shutil.rmtree(cut / "step-00000006")
     (cut / "latest").unlink()
     (cut / "latest").symlink_to("step-00000003")
-    assert checkpoint.load_training_state(checkpoint.existing(tmp_path / "whole")).step == 3
+    assert load_training_state(checkpoint.existing(tmp_path / "whole")).step == 3
     assert run("whole", data__workers=2) == whole
     with pytest.raises(TypeError):
         run("others", data__features="bf16")  # there are none: the encoders are called
@@ -99,9 +100,8 @@ def test_training_is_the_same_and_goes_on_where_it_was_without_features(tiny_llm
 
 def test_some_tars_have_features_and_others_not(tiny_llm, encoders, tmp_path):
     data = write_pairs(tmp_path / "data", ["image"], shards=3, per_shard=8)
-    config = recipe(tiny_llm, encoders, tmp_path / "run", data, ["image"], data__features="float32")
-    config.data.shards = str(Path(data) / "001.tar")
-    encode_data(config)
+    one = str(Path(data) / "001.tar")
+    encode_data(recipe(tiny_llm, encoders, tmp_path / "run", one, ["image"], data__features="float32"))
     found = {}
     for wanted in ("never", "auto"):
         more = {"data__features": wanted, "data__batch_size": 6, "optim__steps": 5}

@@ -391,9 +391,7 @@ def test_what_is_saved_is_what_is_loaded(recipe):
         for parameter in built.model.projectors.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     weights = {f"projectors.{name}": p.detach() for name, p in built.model.projectors.named_parameters()}
-    folder = checkpoint.save(
-        built.model, weights, {}, checkpoint.TrainingState(step=1), recipe, built.adapters, built.tokenizer
-    )
+    folder = checkpoint.save(built, weights, {}, checkpoint.TrainingState(step=1), recipe)
     again = build(checkpoint.recipe(folder), CPU, REGISTRY, start=folder)
     assert not again.model.projectors["image"].last_only
     assert any("bridges.1.key_value" in name for name in weights)
@@ -463,7 +461,7 @@ def test_ranks_with_different_modalities_are_one_rank_and_resume(tiny_llm, tmp_p
         more |= {f"{here}__kind": "cross_attention", f"{here}__heads": 2, f"{here}__options__every": 1}
     two = settings(tiny_llm, encoders, tmp_path / "two", shards, kinds, **more)
     deepspeed(2, "launch/pretrain.py", recipe, *two)
-    one = settings(tiny_llm, encoders, tmp_path / "one", shards, kinds, optim__accumulate=2, **more)
+    one = settings(tiny_llm, encoders, tmp_path / "one", shards, kinds, optim__gradient_accumulation=2, **more)
     pretrain_here(recipe, *one)
     runs = [(tmp_path / "two" / name, tmp_path / "one" / name) for name in ("zero1", "zero3")]
     for two, alone in runs:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from anymal.config.schema import LoraConfig
 from anymal.data.packing import pack
 from anymal.errors import UserError
-from anymal.model.llm import add_lora
+from anymal.model.llm import add_lora, load_lora
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import fingerprint, format_table, select_trainable, table, trainable
 from anymal.sample import Part, Views
-from anymal.training.prefetch import Ahead
+from anymal.training.prefetch import Prefetcher
 from toys import medium, sample, text, toy_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -83,12 +83,12 @@ def test_what_is_encoded_ahead_is_what_would_be_encoded(tiny_llm, device):
     model, prompt = toy_model(tiny_llm, device=device, eye=3, ear=2)
     tokens = [prompt.sample(s) for s in SAMPLES]
     batches = [pack(tokens[n:] + tokens[:n]) for n in range(4)]
-    ahead = Ahead(model)
-    ahead.start(batches[0])
+    prefetcher = Prefetcher(model)
+    prefetcher.start(batches[0])
     for number, batch in enumerate(batches):
-        moved, features = ahead.take()
+        moved, features = prefetcher.take()
         if number < 3:
-            ahead.start(batches[number + 1])
+            prefetcher.start(batches[number + 1])
         total = model(moved, features)[0]
         expected = batch.to(model.device)
         torch.testing.assert_close(moved.ids, expected.ids)
@@ -150,10 +150,27 @@ def _adapters_of(model):
     return toy_adapters(model.llm.config.hidden_size, eye=3, ear=2)
 
 
+@pytest.mark.parametrize("name", ["encoders.eye", "encoders"])
+def test_an_encoder_that_was_not_to_learn_when_the_model_was_made_is_refused(tiny_llm, name):
+    model, _ = toy_model(tiny_llm, eye=3)
+    with pytest.raises(UserError, match="has no such parameters"):
+        select_trainable(model, [name])
+
+
 def test_train_without_lora_says_so(tiny_llm):
     model, _ = toy_model(tiny_llm, eye=3)
     with pytest.raises(UserError, match="has no such parameters"):
         select_trainable(model, ["lora"])
+
+
+def test_an_adapter_of_peft_that_is_no_lora_is_refused(tiny_llm, tmp_path):
+    from peft import IA3Config, get_peft_model
+
+    model, _ = toy_model(tiny_llm)
+    layers = {"target_modules": ["k_proj"], "feedforward_modules": []}
+    get_peft_model(model.llm, IA3Config(task_type="CAUSAL_LM", **layers)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds no LoRA, but PEFT's .*IA3"):
+        load_lora(toy_model(tiny_llm)[0].llm, tmp_path, LoraConfig())
 
 
 def test_table_counts_four_bit_weights_as_what_they_hold(tiny_llm):

@@ -24,7 +24,7 @@ from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import Built, build
 from anymal.config.schema import PromptConfig
 from anymal.errors import UserError
-from anymal.evaluation.evaluate import ask, evaluate
+from anymal.evaluation.evaluate import evaluate, prepare_held_out
 from anymal.model.generate import embed_prompt, generate
 from anymal.sample import TEXT, Message, Part, Sample
 from anymal.serving import chat
@@ -82,7 +82,7 @@ def test_every_answer_is_what_an_evaluation_of_the_conversation_gives(built, tem
         asked = [*conversation.attached, *question]
         pieces = list(conversation.ask(question))
         messages = [*before, Message(role="user", parts=asked), Message(role="assistant", parts=[text("yes")])]
-        evaluated = ask(built.prepare, Sample(key="k", shard="s", messages=messages))
+        evaluated = prepare_held_out(built.prepare, Sample(key="k", shard="s", messages=messages))
         (own, *_) = evaluate(built.model, built.tokenizer, [evaluated], max_new_tokens=12, batch_size=1)
         assert "".join(pieces) == own.said != ""
         assert len(pieces) > 1, "it comes piece by piece"
@@ -249,7 +249,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_conversation(built, tmp
     asking = PreTrainedTokenizerFast(tokenizer_object=asks, eos_token=built.tokenizer.eos_token)
     conversation = Conversation(built=replace(built, tokenizer=asking), max_new_tokens=1)
     monkeypatch.setattr(sys, "stdin", io.StringIO("what?\nwhat?\n"))
-    chat.converse(conversation, Painter(name=str(tmp_path), place=CPU), tmp_path)
+    chat.converse(conversation, Painter(name=str(tmp_path), device=CPU), tmp_path)
     out, err = capsys.readouterr()
     assert said_in(conversation) == ["what?", "Look! <h>a cat</h>"] * 2
     assert out.split("> ")[1:] == ["Look!\n", "Look!\n", "\n"] and err.count("does not load as a text-to-image") == 2

@@ -78,7 +78,7 @@ def pipeline(tmp_path_factory) -> str:
 
 
 def painter(name: str, **settings: int) -> Painter:
-    return Painter(name=name, place=torch.device("cpu"), **{"steps": 2, "size": 32} | settings)
+    return Painter(name=name, device=torch.device("cpu"), **{"steps": 2, "size": 32} | settings)
 
 
 def test_prompts_become_png_files_that_follow_the_seed(pipeline, tmp_path):

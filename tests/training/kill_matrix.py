@@ -76,7 +76,7 @@ def arguments(folder: Path, name: str, workers: int, packed: bool) -> list[str]:
     more = {"optim__steps": STEPS, "data__workers": workers, "data__max_bad_share": 0.5}
     more |= {"run__save_every": 3, "run__keep": 1}  # every save but the first is followed by a prune
     if packed:
-        more |= {"data__row_tokens": 120, "data__max_tokens": 100, "data__look_ahead": 4}
+        more |= {"data__row_tokens": 120, "data__max_tokens": 100, "data__packing_buffer": 4}
     given = settings(folder / "llm", folder / "encoders", folder / name, "", KINDS, **more)
     datasets = [f"data.datasets.{d}={{shards: {folder / d}, ratio: {r}}}" for d, r in (("first", 2), ("second", 1))]
     return [setting for setting in given if not setting.startswith("data.shards=")] + datasets

@@ -14,6 +14,7 @@ import anymal.adapters
 from anymal.adapters import REGISTRY
 from anymal.adapters.projectors import PROJECTORS
 from anymal.checkpoints import checkpoint
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.errors import UserError
@@ -90,7 +91,7 @@ def given(llm: Path, run: Path, shards: str, **more) -> list[str]:
 def test_a_loss_that_is_not_finite_costs_its_sample(run, tmp_path, zero, workers):
     hostile = write(tmp_path / "hostile", np.float32(OVERFLOWS).tobytes(), 5, 17)
     broken = write(tmp_path / "broken", b"no number", 5, 17)
-    more = {"engine__zero": zero, "data__workers": workers, "optim__steps": 12, "optim__accumulate": 2}
+    more = {"engine__zero": zero, "data__workers": workers, "optim__steps": 12, "optim__gradient_accumulation": 2}
     found, wanted = run("found", hostile, **more), run("wanted", broken, **more)
     assert losses(found) == losses(wanted) and sorted(losses(found)) == list(range(1, 13))
     named = {entry["key"]: entry["reason"] for entry in listed(found / "quarantine.jsonl")}
@@ -99,7 +100,7 @@ def test_a_loss_that_is_not_finite_costs_its_sample(run, tmp_path, zero, workers
     assert states[0]["bookmark"] == states[1]["bookmark"]
     assert [place[:3] for place in states[0]["refused"]] == [[0, 0, 5], [0, 0, 17]]
     go_back(found, 10)  # in a later epoch: what was refused before is passed over without being tried
-    assert checkpoint.load_training_state(checkpoint.existing(found)).refused == states[0]["refused"]
+    assert load_training_state(checkpoint.existing(found)).refused == states[0]["refused"]
     run("found", hostile, **more)
     assert losses(found) == losses(wanted)
 

@@ -16,6 +16,7 @@ import pytest
 from anymal import signals
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
+from anymal.checkpoints.state import load_training_state
 from anymal.training.run import main
 from small_runs import ROOT, environment, losses, make_encoders, settings, write_pairs
 
@@ -49,7 +50,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
 
 
 def assert_saved(run: Path) -> None:
-    assert checkpoint.load_training_state(checkpoint.existing(run)).step == max(losses(run))
+    assert load_training_state(checkpoint.existing(run)).step == max(losses(run))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -67,7 +68,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(start, tmp_path, number):
         assert os.path.samestat(os.fstat(1), os.fstat(pipe))
     sender.join()
     assert_saved(tmp_path)
-    assert not signals.asked(), "what the process does next was not meant"
+    assert not signals.stop_requested(), "what the process does next was not meant"
     assert [signal.getsignal(known) for known in signals._SIGNALS] == before
 
 
@@ -83,14 +84,14 @@ def ignore(number: int) -> None:
     signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert not signals.asked()
+    assert not signals.stop_requested()
 
 
 def interrupt_twice(number: int) -> None:
     signals.note_signals()
     os.kill(os.getpid(), number)
     time.sleep(0.1)
-    assert signals.asked()
+    assert signals.stop_requested()
     try:
         os.kill(os.getpid(), number)
         time.sleep(10)
@@ -105,7 +106,7 @@ signals.note_signals()
 if pid := os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 signals.note_signals()
-os._exit(signals.asked())
+os._exit(signals.stop_requested())
 """
 
 

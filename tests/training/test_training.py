@@ -16,6 +16,7 @@ import transformers
 from anymal.adapters import REGISTRY
 from anymal.checkpoints import checkpoint
 from anymal.checkpoints.build import build
+from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config, DataConfig
 from anymal.config.settings import load
 from anymal.data.packing import pack
@@ -242,7 +243,7 @@ def test_an_llm_that_mixes_packed_samples_is_refused_but_for_rows_of_one(stage, 
 
 def test_accumulation_divides_by_all_answers(stage):
     one = losses(stage("one", data__batch_size=8, optim__steps=5))
-    four = losses(stage("four", data__batch_size=2, optim__accumulate=4, optim__steps=5))
+    four = losses(stage("four", data__batch_size=2, optim__gradient_accumulation=4, optim__steps=5))
     assert four == pytest.approx(one, rel=1e-5)
 
 
@@ -270,14 +271,14 @@ def test_two_ranks_are_one_rank_with_two_micro_batches(tiny_llm, encoders, shard
     recipe = zero_stages(tmp_path / "recipe.yaml", 1, 3)
     two = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, **more)
     deepspeed(2, "launch/pretrain.py", recipe, *two)
-    one = settings(tiny_llm, encoders, tmp_path / "one", shards, KINDS, optim__accumulate=2, **more)
+    one = settings(tiny_llm, encoders, tmp_path / "one", shards, KINDS, optim__gradient_accumulation=2, **more)
     pretrain_here(recipe, *one)
     runs = [(tmp_path / "two" / name, tmp_path / "one" / name) for name in ("zero1", "zero3")]
     for two, one in runs:
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         go_back(two, 3)
     # One rank goes on where two stopped: nothing that is saved depends on their number.
-    alone = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, optim__accumulate=2, **more)
+    alone = settings(tiny_llm, encoders, tmp_path / "two", shards, KINDS, optim__gradient_accumulation=2, **more)
     pretrain_here(recipe, *alone)
     for two, one in runs:
         assert sorted(losses(two)) == [1, 2, 3, 4, 5, 6]
@@ -369,5 +370,5 @@ def test_a_stop_signal_saves_before_the_run_ends(tiny_llm, encoders, shards, tmp
     os.killpg(process.pid, signal.SIGTERM)  # as launchers and Slurm do: the loader's workers hear it too
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
-    saved = checkpoint.load_training_state(checkpoint.existing(tmp_path / "run"))
+    saved = load_training_state(checkpoint.existing(tmp_path / "run"))
     assert saved.step == max(losses(tmp_path / "run"))
