@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors
 from anymal.model.hub import license_of
-from anymal.model.llm import base_model, load_llm
+from anymal.model.llm import base_model, load_llm, token_embedding
 from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Fit, Registry
 
@@ -52,8 +51,8 @@ def build(
     _say_other_precisions(settings.llm.bits, start)
     llm, tokenizer = load_llm(networks.llm_of(settings.llm, start.llm), device, learns=networks.llm_learns(train))
     llm = with_lora(llm, settings.lora, start.llm, train=config.train)
-    embedding: Any = base_model(llm).get_input_embeddings()
-    std, width = embedding.weight.float().std().item(), embedding.weight.shape[1]
+    table = token_embedding(llm).weight
+    std, width = table.float().std().item(), table.shape[1]
     layers = base_model(llm).config.get_text_config().num_hidden_layers
     modalities = networks.encoders_of(settings.modalities, start.modalities)
     adapters = build_adapters(registry, modalities, width, std, llm_layers=layers)

@@ -1,11 +1,14 @@
 """What `anymal.checkpoints.build` makes and `anymal.checkpoints.checkpoint` saves."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from anymal.data.prepare import Prepare
 from anymal.modality import Adapter
 from anymal.model.multimodal import AnyMAL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class Built:
     """LLM, encoders, projectors, on the device."""
     adapters: dict[str, Adapter]
     """What the model was made from, by modality."""
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     """The LLM's, with the placeholder tokens."""
     prepare: Prepare
     """Decoding and prompt, for the stream's workers."""

@@ -6,7 +6,7 @@ Encoders and an LLM that were trained are loaded by their own loaders; `anymal.c
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -20,8 +20,11 @@ from anymal.modality import Adapter
 from anymal.model.llm import add_lora, load_lora
 from anymal.model.multimodal import AnyMAL
 
+if TYPE_CHECKING:
+    from anymal.model.llm import CausalLM
 
-def with_lora(llm: Any, lora: LoraConfig, start: Path | None, *, train: Sequence[str]) -> nn.Module:
+
+def with_lora(llm: "CausalLM", lora: LoraConfig, start: Path | None, *, train: Sequence[str]) -> nn.Module:
     """The LLM with the LoRA of the checkpoint it starts from, or a fresh one if `train` asks for it, or as it is."""
     if start is not None and (start / "lora").is_dir():
         wrapped = load_lora(llm, start / "lora", lora)

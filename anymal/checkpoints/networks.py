@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,10 @@ from anymal.config.stages import encoder_names
 from anymal.data.feature_codec import weights_digest
 from anymal.errors import UserError
 from anymal.modality import Encoder
-from anymal.model.llm import bars_on_terminals_only
+from anymal.model.llm import bars_on_terminals_only, base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MASTER = "master"
 """``NAME.master`` beside the optimizer's moments: a weight in float32 whose saved form is rounded."""
@@ -62,8 +65,8 @@ def save(
     for name, adapter in built.adapters.items():
         folder = checkpoint / ENCODERS / name
         if name in built.model.trained_encoders:
-            encoder = network(adapter.encoder)
-            save_encoder(encoder, encoder.state_dict() | below(parameters, f"trained_encoders.{name}."), folder)
+            learnt = below(parameters, f"trained_encoders.{name}.")
+            save_encoder(adapter.encoder, adapter.encoder.state_dict() | learnt, folder)
         elif before is not None and name in before.modalities:
             _carry(before.modalities[name] / ENCODERS / name, folder)
     if llm_learns(config.train):
@@ -83,12 +86,6 @@ def below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): p.contiguous() for n, p in parameters.items() if n.startswith(prefix)}
 
 
-def network(encoder: Encoder) -> nn.Module:
-    """An encoder as the ``nn.Module`` that it is by contract."""
-    assert isinstance(encoder, nn.Module), f"{type(encoder).__name__} is no nn.Module"
-    return encoder
-
-
 def encoder_digest(encoder: Encoder) -> str:
     """Of the weights of an encoder that does not change, or not yet: hashed once."""
     if encoder not in _DIGESTS:
@@ -96,7 +93,7 @@ def encoder_digest(encoder: Encoder) -> str:
     return _DIGESTS[encoder]
 
 
-def save_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+def save_encoder(encoder: Encoder, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write an encoder in the format of its loader, if the encoder knows it; else its weights alone."""
     folder.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -108,12 +105,14 @@ def save_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], folder: Path
 
 
 @bars_on_terminals_only()
-def _save_llm(llm: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, bits: int) -> None:
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
-    config = copy.deepcopy(llm.config)  # save_pretrained writes the dtype of the model into its own
-    llm.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
+def _save_llm(
+    llm: nn.Module, weights: Mapping[str, Tensor], tokenizer: "PreTrainedTokenizerBase", folder: Path, bits: int
+) -> None:
+    dtype, whole = torch.bfloat16 if bits == 16 else torch.float32, base_model(llm)
+    config = copy.deepcopy(whole.config)  # save_pretrained writes the dtype of the model into its own
+    whole.save_pretrained(folder, state_dict={name: weight.to(dtype) for name, weight in weights.items()})
     config.dtype = dtype
-    config.architectures = [type(llm).__name__]
+    config.architectures = [type(whole).__name__]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -217,6 +216,6 @@ def load_bare(encoders: Mapping[str, Encoder], starts: Mapping[str, Path]) -> No
         if not path.is_file() or path.with_name("config.json").is_file():
             continue
         try:
-            network(encoder).load_state_dict(load_file(path))
+            encoder.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{path} cannot be loaded into the encoder of {name}: {error}") from error

@@ -12,7 +12,7 @@ import torch
 from anymal import signals
 from anymal.checkpoints import checksums
 from anymal.config import settings
-from anymal.data import manifest, pool, shards
+from anymal.data import index_files, manifest, pool
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def process_as_found() -> Iterator[None]:
     with ExitStack() as at_end:
         for restored in (signals.handlers_restored(), settings.notes_of_its_own(), torch.random.fork_rng(devices)):
             at_end.enter_context(restored)
-        for forget in (checksums.forget, shards.note_unwritten.cache_clear, manifest.forget):
+        for forget in (checksums.forget, index_files.note_unwritten.cache_clear, manifest.forget):
             forget()
             at_end.callback(forget)
         at_end.enter_context(pool.none_left())

@@ -5,8 +5,8 @@
 
 In the order in which it happens; read `stream` first, which puts it together:
 
-1. `manifest`: how many samples each tar holds, without opening it; `remote` and `object_store` download tars that
-   are addresses.
+1. `listing`: the tars that a recipe names. `manifest`: how many samples each holds, without opening it, from
+   `index_files`. `remote` and `object_store` download tars that are addresses.
 2. `order`: position → dataset, epoch, shard, sample. Closed form, so a bookmark is a few numbers. Each data-parallel
    rank has its `RankSampler`.
 3. `shards`: the byte range of each sample; `feature_cache` finds the tar that holds features in place of media.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anymal.data import shards
+from anymal.data import index_files, shards
 from anymal.data.feature_codec import PRECISIONS, VERSION
 from anymal.data.manifest import Shard, survey
 from anymal.errors import UserError
@@ -110,7 +110,7 @@ def folders(tar: str) -> Iterator[str]:
     folder = os.path.dirname(os.path.abspath(tar))
     yield os.path.join(folder, "features")
     digest = hashlib.sha256(folder.encode(errors="surrogateescape")).hexdigest()
-    yield os.path.join(shards.cache_folder(), "features", digest)
+    yield os.path.join(index_files.cache_folder(), "features", digest)
 
 
 def folder_name(encoders: Mapping[str, str], precision: str) -> str:

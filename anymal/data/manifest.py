@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from anymal.data import shards
+from anymal.data import index_files, shards
 from anymal.data.remote import Remote, is_url
 from anymal.errors import UserError
 
@@ -46,7 +46,7 @@ class Shard:
 
 
 def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_gb: float = 0.0) -> dict[str, Shard]:
-    """The number of samples of each tar, by its name as `shards.expand` gives it.
+    """The number of samples of each tar, by its name as `anymal.data.listing.expand` gives it.
 
     Local tars without an index are indexed; remote ones whose number of samples is not published are downloaded. Each
     rank begins at another tar (`start` of 0..1), so that ranks share that work: whoever comes second finds it done.
@@ -56,7 +56,7 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
         UserError: A tar cannot be read or downloaded, or holds another number of samples than was published.
     """
     forget()  # tars that were replaced since, and indexed by another process, would still be read as they were
-    cache = os.path.expanduser(cache) or os.path.join(shards.cache_folder(), "shards")
+    cache = os.path.expanduser(cache) or os.path.join(index_files.cache_folder(), "shards")
     folders: dict[str, _Manifest] = {}
     found, first = {}, int(start * len(names))
     work = tqdm([*names[first:], *names[:first]], "shards", unit=" tars", mininterval=10, delay=10, disable=first > 0)
@@ -133,9 +133,9 @@ class _Manifest:
     """
 
     def __init__(self, folder: str, remote: Remote | None):
-        self.places = list(shards.index_files(os.path.join(folder, NAME), folder))
+        self.places = list(index_files.paths(os.path.join(folder, NAME), folder))
         self.remote, self.new = remote, False
-        held = [_tars(shards.read_json(place)) for place in self.places]
+        held = [_tars(index_files.read_json(place)) for place in self.places]
         self.tars = {name: entry for tars in held for name, entry in tars.items()}
         self._others = held[0]  # what others left in the folder; where it cannot be written to, ours is in the cache
 
@@ -158,7 +158,7 @@ class _Manifest:
     def save(self) -> None:
         """Write the file if there is anything new. Ranks may do so at once: each knows all, and the last one stays."""
         if self.new and self.tars:
-            shards.write_json({"version": VERSION, "tars": self.tars}, self.places)
+            index_files.write_json({"version": VERSION, "tars": self.tars}, self.places)
 
 
 def _tars(known: Any) -> dict[str, list[int]]:

@@ -1,48 +1,33 @@
-"""Tars: which there are, where each sample lies in them, and reading one sample by its place.
+"""Tars: where each sample lies in one, and reading one sample by its byte range.
 
-The stream's first room: `expand` lists the shards, `index` finds the byte range of every sample without reading any
-data, `read` takes one range apart. None decodes or unpickles anything, and no name is ever handed to a shell: the
-operating system opens it, or `remote` downloads it first, or nothing does. `manifest` does this for many tars.
+`index` finds the byte range of every sample without reading any data, `read` takes one range apart. Neither decodes or
+unpickles anything. `listing` says which tars there are, and `manifest` knows many of them.
 """
 
 import errno
-import functools
-import hashlib
 import io
-import json
-import logging
 import os
 import re
 import stat
 import tarfile
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from anymal.config.settings import public_message, public_text
-from anymal.data import remote
+from anymal.data import index_files
 from anymal.errors import BadSample, UserError
-from anymal.files import file_mode
 
 BLOCK = 512  # bytes; whatever is in a tar begins at a multiple of it
 LARGEST_SAMPLE = 1 << 30  # bytes; what a hostile header may make a worker read at once
-LARGEST_JSON = 1 << 25  # bytes of a file beside tars: the counts of 400,000, or the offsets of 3 million samples
 VERSION = 1  # of the index files
 _OPEN_FILES = 32
-_log = logging.getLogger(__name__)
 _LOOKED_AT = 3  # samples of a tar whose headers must be where its index file says
 _LONGEST_REASON = 500  # characters
 _META = re.compile(r"__[^/]*__($|/)")  # names that webdataset passes over
 _TIMES = re.compile(rb"(\d+ [acm]time=[\d.]+\n)+")  # the pax records of webdataset's own writer: nothing to obey
-_PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 _PACKED_DATA = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\x5d\x00\x00\x80|\xfd7zXZ|\x28\xb5\x2f\xfd", re.DOTALL)
 
 
@@ -68,65 +53,6 @@ class Index:
         return start, end - start
 
 
-def expand(shards: Any) -> list[str]:
-    """The tars that a recipe's ``shards`` names: a path, a folder, an address, a pattern, or a list of these.
-
-    Raises:
-        UserError: One does not exist, is compressed, is a command or of another scheme, is listed twice, or there is
-            none. What is behind an address is not looked at.
-    """
-    items = list(shards) if isinstance(shards, list | tuple) else [] if shards is None else [shards]
-    paths = [path for item in items for path in _expand_one(os.fspath(item))]
-    if not paths:
-        raise UserError(
-            "data.shards names no shard; it takes a path, a folder, an address, a pattern or a list of these"
-        )
-    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
-    if twice:
-        raise UserError(
-            f"{public_text(twice)} is listed twice; to see data more often, give it a ratio in data.datasets"
-        )
-    return paths
-
-
-def _expand_one(name: str) -> list[str]:
-    path = os.path.expanduser(name)
-    if name.startswith("pipe:"):
-        # not named in full: commands that fetch something hold what it takes to fetch it
-        raise UserError("pipe:…: commands in the place of shards are never run; write their output to a tar first")
-    if remote.is_url(name):
-        return _expand_url(name)
-    if os.path.isdir(path):
-        found = sorted(str(tar) for tar in Path(path).glob("*.tar"))
-        if not found:
-            packed = any(_PACKED.search(entry) for entry in os.listdir(path))
-            raise UserError(f"there is no .tar in {path}" + ("; decompress what is in there first" if packed else ""))
-        return found
-    if os.path.isfile(path):
-        if _PACKED.search(path):
-            raise UserError(f"{path} is compressed, so that no sample can be read by its place; decompress it first")
-        return [path]
-    if os.path.exists(path):
-        raise UserError(f"{path} is not a regular file: a pipe or a device has no places to read samples from")
-    try:
-        expanded = expand_urls(path)
-    except ValueError as error:
-        raise UserError(f"{name} is not a brace pattern: {error}") from error
-    if expanded == [path]:
-        raise UserError(f"there is no shard {path}")
-    return [found for item in expanded for found in _expand_one(item)]
-
-
-def _expand_url(name: str) -> list[str]:
-    try:
-        urls = list(braceexpand(name))
-    except ValueError as error:
-        raise UserError(public_message(f"{name} is not a brace pattern: {error}")) from error
-    for url in urls:
-        remote.check(url)
-    return urls
-
-
 def index(path: str, *, again: bool = False) -> Index:
     """Where the samples of a tar lie: from its index file if that fits the tar, else by walking its headers.
 
@@ -147,7 +73,7 @@ def index(path: str, *, again: bool = False) -> Index:
             raise UserError(f"shard {path} is not a regular file: it is a folder, a pipe or a device")
         stamp = [VERSION, status.st_size, status.st_mtime_ns]
         # ours in the cache first: where it had to be written, what lies beside the tar may be wrong for ever
-        for place in () if again else reversed([*index_files(f"{path}.index.json", path)]):
+        for place in () if again else reversed([*index_files.paths(f"{path}.index.json", path)]):
             found = _load(place, path, stamp)
             if found is not None:
                 return found
@@ -158,35 +84,9 @@ def index(path: str, *, again: bool = False) -> Index:
     return made
 
 
-def cache_folder() -> str:
-    """Where there is room for what can be made or downloaded again."""
-    return os.environ.get("ANYMAL_CACHE") or os.path.expanduser("~/.cache/anymal")
-
-
-def index_files(beside: str, of: str) -> Iterator[str]:
-    """The places where the index of a tar or a folder may lie: beside it, or in the cache."""
-    yield beside
-    digest = hashlib.sha256(os.path.abspath(of).encode(errors="surrogateescape")).hexdigest()
-    yield os.path.join(cache_folder(), "index", f"{digest}.json")
-
-
-def read_json(path: str, most: int = LARGEST_JSON) -> Any:
-    """The JSON in a regular file of at most `most` bytes; None if there is no such file. Never waits for a pipe.
-
-    Files beside data are anyone's: links to devices, pipes, bombs.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may already do something
-            return None
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            data = file.read(most + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-        return json.loads(data) if len(data) <= most else None
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def _load(place: str, path: str, stamp: list[int]) -> Index | None:
-    known = read_json(place, LARGEST_JSON + stamp[1] // 32)  # a sample takes 512 bytes of the tar, and 11 of these
+    most = index_files.LARGEST_JSON + stamp[1] // 32  # a sample takes 512 bytes of the tar, and 11 of these
+    known = index_files.read_json(place, most)
     try:
         if known["stamp"] != stamp or known["problem"]:  # a tar without samples is looked at again
             return None
@@ -213,39 +113,7 @@ def _fits(blocks: np.ndarray, path: str, size: int) -> bool:
 
 def _save(made: Index, stamp: list[int]) -> None:
     known = {"stamp": stamp, "problem": made.problem, "bad": made.bad, "blocks": made.blocks.tolist()}
-    write_json(known, index_files(f"{made.path}.index.json", made.path))
-
-
-def write_json(value: Any, places: Iterable[str]) -> None:
-    """Write to the first place where that is possible; several processes may do it at once, so by renaming.
-
-    Where it is possible nowhere, the run goes on without, and says so once: all of it can be made again.
-    """
-    failed = ""
-    for place in places:
-        temporary = None
-        try:
-            folder = os.path.dirname(place) or "."
-            os.makedirs(folder, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".tmp")
-            with open(handle, "w") as file:
-                json.dump(value, file, separators=(",", ":"))
-            os.chmod(temporary, file_mode())  # mkstemp's own mode would keep other users from sharing it
-            os.replace(temporary, place)
-            return
-        except OSError as error:
-            failed = f"{place} could not be written: {error.strerror or error}"
-            if temporary is not None:
-                os.unlink(temporary)
-    note_unwritten(failed)
-
-
-@functools.cache
-def note_unwritten(failed: str) -> None:
-    """Warn, once until ``note_unwritten.cache_clear()``."""
-    _log.warning(
-        "%s; it is made again at every start: make room there, or in the folder that ANYMAL_CACHE names", failed
-    )
+    index_files.write_json(known, index_files.paths(f"{made.path}.index.json", made.path))
 
 
 def _walk(path: str) -> Index:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from anymal.config.schema import DataConfig, DatasetConfig
-from anymal.data import feature_cache, manifest, shards
+from anymal.data import feature_cache, listing, manifest
 from anymal.data.loader import Bad, RawSample, Reader, Request, load, prepared
 from anymal.data.manifest import Shard
 from anymal.data.order import ONCE, Bookmark, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
@@ -255,7 +255,7 @@ def tars(data: DataConfig) -> list[list[str]]:
     Raises:
         UserError: Neither or both of shards and datasets are given, or a tar is missing. Names it.
     """
-    return [shards.expand(dataset.shards) for dataset in _datasets(data).values()]
+    return [listing.expand(dataset.shards) for dataset in _datasets(data).values()]
 
 
 def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list[Shard]]:

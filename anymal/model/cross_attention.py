@@ -69,7 +69,7 @@ class VisibleMedia:
         return VisibleMedia(latents=self.latents, spans=spans)
 
 
-def media_spans(lengths: Sequence[int], stands: Sequence[tuple[int, int]], *, last_only: bool) -> list[MediaSpan]:
+def media_spans(lengths: Sequence[int], starts: Sequence[tuple[int, int]], *, last_only: bool) -> list[MediaSpan]:
     """What each token of a packed row sees of one modality: media of its own sample that do not stand after it.
 
     A token sees a contiguous range of media, and so do its neighbours up to the next medium. Hence there is no
@@ -77,14 +77,14 @@ def media_spans(lengths: Sequence[int], stands: Sequence[tuple[int, int]], *, la
 
     Args:
         lengths: Tokens of each sample; T in all.
-        stands: For each medium or view, the position (in T) of its first token, and the number of the first view of the
+        starts: For each medium or view, the position (in T) of its first token, and the number of the first view of the
             same medium (its own, if it is the only one); `anymal.sample.Batch.media_starts`.
         last_only: Whether only the last medium is seen (in all of its views so far), not those before it too.
     """
     begins = [0, *accumulate(lengths)]
-    positions = [position for position, _ in stands]
+    positions = [position for position, _ in starts]
     changes = [(begin, 0, 0) for begin in begins]  # from here on nothing is seen
-    for number, (position, medium) in enumerate(stands):
+    for number, (position, medium) in enumerate(starts):
         begin = begins[bisect_right(begins, position) - 1]
         changes.append((position, medium if last_only else bisect_left(positions, begin), number + 1))
     pairs = pairwise(sorted(changes))

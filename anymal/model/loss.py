@@ -170,7 +170,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses.sum(), losses.detach()
 
 
-def sums_per_group(losses: Tensor, group_of_row: Tensor, groups: int) -> Tensor:
+def sums_per_group(losses: Tensor, answer_groups: Tensor, groups: int) -> Tensor:
     """[A] losses, and the index of each one's group → [G, 2]: per group the sum and the number of tokens."""
-    member = F.one_hot(group_of_row, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
+    member = F.one_hot(answer_groups, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
     return member.T @ torch.stack([losses, torch.ones_like(losses)], dim=1)

@@ -155,8 +155,8 @@ class AnyMAL(nn.Module):
         for name, projector in self.cross_attention.projectors.items():
             encoder = self.encoders[name]
             nothing = torch.zeros(1, encoder.tokens, encoder.width, device=self.device)
-            stands = batch.media_starts.get(name, [])
-            row = media_spans(batch.lengths, stands, last_only=projector.last_only)
+            starts = batch.media_starts.get(name, [])
+            row = media_spans(batch.lengths, starts, last_only=projector.last_only)
             visible[name] = VisibleMedia(latents=projector.context(features.get(name, nothing)), spans=[row])
         return visible
 

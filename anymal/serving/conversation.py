@@ -122,7 +122,7 @@ class Conversation:
             try:
                 while (new := streamer.queue.get()) is not None:
                     ids += new
-                    text = built.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                    text = str(built.tokenizer.decode(ids, skip_special_tokens=True)).strip()
                     if text.startswith(shown) and not text.endswith("\ufffd"):  # that is half of a character
                         piece, shown = text[len(shown) :], text
                         if piece:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from anymal.config.schema import Config
+from anymal.config.schema import Config, OptimConfig
 from anymal.errors import UserError
 from anymal.model.llm import on_gpu
 from anymal.model.multimodal import AnyMAL
@@ -201,16 +201,16 @@ def _forget_modules() -> None:
             cached.cache_clear()
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, optim: OptimConfig) -> float:
     """The rate of the step that follows `step` finished ones: linear warm-up, then half a cosine down to zero.
 
     A pure function of the step, so that there is no scheduler whose state could be lost.
     """
-    warmup = max(1, round(config.optim.warmup * config.optim.steps))
+    warmup = max(1, round(optim.warmup * optim.steps))
     if step < warmup:
-        return config.optim.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.optim.steps - warmup)
-    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, optim.steps - warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(engine: Engine, rate: float) -> None:

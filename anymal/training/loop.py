@@ -73,7 +73,7 @@ def train(
     micro_batches = fetch() if done < last else []
     while done < last:
         _seed(config.run.seed, done, rank)
-        rate = learning_rate(done, config)
+        rate = learning_rate(done, config.optim)
         set_learning_rate(engine, rate)
         fetch_next = fetch if done + 1 < last else None
         applied, losses, following = _optimizer_step(engine, micro_batches, prefetcher, fetch_next)

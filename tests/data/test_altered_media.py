@@ -12,7 +12,7 @@ import tiny_encoders
 from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.data import shards
+from anymal.data import listing
 from anymal.data.packing import pack
 from anymal.evaluation import run as evaluate
 from anymal.features.encode import Encode, encode_all, frozen_encoders
@@ -95,7 +95,7 @@ def test_encoding_features_says_it_too(trained):
     config = load(Config, trained[0] / "recipe.yaml")
     encode, paths = (
         Encode(config.data, frozen_encoders(config, REGISTRY), REGISTRY.suffixes(), torch.device("cpu")),
-        shards.expand(config.data.shards),
+        listing.expand(config.data.shards),
     )
     encode_all(encode, paths)
     said = "\n".join(report(encode.all_written(paths), encode.encoders, encode.suffixes, encode.precision))

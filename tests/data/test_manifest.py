@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_shards import pairs, write
 
-from anymal.data import manifest, shards
+from anymal.data import index_files, manifest, shards
 from anymal.errors import UserError
 
 
@@ -126,8 +126,8 @@ def test_a_manifest_that_disagrees_with_the_tars_is_mended(tars, tmp_path, monke
     place.write_text(json.dumps(wrong))
     assert counts(tars) == [3, 40, 5, 0]
     if not writable:
-        write_json = shards.write_json
-        monkeypatch.setattr(shards, "write_json", lambda value, places: write_json(value, list(places)[1:]))
+        write_json = index_files.write_json
+        monkeypatch.setattr(index_files, "write_json", lambda value, places: write_json(value, list(places)[1:]))
     shard = manifest.survey(tars)[tars[1]]
     with pytest.raises(UserError, match=r"4\.tar held 40 samples at the start, now it holds 4.*anymal\.index\.json"):
         manifest.load(shard)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_shards import pairs, write
 
-from anymal.data import object_store, remote, shards
+from anymal.data import listing, object_store, remote, shards
 from anymal.data.remote import Remote
 from anymal.data.stream import merge_bookmarks
 from anymal.errors import UserError
@@ -150,8 +150,8 @@ def test_a_missing_extra_is_named_before_anything_is_loaded(scheme, package, ext
     program = f"""
 import sys
 sys.modules["{package}"] = None  # as where it is not installed
-from anymal.data import shards
-shards.expand("{scheme}://bucket/{{000..001}}.tar")
+from anymal.data import listing
+listing.expand("{scheme}://bucket/{{000..001}}.tar")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert f"UserError: {scheme}:// cannot be read" in done.stderr
@@ -170,7 +170,7 @@ shards.expand("{scheme}://bucket/{{000..001}}.tar")
 )
 def test_what_is_no_address_of_an_object_is_refused(url, says):
     with pytest.raises(UserError) as error:
-        shards.expand(url)
+        listing.expand(url)
     assert says in str(error.value)
 
 
@@ -190,5 +190,5 @@ def test_what_is_no_address_of_an_object_is_refused(url, says):
 )
 def test_no_password_is_in_what_is_said_of_an_address(name, secret):
     with pytest.raises(UserError) as error:
-        shards.expand(name.format(secret))
+        listing.expand(name.format(secret))
     assert "ret-0123" not in str(error.value)

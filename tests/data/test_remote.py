@@ -13,7 +13,7 @@ import pytest
 from test_shards import pairs, write
 
 from anymal.config.schema import DatasetConfig
-from anymal.data import manifest, remote, shards
+from anymal.data import listing, manifest, remote, shards
 from anymal.data.remote import Remote
 from anymal.data.stream import merge_bookmarks
 from anymal.errors import UserError
@@ -222,7 +222,7 @@ def test_published_counts_spare_the_download_at_the_start(server, tmp_path, publ
         else:
             shards.index(str(server.root / f"{i:03d}.tar"))
     if published == "manifest":
-        manifest.survey(shards.expand(str(server.root)))
+        manifest.survey(listing.expand(str(server.root)))
         for index in server.root.glob("*.tar.index.json"):
             index.unlink()
     made = stream(pattern, cache=str(tmp_path / "cache"), batch_size=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from anymal.data import feature_cache, shards
+from anymal.data import feature_cache, index_files, listing, shards
 from anymal.errors import BadSample, UserError
 
 
@@ -48,13 +48,13 @@ def test_expand(tmp_path):
     for name in ("b.tar", "a.tar", "c.txt"):
         (tmp_path / name).touch()
     a, b = str(tmp_path / "a.tar"), str(tmp_path / "b.tar")
-    assert shards.expand(str(tmp_path)) == [a, b]
-    assert shards.expand(a) == [a]
-    assert shards.expand(tmp_path / "a.tar") == [a]
-    assert shards.expand(f"{tmp_path}/{{b,a}}.tar") == [b, a]
-    assert shards.expand([b, f"{tmp_path}/{{a..a}}.tar"]) == [b, a]
+    assert listing.expand(str(tmp_path)) == [a, b]
+    assert listing.expand(a) == [a]
+    assert listing.expand(tmp_path / "a.tar") == [a]
+    assert listing.expand(f"{tmp_path}/{{b,a}}.tar") == [b, a]
+    assert listing.expand([b, f"{tmp_path}/{{a..a}}.tar"]) == [b, a]
     urls = ["http://host/d/0.tar?k=1", "http://host/d/1.tar?k=1"]
-    assert shards.expand("http://host/d/{0..1}.tar?k=1") == urls
+    assert listing.expand("http://host/d/{0..1}.tar?k=1") == urls
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_expand_refuses(tmp_path, name, says):
         (tmp_path / file).touch()
     asked = [item.format(tmp=tmp_path) for item in name] if isinstance(name, list) else name
     with pytest.raises(UserError) as error:
-        shards.expand(asked.format(tmp=tmp_path) if isinstance(asked, str) else asked)
+        listing.expand(asked.format(tmp=tmp_path) if isinstance(asked, str) else asked)
     assert says.format(tmp=tmp_path) in str(error.value)
     assert not (tmp_path / "ran").exists()
 
@@ -144,7 +144,7 @@ def test_index_file_is_used_until_the_tar_changes(tmp_path):
         "[1]",
         "{",
         "[" * 10**6,
-        json.dumps(known) + " " * (shards.LARGEST_JSON + 10**4),
+        json.dumps(known) + " " * (index_files.LARGEST_JSON + 10**4),
     ):
         beside.write_text(damaged if isinstance(damaged, str) else json.dumps(known | damaged))
         found = shards.index(str(path))
@@ -200,8 +200,8 @@ def test_pipes_and_devices_in_the_place_of_files_are_not_opened(tmp_path, no_wai
         tar = tmp_path / "b.tar"
         make(tar)
         with pytest.raises(UserError, match=r"b\.tar is not a regular file"):
-            shards.expand(str(tar))
-        assert shards.expand(str(tmp_path)) == [str(path), str(tar)]
+            listing.expand(str(tar))
+        assert listing.expand(str(tmp_path)) == [str(path), str(tar)]
         with pytest.raises(UserError, match=r"b\.tar is not a regular file"):
             shards.index(str(tar))
         assert feature_cache.read_header(str(tar)) is None

@@ -21,7 +21,7 @@ from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config, DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
-from anymal.data import feature_cache, feature_codec, shards
+from anymal.data import feature_cache, feature_codec, listing, shards
 from anymal.data.packing import pack
 from anymal.data.prepare import prepare
 from anymal.data.quarantine import Quarantine
@@ -50,7 +50,7 @@ def recipe(tiny_llm, encoders, folder: Path, data, kinds: list[str], **more) -> 
 
 def encode_data(config: Config) -> list[str]:
     """Encode all that the recipe's data lack; what the report says."""
-    made, paths = encode_of(config), shards.expand(config.data.shards)
+    made, paths = encode_of(config), listing.expand(config.data.shards)
     encode_all(made, paths)
     return report(made.all_written(paths), made.encoders, made.suffixes, made.precision)
 
@@ -273,7 +273,7 @@ def test_features_that_no_projector_computes_with_are_bad(tiny_llm, encoders, tm
     data = write_pairs(tmp_path / "data", ["image"], shards=1, per_shard=2)
     encode = encode_of(recipe(tiny_llm, encoders, tmp_path, data, ["image"]))
     encode.encoders["image"].register_forward_hook(lambda encoder, media, made: made * factor)
-    paths = shards.expand(data)
+    paths = listing.expand(data)
     encode_all(encode, paths)
     for _, members in samples_of(encode.all_written(paths)[paths[0]].path):
         stored = next(member for name, member in members.items() if name.endswith(feature_codec.ENDING))

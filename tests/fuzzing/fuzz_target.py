@@ -1,6 +1,6 @@
 """What is attacked, by the way that production takes: a tar's survey, the stream's reader, real decoders and tokenizer.
 
-    a.tar ──shards.expand, manifest.survey──▶ Shard ──workers.load──▶ Tokens, Bad or UserError ──▶ a complaint, or none
+    a.tar ──listing.expand, manifest.survey──▶ Shard ──loader.load──▶ Tokens, Bad or UserError ──▶ a complaint, or none
 
 Two models are prepared for; their encoders are tiny, their processors, the decoders and the tokenizer real.
 """
@@ -27,7 +27,7 @@ import tiny_encoders
 from anymal.adapters import MODALITIES, REGISTRY
 from anymal.checkpoints.build import build_adapters
 from anymal.config.schema import DataConfig, ModalityConfig, ProjectorConfig, PromptConfig
-from anymal.data import manifest, shards
+from anymal.data import listing, manifest
 from anymal.data.loader import Bad, Reader, Request, load, prepared
 from anymal.data.prepare import Prepare, prepare
 from anymal.data.quarantine import Quarantine
@@ -123,7 +123,7 @@ class Target:
     def complaint(self, case: Case, profile: Profile, path: Path) -> str:
         """What is wrong with what becomes of a case that lies at `path`; empty if nothing is."""
         try:
-            (shard,) = manifest.survey(shards.expand(str(path.parent))).values()
+            (shard,) = manifest.survey(listing.expand(str(path.parent))).values()
             if shard.problem:
                 return f"a problem of {len(shard.problem)} characters" * (len(shard.problem) >= LONGEST_REASON)
             cached = manifest.Shard(path=str(path.with_name("features")), count=1)

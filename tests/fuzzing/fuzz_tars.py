@@ -13,7 +13,7 @@ from typing import Any
 from fuzz_bytes import Case, blind, in_place, number, pack, shuffled
 from fuzz_texts import PICTURE, mutate_tree, to_json
 
-from anymal.data import manifest, shards
+from anymal.data import index_files, manifest
 
 PAIR = {"png": PICTURE, "txt": b"a dog"}
 
@@ -192,7 +192,7 @@ def make_index(rng: Random) -> Case:
         if which and mine.random() < 0.3:  # else its own index may hide what is wrong with the folder's
             tar.with_name(f"{tar.name}.index.json").unlink()
         known = json.loads(index.read_bytes())
-        for other in shards.index_files(str(index), str(tar.parent if which else tar)):
+        for other in index_files.paths(str(index), str(tar.parent if which else tar)):
             with contextlib.suppress(OSError):
                 os.unlink(other)
         if special:

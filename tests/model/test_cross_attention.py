@@ -157,13 +157,13 @@ def test_blocks_stand_before_every_so_many_th_layer():
 
 
 def test_looks_are_ranges_within_the_sample():
-    lengths, stands = [3, 6, 2, 4], [(4, 0), (7, 1), (11, 2), (12, 2), (14, 4)]  # 2 and 3 are views of one medium
-    last = media_spans(lengths, stands, last_only=True)
+    lengths, starts = [3, 6, 2, 4], [(4, 0), (7, 1), (11, 2), (12, 2), (14, 4)]  # 2 and 3 are views of one medium
+    last = media_spans(lengths, starts, last_only=True)
     none, first = MediaSpan(3, 0, 0), [MediaSpan(1, 0, 0), MediaSpan(3, 0, 1)]
     assert last == [
         none, *first, MediaSpan(2, 1, 2), MediaSpan(2, 0, 0), MediaSpan(1, 2, 3), MediaSpan(2, 2, 4), MediaSpan(1, 4, 5)
     ]  # fmt: skip
-    every = media_spans(lengths, stands, last_only=False)
+    every = media_spans(lengths, starts, last_only=False)
     assert every == [
         none, *first, MediaSpan(2, 0, 2), MediaSpan(2, 0, 0), MediaSpan(1, 2, 3), MediaSpan(2, 2, 4), MediaSpan(1, 2, 5)
     ]  # fmt: skip

@@ -249,7 +249,7 @@ def test_accumulation_divides_by_all_answers(stage):
 
 def test_learning_rate_rises_then_falls_to_zero():
     config = load(Config, None, ["model.llm.name=x", "optim.lr=1", "optim.steps=100", "optim.warmup=0.1"])
-    rates = [learning_rate(step, config) for step in range(100)]
+    rates = [learning_rate(step, config.optim) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1
     assert all(a > b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.001
 
