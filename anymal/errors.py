@@ -1,4 +1,4 @@
-"""The errors that all rooms share, and the words in which they are told.
+"""The errors that all rooms share, and how their messages are worded.
 
 `UserError` is for whoever started the run. A loader worker that meets a bad sample raises `BadSample`; the stream turns
 it into a line of ``quarantine.jsonl``, until `anymal.data.quarantine` has too many and raises `BudgetExceeded`.

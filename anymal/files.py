@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, readable as the umask says, and a full disk told in one line."""
+"""Writing files: whole or not at all, readable as the umask says, and a full disk reported in one line."""
 
 import contextlib
 import errno
@@ -38,8 +38,8 @@ def writing(path: Path, remedy: str = _ROOM) -> Iterator[None]:
 
 def _no_room(error: Exception) -> bool:
     """Whether the disk is full, or the quota; libraries in Rust, and shutil of a folder, say so in words alone."""
-    said = [text for code in _NO_ROOM for text in (f"(os error {code})", f"[Errno {code}]")]
-    return getattr(error, "errno", None) in _NO_ROOM or any(text in str(error) for text in said)
+    marks = [text for code in _NO_ROOM for text in (f"(os error {code})", f"[Errno {code}]")]
+    return getattr(error, "errno", None) in _NO_ROOM or any(mark in str(error) for mark in marks)
 
 
 def append_line(path: Path, line: str) -> None:

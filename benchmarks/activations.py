@@ -76,9 +76,9 @@ def by_module(decoder: nn.Module) -> Counter[str]:
     known = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if names and place not in known:
-            storages.setdefault(place, (names[-1], tensor))
+        address = tensor.untyped_storage().data_ptr()
+        if names and address not in known:
+            storages.setdefault(address, (names[-1], tensor))
         return tensor
 
     for name, module in decoder.layers[0].named_modules():

@@ -78,7 +78,7 @@ class Plain(nn.Module):
 
     def forward(self, samples: list[Tokens]) -> Tensor:
         """The mean loss of a batch's answer tokens."""
-        longest, place = max(len(sample.ids) for sample in samples), self.llm.device
+        longest, device = max(len(sample.ids) for sample in samples), self.llm.device
         ids = torch.full((len(samples), longest), self.pad)
         labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
         where: dict[str, Tensor] = {}
@@ -92,11 +92,11 @@ class Plain(nn.Module):
                 media.setdefault(name, []).append(medium)
         features = self.encode({name: torch.stack(items) for name, items in media.items()})
         with self.autocast():
-            row = self.llm.get_input_embeddings()(ids.to(place))
+            row = self.llm.get_input_embeddings()(ids.to(device))
             for name, found in features.items():
                 embeddings = self.projectors[name](found).to(row.dtype)
-                row = row.masked_scatter(where[name][..., None].to(place), embeddings)
-            attended, labels = mask.to(place), labels.to(place)
+                row = row.masked_scatter(where[name][..., None].to(device), embeddings)
+            attended, labels = mask.to(device), labels.to(device)
             return self.llm(inputs_embeds=row, attention_mask=attended, labels=labels, use_cache=False).loss
 
 

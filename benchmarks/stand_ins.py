@@ -183,8 +183,8 @@ def replaced(encoder: Any, folder: Path, *, narrow: bool) -> Any:
         return imu2clip(folder)
     if encoder not in SHAPES:
         return encoder  # a setting of a composition that is no name
-    place = folder / f"{encoder.replace('/', '--')}{'-narrow' if narrow else ''}"
-    return str(place) if place.is_dir() else make(encoder, place, narrow=narrow)
+    model = folder / f"{encoder.replace('/', '--')}{'-narrow' if narrow else ''}"
+    return str(model) if model.is_dir() else make(encoder, model, narrow=narrow)
 
 
 def imu2clip(folder: Path, width: int = 512) -> str:

@@ -124,10 +124,10 @@ def _objects(described: dict[str, Any], caption: str, names: Names) -> list[str]
     if "objects" in described:
         listed = described["objects"]
         entries = [entry.get("name") if isinstance(entry, dict) else entry for entry in _list(listed)]
-        found = [name for name in entries if isinstance(name, str)]
-        if not isinstance(listed, list) or len(found) < len(entries):
+        named = [name for name in entries if isinstance(name, str)]
+        if not isinstance(listed, list) or len(named) < len(entries):
             raise BadSample(f'its "objects" are {listed!r:.80}; wanted is a list of names, or of {{"name": …}}')
-        return found
+        return named
     if answer := _answer(described):
         return [answer]
     if not caption:

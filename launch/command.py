@@ -61,8 +61,8 @@ def overview() -> str:
 
 def _summary(module: str) -> str:
     """The first line of a module's docstring. Read, not imported: an import of all would take seconds."""
-    found = importlib.util.find_spec(module)
-    source = Path(found.origin).read_text() if found and found.origin else ""
+    spec = importlib.util.find_spec(module)
+    source = Path(spec.origin).read_text() if spec and spec.origin else ""
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 

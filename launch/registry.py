@@ -55,12 +55,12 @@ def _plugins(group: str, wanted: type) -> Iterator[tuple[EntryPoint, Any]]:
     """The entry points of a group and what they hold, in the order of their names: the same on every rank."""
     for point in sorted(entry_points(group=group), key=lambda point: (point.name, _distribution(point))):
         try:
-            found = point.load()
+            plugin = point.load()
         except (Exception, SystemExit) as error:  # whatever its import raises
             raise _broken(point, " ".join(f"{type(error).__name__}: {error}".split())) from error
-        if not isinstance(found, wanted):
-            raise _broken(point, f"it is a {type(found).__name__}; wanted is a {wanted.__module__}.{wanted.__name__}")
-        yield point, found
+        if not isinstance(plugin, wanted):
+            raise _broken(point, f"it is a {type(plugin).__name__}; wanted is a {wanted.__module__}.{wanted.__name__}")
+        yield point, plugin
 
 
 def _take(point: EntryPoint, takers: dict[str, str]) -> None:

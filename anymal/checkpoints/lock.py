@@ -96,11 +96,11 @@ def require_no_other(folder: Path) -> None:
     Raises:
         UserError: Another process holds the lock by now, or somebody took it away: others may have been there since.
     """
-    held = holder(folder)
-    if held is None:
+    owner = holder(folder)
+    if owner is None:
         raise UserError(f"{folder / LOCK} was removed while this run trained, which ends without saving")
-    if (held.host, held.machine, held.pid) != (socket.gethostname(), _machine(), os.getpid()):
-        raise UserError(f"{_in_use(folder, held)}. This run was taken for dead, and ends without saving")
+    if (owner.host, owner.machine, owner.pid) != (socket.gethostname(), _machine(), os.getpid()):
+        raise UserError(f"{_in_use(folder, owner)}. This run was taken for dead, and ends without saving")
 
 
 @contextlib.contextmanager
@@ -137,28 +137,28 @@ def _take(folder: Path) -> str:
         if _create(path, text):
             _sweep(folder)
             return text
-        held = holder(folder)
-        if held is not None and held.alive and not _falls_silent(folder, held):
-            raise UserError(_in_use(folder, holder(folder) or held))
-        if held is not None:
+        owner = holder(folder)
+        if owner is not None and owner.alive and not _falls_silent(folder, owner):
+            raise UserError(_in_use(folder, holder(folder) or owner))
+        if owner is not None:
             with writing(path):
-                _break(path, held)
+                _break(path, owner)
     raise UserError(f"{folder}: several runs are being started there at once; start one of them again")
 
 
-def _falls_silent(folder: Path, held: Holder) -> bool:
+def _falls_silent(folder: Path, owner: Holder) -> bool:
     """Wait for the next sign of life of a process elsewhere; whether there is none until its lock is stale, or gone."""
-    if held.here:
+    if owner.here:
         return False
-    _log.warning("%s is held by process %d on %s; waiting for a sign of life", folder / LOCK, held.pid, held.host)
-    while held.silent <= STALE:
+    _log.warning("%s is held by process %d on %s; waiting for a sign of life", folder / LOCK, owner.pid, owner.host)
+    while owner.silent <= STALE:
         time.sleep(1)
         now = holder(folder)
-        if now is None or now.text != held.text:
+        if now is None or now.text != owner.text:
             return True
-        if now.touched != held.touched:
+        if now.touched != owner.touched:
             return False
-        held = now
+        owner = now
     return True
 
 
@@ -216,11 +216,11 @@ def _break(path: Path, dead: Holder) -> None:
         claim.unlink()
 
 
-def _in_use(folder: Path, held: Holder) -> str:
-    job = f"Slurm job {held.job}, " if held.job else ""
+def _in_use(folder: Path, owner: Holder) -> str:
+    job = f"Slurm job {owner.job}, " if owner.job else ""
     return (
-        f"{folder} is in use: {job}process {held.pid} on {held.host} trains there since {held.since} (last sign of "
-        f"life {held.silent:.0f} s ago). Wait for it or stop it, or choose another run.dir; if it is certain that it "
+        f"{folder} is in use: {job}process {owner.pid} on {owner.host} trains there since {owner.since} (last sign of "
+        f"life {owner.silent:.0f} s ago). Wait for it or stop it, or choose another run.dir; if it is certain that it "
         f"is dead, remove {folder / LOCK}"
     )
 

@@ -268,8 +268,8 @@ def _reason(error: Exception) -> str:
     """What OmegaConf found wrong, and where: of a setting with few values all of them, and the nearest."""
     if isinstance(error, ValidationError) and (choices := _choices(error)):
         hint = nearest(str(error.value), map(str, choices), otherwise="")
-        said = f"{error.full_key} is {error.value!r}; it can be {alternatives(choices)}"
-        return f"{said}; {hint}" if hint else said
+        message = f"{error.full_key} is {error.value!r}; it can be {alternatives(choices)}"
+        return f"{message}; {hint}" if hint else message
     lines = [line.strip() for line in str(error).splitlines()]
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     return f"{lines[0]} (at {name})" if name else lines[0]

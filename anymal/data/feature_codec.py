@@ -82,8 +82,8 @@ def load(data: bytes, tokens: int, width: int) -> Tensor:
         )
     if features.dtype == torch.int8:
         if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != (tokens,):
-            given = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
-            raise BadSample(f"the scale of cached features is {given}; wanted is [{tokens}] of float32")
+            actual = "none" if scale is None else f"{list(scale.shape)} of {scale.dtype}"
+            raise BadSample(f"the scale of cached features is {actual}; wanted is [{tokens}] of float32")
         features = features * scale[:, None]
     check(features, "cached features")
     return features

@@ -25,7 +25,7 @@ def cache_folder() -> str:
 
 
 def paths(beside: str, of: str) -> Iterator[str]:
-    """The places where the index of a tar or a folder may lie: beside it, or in the cache."""
+    """Where the index of a tar or a folder may lie: beside it, or in the cache."""
     yield beside
     digest = hashlib.sha256(os.path.abspath(of).encode(errors="surrogateescape")).hexdigest()
     yield os.path.join(cache_folder(), "index", f"{digest}.json")
@@ -46,25 +46,25 @@ def read_json(path: str, most: int = LARGEST_JSON) -> Any:
         return None
 
 
-def write_json(value: Any, places: Iterable[str]) -> None:
+def write_json(value: Any, paths: Iterable[str]) -> None:
     """Write to the first place where that is possible; several processes may do it at once, so by renaming.
 
-    Where it is possible nowhere, the run goes on without, and says so once: all of it can be made again.
+    If none can be written, the run goes on without the file, and says so once: all of it can be made again.
     """
     failed = ""
-    for place in places:
+    for path in paths:
         temporary = None
         try:
-            folder = os.path.dirname(place) or "."
+            folder = os.path.dirname(path) or "."
             os.makedirs(folder, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".index-", suffix=".tmp")
             with open(handle, "w") as file:
                 json.dump(value, file, separators=(",", ":"))
             os.chmod(temporary, file_mode())  # mkstemp's own mode would keep other users from sharing it
-            os.replace(temporary, place)
+            os.replace(temporary, path)
             return
         except OSError as error:
-            failed = f"{place} could not be written: {error.strerror or error}"
+            failed = f"{path} could not be written: {error.strerror or error}"
             if temporary is not None:
                 os.unlink(temporary)
     note_unwritten(failed)

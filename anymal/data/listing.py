@@ -47,11 +47,11 @@ def _expand_one(name: str) -> list[str]:
     if remote.is_url(name):
         return _expand_url(name)
     if os.path.isdir(path):
-        found = sorted(str(tar) for tar in Path(path).glob("*.tar"))
-        if not found:
+        tars = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        if not tars:
             packed = any(_PACKED.search(entry) for entry in os.listdir(path))
             raise UserError(f"there is no .tar in {path}" + ("; decompress what is in there first" if packed else ""))
-        return found
+        return tars
     if os.path.isfile(path):
         if _PACKED.search(path):
             raise UserError(f"{path} is compressed, so that no sample can be read by its place; decompress it first")
@@ -64,7 +64,7 @@ def _expand_one(name: str) -> list[str]:
         raise UserError(f"{name} is not a brace pattern: {error}") from error
     if expanded == [path]:
         raise UserError(f"there is no shard {path}")
-    return [found for item in expanded for found in _expand_one(item)]
+    return [tar for item in expanded for tar in _expand_one(item)]
 
 
 def _expand_url(name: str) -> list[str]:

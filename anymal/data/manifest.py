@@ -58,18 +58,18 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
     forget()  # tars that were replaced since, and indexed by another process, would still be read as they were
     cache = os.path.expanduser(cache) or os.path.join(index_files.cache_folder(), "shards")
     folders: dict[str, _Manifest] = {}
-    found, first = {}, int(start * len(names))
+    surveyed, first = {}, int(start * len(names))
     work = tqdm([*names[first:], *names[:first]], "shards", unit=" tars", mininterval=10, delay=10, disable=first > 0)
     for name in work:
         remote = Remote(url=name, cache=cache, limit=int(cache_gb * 1e9)) if is_url(name) else None
         folder = os.path.dirname(remote.path if remote else name)
         if folder not in folders:
             folders[folder] = _Manifest(folder, remote)
-        found[name] = _remote(remote, folders[folder]) if remote else _local(name, folders[folder])
-        work.set_postfix_str(found[name].name, refresh=False)
+        surveyed[name] = _remote(remote, folders[folder]) if remote else _local(name, folders[folder])
+        work.set_postfix_str(surveyed[name].name, refresh=False)
     for manifest in folders.values():
         manifest.save()
-    return {name: found[name] for name in names}
+    return {name: surveyed[name] for name in names}
 
 
 def _local(path: str, manifest: "_Manifest") -> Shard:
@@ -77,10 +77,10 @@ def _local(path: str, manifest: "_Manifest") -> Shard:
     known = manifest.get(path, stamp)
     if stamp and known and known[:2] == stamp:
         return Shard(path=path, count=known[2])
-    made = shards.index(path)
-    if stamp and not made.problem:
-        manifest.put(path, [*stamp, len(made)])
-    return Shard(path=path, count=len(made), problem=made.problem)
+    index = shards.index(path)
+    if stamp and not index.problem:
+        manifest.put(path, [*stamp, len(index)])
+    return Shard(path=path, count=len(index), problem=index.problem)
 
 
 def _remote(remote: Remote, manifest: "_Manifest") -> Shard:
@@ -91,16 +91,16 @@ def _remote(remote: Remote, manifest: "_Manifest") -> Shard:
     if stamp is None and (count := _published(remote)):
         manifest.put(remote.path, [0, 0, count])
         return Shard(path=remote.path, count=count, remote=remote)
-    made = _index(remote.path, remote)
+    index = _index(remote.path, remote)
     if known:
-        made = _agreeing(made, Shard(path=remote.path, count=known[2], remote=remote))
-    if not made.problem:
-        manifest.put(remote.path, [*(_stamp(remote.path) or [0, 0]), len(made)])
-    return Shard(path=remote.path, count=len(made), problem=made.problem, remote=remote)
+        index = _agreeing(index, Shard(path=remote.path, count=known[2], remote=remote))
+    if not index.problem:
+        manifest.put(remote.path, [*(_stamp(remote.path) or [0, 0]), len(index)])
+    return Shard(path=remote.path, count=len(index), problem=index.problem, remote=remote)
 
 
 def _published(remote: Remote) -> int | None:
-    """The number of samples that is told beside a tar: by its index, or by the statistics of img2dataset."""
+    """The number of samples that is published beside a tar: in its index, or in the statistics of img2dataset."""
     tar = os.path.basename(remote.path)
     try:
         known = remote.published(f"{tar}.index.json")
@@ -133,11 +133,13 @@ class _Manifest:
     """
 
     def __init__(self, folder: str, remote: Remote | None):
-        self.places = list(index_files.paths(os.path.join(folder, NAME), folder))
+        self.paths = list(index_files.paths(os.path.join(folder, NAME), folder))
         self.remote, self.new = remote, False
-        held = [_tars(index_files.read_json(place)) for place in self.places]
-        self.tars = {name: entry for tars in held for name, entry in tars.items()}
-        self._others = held[0]  # what others left in the folder; where it cannot be written to, ours is in the cache
+        manifests = [_tars(index_files.read_json(path)) for path in self.paths]
+        self.tars = {name: entry for tars in manifests for name, entry in tars.items()}
+        self._others = manifests[
+            0
+        ]  # what others left in the folder; where it cannot be written to, ours is in the cache
 
     def get(self, path: str, stamp: list[int] | None) -> list[int] | None:
         """What is known of a tar, which has this size and mtime if it is here."""
@@ -158,7 +160,7 @@ class _Manifest:
     def save(self) -> None:
         """Write the file if there is anything new. Ranks may do so at once: each knows all, and the last one stays."""
         if self.new and self.tars:
-            index_files.write_json({"version": VERSION, "tars": self.tars}, self.places)
+            index_files.write_json({"version": VERSION, "tars": self.tars}, self.paths)
 
 
 def _tars(known: Any) -> dict[str, list[int]]:
@@ -179,15 +181,15 @@ def load(shard: Shard) -> shards.Index:
     Raises:
         UserError: It cannot be read or downloaded, or no longer holds the number of samples that `survey` found.
     """
-    made = _loaded.get(shard.path)
+    index = _loaded.get(shard.path)
     removable = shard.remote is not None and shard.remote.limit > 0
-    if made is None or (removable and not shards.is_open(shard.path)):
-        made = _agreeing(_index(shard.path, shard.remote), shard)
-        _loaded[shard.path] = made
+    if index is None or (removable and not shards.is_open(shard.path)):
+        index = _agreeing(_index(shard.path, shard.remote), shard)
+        _loaded[shard.path] = index
         while len(_loaded) > _LOADED:
             _loaded.popitem(last=False)
     _loaded.move_to_end(shard.path)
-    return made
+    return index
 
 
 def forget() -> None:
@@ -196,28 +198,28 @@ def forget() -> None:
     shards.close_all()
 
 
-def _agreeing(made: shards.Index, shard: Shard) -> shards.Index:
+def _agreeing(index: shards.Index, shard: Shard) -> shards.Index:
     """The index of a tar, made again from the tar itself if it does not agree with what is known of it.
 
     Raises:
         UserError: What is known of it is wrong; of a local tar it is right from now on.
     """
-    if len(made) != shard.count:
-        made = _index(shard.path, shard.remote, again=True)
-    if len(made) == shard.count:
-        return made
-    found = f"it {made.problem}" if made.problem else f"it holds {len(made):,} samples"
+    if len(index) != shard.count:
+        index = _index(shard.path, shard.remote, again=True)
+    if len(index) == shard.count:
+        return index
+    now = f"it {index.problem}" if index.problem else f"it holds {len(index):,} samples"
     if shard.remote is None:
         known = _Manifest(os.path.dirname(shard.path), None)
-        if not made.problem:
-            known.put(shard.path, [*(_stamp(shard.path) or [0, 0]), len(made)])
+        if not index.problem:
+            known.put(shard.path, [*(_stamp(shard.path) or [0, 0]), len(index)])
         known.save()
         raise UserError(
-            f"{shard.name} held {shard.count:,} samples at the start, now {found}: it was changed, or what {NAME} said "
+            f"{shard.name} held {shard.count:,} samples at the start, now {now}: it was changed, or what {NAME} said "
             "of it was wrong, and is mended now. Start the run again"
         )
     raise UserError(
-        f"{shard.name} should hold {shard.count:,} samples, as was published beside it or seen before; {found}. "
+        f"{shard.name} should hold {shard.count:,} samples, as was published beside it or seen before; {now}. "
         f"Mend what is published, or remove {os.path.dirname(shard.path)} if the tar was replaced"
     )
 
@@ -230,11 +232,11 @@ def _index(path: str, remote: Remote | None, *, again: bool = False) -> shards.I
         try:
             if remote:
                 remote.fetch()
-            made = shards.index(path, again=again)
+            index = shards.index(path, again=again)
             shards.open_tar(path)
-            if remote and made.problem:
+            if remote and index.problem:
                 os.unlink(path)  # a login page, perhaps: the next start asks for the tar again
-            return made
+            return index
         except (UserError, FileNotFoundError):
             if not tries_left or os.path.exists(path):
                 raise

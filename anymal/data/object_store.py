@@ -75,17 +75,17 @@ def about(url: str) -> About:
         Refused: There is none, or it is not for us.
         ConnectionError: Anything that may be better the next time.
     """
-    with _telling(url):
+    with _translated_errors(url):
         store, path = _store(url)
         store.invalidate_cache()  # what was said before does not count
         info = store.info(path)
     if info["type"] != "file":
         raise Refused("it is a folder")
-    tells = {name: str(info.get(name)) for name in ("size", "ETag", "LastModified", "generation", "blob_id")}
+    state = {name: str(info.get(name)) for name in ("size", "ETag", "LastModified", "generation", "blob_id")}
     commit = info.get("last_commit")  # of the hub
     modified = info.get("LastModified") or info.get("mtime") or getattr(commit, "date", None)
     seconds = modified.timestamp() if isinstance(modified, datetime) else None
-    return About(size=info["size"], identity=json.dumps(tells), modified=seconds)
+    return About(size=info["size"], identity=json.dumps(state), modified=seconds)
 
 
 def blocks(url: str, start: int) -> Iterator[bytes]:
@@ -94,7 +94,7 @@ def blocks(url: str, start: int) -> Iterator[bytes]:
     Raises:
         Refused, ConnectionError: As `about`.
     """
-    with _telling(url):
+    with _translated_errors(url):
         store, path = _store(url)
         with store.open(path, "rb", block_size=BLOCK, cache_type="none") as file:
             file.seek(start)
@@ -108,7 +108,7 @@ def read(url: str, most: int) -> bytes:
     Raises:
         Refused, ConnectionError: As `about`.
     """
-    with _telling(url):
+    with _translated_errors(url):
         store, path = _store(url)
         with store.open(path, "rb", cache_type="none") as file:
             return file.read(most)
@@ -125,19 +125,19 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _telling(url: str) -> Iterator[None]:
+def _translated_errors(url: str) -> Iterator[None]:
     """Libraries raise what they like; here it becomes one of two errors, without secrets."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        said = shortened(public_message(str(error).strip().partition("\n")[0]) or type(error).__name__)
+        message = shortened(public_message(str(error).strip().partition("\n")[0]) or type(error).__name__)
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
         if isinstance(error, FileNotFoundError):
-            raise Refused(f"it is not there ({said})") from error
+            raise Refused(f"it is not there ({message})") from error
         if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS or status in (401, 403):
-            raise Refused(f"access is denied ({said}); {_CREDENTIALS[scheme_of(url)]}") from error
+            raise Refused(f"access is denied ({message}); {_CREDENTIALS[scheme_of(url)]}") from error
         if isinstance(status, int) and 400 <= status < 500 and status not in TRANSIENT:
-            raise Refused(said) from error
-        raise ConnectionError(said) from error
+            raise Refused(message) from error
+        raise ConnectionError(message) from error

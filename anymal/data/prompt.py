@@ -161,15 +161,15 @@ class Prompt:
         labels = [IGNORED] * len(ids)
         for message, text in zip(messages, self._texts(messages), strict=True):
             worded = message.role != "assistant" and any(part.kind == TEXT for part in message.parts)
-            said = self._encode(text + "\n" * worded)
+            tokens = self._encode(text + "\n" * worded)
             media = sum(part.kind != TEXT for part in message.parts)
-            self._require_reserved(said, media)
+            self._require_reserved(tokens, media)
             if message.role == "assistant":
-                labels += [*said, end] if said else [IGNORED]
-                ids += [*said, end]
+                labels += [*tokens, end] if tokens else [IGNORED]
+                ids += [*tokens, end]
             else:
-                labels += [IGNORED] * len(said)
-                ids += said
+                labels += [IGNORED] * len(tokens)
+                ids += tokens
         return ids, labels
 
     def _chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:

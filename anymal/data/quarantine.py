@@ -58,13 +58,13 @@ class Quarantine:
 
 def _listed(path: Path) -> set[tuple[str, str]]:
     """The shard and key of every line. A last line that a crash tore is closed, so that the next does not join it."""
-    text, found = path.read_text(), set()
+    text, entries = path.read_text(), set()
     if text and not text.endswith("\n"):
         append_line(path, "")
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-            found.add((entry["shard"], entry["key"]))
+            entries.add((entry["shard"], entry["key"]))
         except (ValueError, KeyError, TypeError):
             continue  # torn; at worst its sample is listed again
-    return found
+    return entries

@@ -236,8 +236,8 @@ def _receive(url: str, file: Any, progress: _Progress) -> None:
     if progress.got and progress.total and progress.validator:
         headers |= {"Range": f"bytes={progress.got}-", "If-Range": progress.validator}
     with _ask(url, headers) as answer:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        rest = answer.status == 206 and found and (int(found[1]), int(found[2])) == (progress.got, progress.total)
+        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        rest = answer.status == 206 and sent and (int(sent[1]), int(sent[2])) == (progress.got, progress.total)
         if answer.status == 206 and not rest:
             progress.validator = ""
             raise ValueError(f"asked for the bytes from {progress.got:,} on, got {answer.headers.get('Content-Range')}")

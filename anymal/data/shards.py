@@ -73,20 +73,20 @@ def index(path: str, *, again: bool = False) -> Index:
             raise UserError(f"shard {path} is not a regular file: it is a folder, a pipe or a device")
         stamp = [VERSION, status.st_size, status.st_mtime_ns]
         # ours in the cache first: where it had to be written, what lies beside the tar may be wrong for ever
-        for place in () if again else reversed([*index_files.paths(f"{path}.index.json", path)]):
-            found = _load(place, path, stamp)
-            if found is not None:
-                return found
-        made = _walk(path)
+        for file in () if again else reversed([*index_files.paths(f"{path}.index.json", path)]):
+            saved = _load(file, path, stamp)
+            if saved is not None:
+                return saved
+        walked = _walk(path)
     except OSError as error:
         raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from error
-    _save(made, stamp)
-    return made
+    _save(walked, stamp)
+    return walked
 
 
-def _load(place: str, path: str, stamp: list[int]) -> Index | None:
+def _load(file: str, path: str, stamp: list[int]) -> Index | None:
     most = index_files.LARGEST_JSON + stamp[1] // 32  # a sample takes 512 bytes of the tar, and 11 of these
-    known = index_files.read_json(place, most)
+    known = index_files.read_json(file, most)
     try:
         if known["stamp"] != stamp or known["problem"]:  # a tar without samples is looked at again
             return None
@@ -111,9 +111,9 @@ def _fits(blocks: np.ndarray, path: str, size: int) -> bool:
     return True
 
 
-def _save(made: Index, stamp: list[int]) -> None:
-    known = {"stamp": stamp, "problem": made.problem, "bad": made.bad, "blocks": made.blocks.tolist()}
-    index_files.write_json(known, index_files.paths(f"{made.path}.index.json", made.path))
+def _save(index: Index, stamp: list[int]) -> None:
+    saved = {"stamp": stamp, "problem": index.problem, "bad": index.bad, "blocks": index.blocks.tolist()}
+    index_files.write_json(saved, index_files.paths(f"{index.path}.index.json", index.path))
 
 
 def _walk(path: str) -> Index:

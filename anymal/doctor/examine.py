@@ -53,14 +53,14 @@ def look(name: str) -> list[Row]:
         for row in check():
             rows.append(row)
     except Exception as error:  # whatever a broken library, or an unknown system, raises
-        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        rows.append(Row(name, MISSING if todo else NOTE, said, todo or "this could not be looked at"))
+        message = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        rows.append(Row(name, MISSING if todo else NOTE, message, todo or "this could not be looked at"))
     return rows
 
 
 def _start(name: str) -> subprocess.Popen:
     """A process that looks at `name`; it imports what this one would, but nothing that lies beside the program."""
-    path = [place for place in sys.path if place and Path(place) != Path(sys.argv[0]).resolve().parent]
+    path = [entry for entry in sys.path if entry and Path(entry) != Path(sys.argv[0]).resolve().parent]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-P", "-m", __spec__.name, name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -69,17 +69,17 @@ def _start(name: str) -> subprocess.Popen:
 def _end(name: str, process: subprocess.Popen, ends: float) -> list[Row]:
     """The rows that it found until then; it is ended if it takes longer."""
     try:
-        said, complained = process.communicate(timeout=max(0.0, ends - time.monotonic()))
+        output, errors = process.communicate(timeout=max(0.0, ends - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return [Row(name, MISSING, f"does not answer within {PATIENCE:.0f} s", CHECKS[name][1])]
     if process.returncode == 0:
-        return [Row(*row) for row in json.loads(said.splitlines()[-1])]
+        return [Row(*row) for row in json.loads(output.splitlines()[-1])]
     how = f"ends with code {process.returncode}"
     if process.returncode < 0:
         how = f"dies of {signal.Signals(-process.returncode).name}"
-    return [Row(name, MISSING, f"{how}: {(complained.splitlines() or [''])[-1][:200]}", CHECKS[name][1])]
+    return [Row(name, MISSING, f"{how}: {(errors.splitlines() or [''])[-1][:200]}", CHECKS[name][1])]
 
 
 def table(rows: list[Row]) -> str:

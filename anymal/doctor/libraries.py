@@ -31,11 +31,11 @@ def installation() -> Iterator[Row]:
         return
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     editable = origin.get("dir_info", {}).get("editable", False)
-    place = url2pathname(urlsplit(origin["url"]).path) if editable else str(distribution.locate_file(""))
-    if Path(place, "anymal").resolve() == OURS:
+    folder = url2pathname(urlsplit(origin["url"]).path) if editable else str(distribution.locate_file(""))
+    if Path(folder, "anymal").resolve() == OURS:
         yield Row("anymal", OK, f"{found}, installed{' as an editable checkout' if editable else ''}")
     else:
-        found += f"; what is installed ({distribution.version}) is in {Path(place)}"
+        found += f"; what is installed ({distribution.version}) is in {Path(folder)}"
         yield Row("anymal", NOTE, found, "PYTHONPATH or the working folder hides it; if that is meant, all is well")
 
 
@@ -103,11 +103,11 @@ def bitsandbytes_works() -> Iterator[Row]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    tensor = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(place)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
     error = (dequantize_4bit(*quantize_4bit(tensor, quant_type="nf4")) - tensor).abs().mean().item()
     compiled = getattr(bitsandbytes.cextension.lib, "compiled_with_cuda", False)
-    found = f"{bitsandbytes.__version__}, with its library for {'GPUs' if compiled else 'CPUs'}; 4 bits on {place}"
+    found = f"{bitsandbytes.__version__}, with its library for {'GPUs' if compiled else 'CPUs'}; 4 bits on {device}"
     if error < 0.2:
         yield Row("bitsandbytes", OK, f"{found} work")
     else:

@@ -62,9 +62,9 @@ def _cgroup(controller: str, version_2: str, version_1: str) -> Iterator[tuple[i
 def disks() -> Iterator[Row]:
     """The folders that fill up."""
     own = Path(os.environ.get("ANYMAL_CACHE") or "~/.cache/anymal").expanduser()
-    places = {"ANYMAL_CACHE": own, "HF_HOME": _hub_home(), "TMPDIR": Path(tempfile.gettempdir())}
-    for name, place in places.items():
-        folder = place.absolute()
+    folders = {"ANYMAL_CACHE": own, "HF_HOME": _hub_home(), "TMPDIR": Path(tempfile.gettempdir())}
+    for name, named in folders.items():
+        folder = named.absolute()
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free, kind, todo = shutil.disk_usage(there).free, _file_system(there.resolve()), ""
         if free < 10 * GIB:

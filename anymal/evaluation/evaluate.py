@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from anymal.data.prepare import Prepare
 from anymal.errors import BadSample
 from anymal.evaluation.scores import BLANK, OWN, SHUFFLED, Option, Record
-from anymal.model.generate import Said, embed_prompt, generate, log_likelihoods
+from anymal.model.generate import Answer, embed_prompt, generate, log_likelihoods
 from anymal.model.multimodal import AnyMAL
 from anymal.sample import TEXT, Features, Sample, Tokens
 
@@ -110,7 +110,7 @@ def evaluate(
     """
     for trials in _batches(_trials(model, samples, batch_size), batch_size):
         prompts = [embed_prompt(model, trial.tokens) for trial in trials]
-        answers: Sequence[Said | None] = [None] * len(trials)
+        answers: Sequence[Answer | None] = [None] * len(trials)
         if max_new_tokens:
             answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
         likelihoods = log_likelihoods(model, prompts, [trial.sample.ids for trial in trials])
@@ -192,7 +192,7 @@ def _with_features(tokens: Tokens, media: Media) -> Tokens:
     return replace(tokens, media=[next(following[name]) for name, *_ in tokens.runs])
 
 
-def _record(trial: _Trial, answer: Said | None, likelihoods: Sequence[float]) -> Record:
+def _record(trial: _Trial, answer: Answer | None, likelihoods: Sequence[float]) -> Record:
     sample = trial.sample
     texts = sample.options or [sample.answer]
     scored = [

@@ -285,8 +285,11 @@ def _awaited(stage: Config, name: str, start: networks.Start | None, earlier: Se
     """Whether an earlier stage has yet to train a modality's encoder, or one that it is made of."""
     if stage.model.checkpoint is not None and start is None:
         return any(encoder_learns(name, one.train) for one in earlier)
-    made = left_behind(earlier)
-    return any(path in made and not Path(path).is_dir() for path in encoder_names(stage.model.modalities[name].encoder))
+    to_be_trained = left_behind(earlier)
+    return any(
+        path in to_be_trained and not Path(path).is_dir()
+        for path in encoder_names(stage.model.modalities[name].encoder)
+    )
 
 
 def encode_stage(stage: Recipe, registry: Registry, earlier: Sequence[Recipe], on: torch.device) -> None:

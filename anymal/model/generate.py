@@ -28,7 +28,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class Answer:
     """A free answer."""
 
     text: str
@@ -86,7 +86,7 @@ def generate(
     max_new_tokens: int,
     streamer: Streamer | None = None,
     **sampling: Any,
-) -> list[Said]:
+) -> list[Answer]:
     """Continue several prompts, greedily unless `sampling` (transformers' generation settings) says otherwise.
 
     Args:
@@ -115,7 +115,7 @@ def generate(
     ends = llm.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     return [
-        Said(text=text.strip(), cut=ends.isdisjoint(answer))
+        Answer(text=text.strip(), cut=ends.isdisjoint(answer))
         for text, answer in zip(tokenizer.batch_decode(ids, skip_special_tokens=True), ids.tolist(), strict=True)
     ]
 

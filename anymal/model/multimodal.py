@@ -138,8 +138,8 @@ class AnyMAL(nn.Module):
                 )
             row = row.index_copy(1, positions, embeddings.flatten(0, 1)[None])
             if name in batch.skips:
-                places = batch.skips[name]
-                row = row.index_copy(1, places, projector.skip.to(row.dtype).expand(1, len(places), -1))
+                skipped = batch.skips[name]
+                row = row.index_copy(1, skipped, projector.skip.to(row.dtype).expand(1, len(skipped), -1))
         if absent.requires_grad and not row.requires_grad:
             # Nothing in this row learns, but on another rank something may: under ZeRO-3 both must go back through the
             # LLM, whose weights are gathered for it.

@@ -127,11 +127,11 @@ def main(usage: str, registry: Registry) -> None:
         return converse(conversation, painter, Path(config.draw_out))
     answer = conversation.ask(parts)
     _note(*conversation.notes)
-    said = show(answer, quiet=painter is not None)
+    text = show(answer, quiet=painter is not None)
     cut = conversation.cut
     del conversation, answer  # room for what draws
     if painter is not None:
-        say(said, painter, Path(config.draw_out))
+        print_and_draw(text, painter, Path(config.draw_out))
     if cut:
         _note(f"(cut off: {cut})")
 
@@ -188,24 +188,24 @@ def _command(conversation: Conversation, name: str, file: str) -> None:
 def _turn(conversation: Conversation, text: str, painter: Painter | None, drawings: Path) -> None:
     """Ask and show the answer."""
     answer = conversation.ask([Part(kind=TEXT, content=text)] if text else [])
-    said = show(answer, quiet=painter is not None)
+    text = show(answer, quiet=painter is not None)
     if conversation.cut:
         _note(f"(cut off: {conversation.cut})")
     if painter is not None:
-        say(said, painter, drawings)
+        print_and_draw(text, painter, drawings)
 
 
 def show(answer: Generator[str, None, None], *, quiet: bool = False) -> str:
     """Print an answer as it comes, unless `quiet`, and return it. Interrupted, it ends the answer."""
-    said = []
+    pieces = []
     with contextlib.closing(answer):
         for piece in answer:
-            said.append(piece)
+            pieces.append(piece)
             if not quiet:
                 print(piece, end="", flush=True)
     if not quiet:
         print()
-    return "".join(said)
+    return "".join(pieces)
 
 
 def _note(*lines: str) -> None:
@@ -222,7 +222,7 @@ def _painter(config: ChatConfig) -> Painter | None:
     )
 
 
-def say(answer: str, painter: Painter | None, folder: Path) -> None:
+def print_and_draw(answer: str, painter: Painter | None, folder: Path) -> None:
     """Print the answer; with a painter the reply first, then a line for each picture that it asked for."""
     if painter is None:
         return print(answer)

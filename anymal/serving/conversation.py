@@ -18,7 +18,7 @@ from torch import Tensor
 from anymal.checkpoints.build import Built
 from anymal.data.prompt import LONGEST_TOKEN
 from anymal.errors import BadSample, UserError
-from anymal.model.generate import Embedded, Said, embed_prompt, generate
+from anymal.model.generate import Answer, Embedded, embed_prompt, generate
 from anymal.model.llm import base_model
 from anymal.sample import TEXT, Message, Part, Sample
 
@@ -115,7 +115,7 @@ class Conversation:
         built, streamer, ids, shown = self.built, _Streamer(), [], ""
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {}
         with ThreadPoolExecutor(1) as thread:
-            work: Future[list[Said]] = thread.submit(
+            work: Future[list[Answer]] = thread.submit(
                 generate, built.model, built.tokenizer, [prompt], max_new_tokens=longest, streamer=streamer, **sampling
             )
             work.add_done_callback(lambda _: streamer.queue.put(None))

@@ -72,8 +72,8 @@ def _changed_since(stage: Config) -> str:
     except UserError as error:  # edited, or of another version: the stage is done all the same
         return f", with settings that cannot be compared ({error})"
     names = sorted(set(changed) - set(FREE) - {"model.checkpoint"})
-    said = ", ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in names)
-    return f", with other settings: {said}" if said else ""
+    differing = ", ".join(f"{name} was {changed[name][0]}, is {changed[name][1]}" for name in names)
+    return f", with other settings: {differing}" if differing else ""
 
 
 def run_stage(config: Config, registry: Registry) -> int:
@@ -155,8 +155,8 @@ def _start_of(built: Built, start: Start) -> str:
     here, there = set(built.adapters), set(start.modalities)
     folders = dict.fromkeys(start.modalities.values())
     shares = {"": here & there, "new here": here - there, "left behind, since the recipe lacks them": there - here}
-    parts = [f"{', '.join(sorted(names))}{f' ({what})' if what else ''}" for what, names in shares.items() if names]
-    return f"starting from {' and '.join(map(str, folders))}, projectors: {'; '.join(parts)}"
+    texts = [f"{', '.join(sorted(names))}{f' ({what})' if what else ''}" for what, names in shares.items() if names]
+    return f"starting from {' and '.join(map(str, folders))}, projectors: {'; '.join(texts)}"
 
 
 Question = tuple[str, str, Tokens]  # key, right answer, question
@@ -172,8 +172,13 @@ def _questions(run: Run, registry: Registry) -> list[Question]:
         data = replace(data, shards=config.run.samples_from, datasets={})
     few = {"max_in_a_row": data.max_bad_in_a_row, "max_share": data.max_bad_share, "grace": sys.maxsize}
     quarantine = Quarantine(None, **few)  # a few samples say nothing of a share
-    parts = {"modalities": list(built.adapters), "prepare": partial(_question, built.prepare)}
-    samples = samples_once(data, suffixes=registry.suffixes(), **parts, quarantine=quarantine)
+    samples = samples_once(
+        data,
+        suffixes=registry.suffixes(),
+        modalities=list(built.adapters),
+        prepare=partial(_question, built.prepare),
+        quarantine=quarantine,
+    )
     return list(islice(samples, config.run.samples))
 
 
@@ -187,9 +192,10 @@ def _answer(run: Run, questions: Sequence[Question], step: int) -> None:
         return
     model = run.built.model
     prompts = [embed_prompt(model, question) for _, _, question in questions]
-    said = generate(model, run.built.tokenizer, prompts, max_new_tokens=16)
+    answers = generate(model, run.built.tokenizer, prompts, max_new_tokens=16)
     rows = [
-        [key, question.group(), answer, one.text] for (key, answer, question), one in zip(questions, said, strict=True)
+        [key, question.group(), answer, one.text]
+        for (key, answer, question), one in zip(questions, answers, strict=True)
     ]
     run.tracker.table("samples", ["key", "modality", "answer", "said"], rows, step)
     model.train()

@@ -9,7 +9,7 @@ from PIL import Image
 
 import anymal  # noqa: F401  (makes torchaudio importable before diffusers imports transformers)
 from anymal.errors import UserError
-from anymal.serving.chat import say
+from anymal.serving.chat import print_and_draw
 from anymal.serving.draw import Painter, split
 
 
@@ -97,23 +97,23 @@ def test_prompts_become_png_files_that_follow_the_seed(pipeline, tmp_path):
 
 
 def test_chat_says_where_the_pictures_are(pipeline, tmp_path, capsys):
-    say("Here you are: <h>a cat</h> Anything else?", painter(pipeline), tmp_path)
+    print_and_draw("Here you are: <h>a cat</h> Anything else?", painter(pipeline), tmp_path)
     assert capsys.readouterr().out == f"Here you are: Anything else?\ndrawn: {tmp_path / '0000.png'} (a cat)\n"
     assert (tmp_path / "0000.png").is_file()
-    say("<h>as it is</h>", None, tmp_path)
+    print_and_draw("<h>as it is</h>", None, tmp_path)
     assert capsys.readouterr().out == "<h>as it is</h>\n"
 
 
 def test_an_answer_stands_though_it_cannot_be_drawn(tmp_path, capsys):
     with pytest.raises(UserError, match="does not load"):
-        say("Words. <h>a cat</h>", painter(str(tmp_path)), tmp_path / "out")
+        print_and_draw("Words. <h>a cat</h>", painter(str(tmp_path)), tmp_path / "out")
     assert capsys.readouterr().out == "Words.\n"
     with pytest.raises(UserError, match="draw_size is 100; pipelines draw in multiples of 8"):
         painter("nowhere", size=100)
 
 
 def test_nothing_is_loaded_when_nothing_is_to_be_drawn(tmp_path):
-    say("Just words.", painter("nowhere"), tmp_path / "out")
+    print_and_draw("Just words.", painter("nowhere"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
