@@ -104,7 +104,7 @@ def read_sound(data: bytes, max_seconds: float) -> tuple[Tensor, int]:
 
 
 def _mono(file: "SoundFile") -> Tensor:
-    """An open file → [samples], the mean of its channels; the channels themselves are held a block at a time."""
+    """An open file → [samples], the mean of its channels; read a block at a time."""
     sound, read = torch.empty(file.frames), 0
     while read < file.frames:
         block = file.read(min(_BLOCK // file.channels, file.frames - read), dtype="float32", always_2d=True)
@@ -247,10 +247,10 @@ def _own_seconds(extractor: "ASTFeatureExtractor | ClapFeatureExtractor | Whispe
 
 
 def _unfuse(network: "ClapAudioModel") -> None:
-    """Take from CLAP the fusion with crops of a longer sound (channels 1 to 3 of its spectrograms).
+    """Switch off CLAP's fusion of a long sound with crops of it (channels 1 to 3 of its spectrograms).
 
-    Decoding has cropped already. What is left is what it does with sounds that are not "longer", without looking at
-    each sample whether it is.
+    Decoding has cropped the sound already. CLAP then treats every sound as one that is not "longer", and does not look
+    at each sample to know.
     """
     network.audio_encoder.enable_fusion = network.audio_encoder.patch_embed.enable_fusion = False
 

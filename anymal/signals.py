@@ -17,7 +17,7 @@ from pathlib import Path
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
-_noted: list[int] = []  # of the process: one that comes as a stage ends stops the next
+_noted: list[int] = []  # signals that came; kept between stages, so that one that comes as a stage ends stops the next
 _outputs: dict[int, int] = {}  # descriptor → a copy of what it was, before the terminal was gone
 
 
@@ -42,7 +42,7 @@ def stop_requested() -> bool:
 def handlers_restored() -> Iterator[None]:
     """Inside, `note_signals` may be called; afterwards handlers and outputs are as before, and no signal is noted.
 
-    `leave_on_signals` belongs to a program that ends next, which has nothing more to stop: there signals stay noted.
+    A program that called `leave_on_signals` ends next: its handlers stay.
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:

@@ -39,8 +39,9 @@ MAX_ACCELERATION = 1000.0
 MAX_ROTATION = 100.0
 """rad/s: sensors reach 35. More than this is degrees per second taken for radians."""
 ONE_G = (0.8, 1.3)
-"""m/s²: a recording whose median lies between these, all in one direction, is in g. On Earth gravity alone is 9.8; and
-without it, motion goes to and fro: its mean over seconds is a change of speed over a time, and comes to nothing."""
+"""A recording whose median length lies between these, all in one direction, is in g, not in m/s². In m/s² gravity alone
+would be 9.8; and if gravity had been taken out, the mean over seconds would be near zero, since motion goes to and
+fro."""
 MAX_MEDIAN = 50.0
 """m/s²: nobody bears five times gravity for half of a recording. It is in m/s² and taken for g, or in mg."""
 
@@ -78,8 +79,8 @@ class IMUOptions:
 class IMUDecoder:
     """bytes → [6, S] float32, standardised per channel.
 
-    A recording longer than the encoder's window is cropped to its middle; of one that is shorter, but at least half as
-    long, the last value is held; both are noted. A shorter one is a bad sample.
+    A recording longer than the encoder's window is cropped to its middle. One that is shorter, but at least half as
+    long, is padded with its last value. Both get a note. A shorter one is a bad sample.
     """
 
     rate: float

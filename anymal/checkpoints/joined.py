@@ -47,7 +47,7 @@ def _by_modality(named: Mapping[str, str | None]) -> dict[str, Path]:
 
 
 def _listed(named: Sequence[str], modalities: Sequence[str]) -> dict[str, Path]:
-    """The only one of several checkpoints that has each of the recipe's modalities."""
+    """For each of the recipe's modalities, the one checkpoint of the list that has it."""
     folders: dict[str, Path] = {}
     for folder in map(existing, named):
         trained = modalities_in(folder)

@@ -126,7 +126,7 @@ def _misfit(name: str, config: ProjectorConfig, saved_config: Any, wanted: Shape
 
 
 def _require_same_weights(adapter: Adapter, llm: nn.Module, described: Mapping[str, Any], path: Path) -> None:
-    """A folder may hold other weights by now than the projector was trained on: those of a stage trained further."""
+    """Refuse a projector that was trained beside other weights than its encoder's or LLM's folder has by now."""
     name = adapter.modality.name
     digests = [
         ("encoder_weights", "an encoder", f"model.modalities.{name}.encoder", lambda: encoder_digest(adapter.encoder)),

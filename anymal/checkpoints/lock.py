@@ -38,7 +38,7 @@ class Holder:
     """Who trains in a folder."""
 
     text: str
-    """The lock file's content, by which one lock is told from another."""
+    """The lock file's content, which is different for every lock."""
     job: str = ""
     """The Slurm job, if it is one."""
     host: str = "an unknown host"
@@ -63,7 +63,7 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Whether it still trains, as far as can be told from here."""
+        """Whether it still trains, as far as this machine can know."""
         return _lives(self.pid, self.began) if self.here else self.silent <= STALE
 
 
@@ -199,7 +199,7 @@ def _create_without_links(path: Path, text: str) -> bool:
 
 
 def _break(path: Path, dead: Holder) -> None:
-    """Take a dead run's lock away, if it is still there; one process at a time, lest it takes away the next one's."""
+    """Remove a dead run's lock if it is still there. One process at a time: another may have taken its own by now."""
     claim = path.with_name(f".{LOCK}-claim")
     try:
         claim.touch(exist_ok=False)

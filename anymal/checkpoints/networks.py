@@ -192,9 +192,9 @@ def _require_same(setting: str, named: Any, made_from: Any, folder: Path) -> Non
 
 
 def _moved(named: Any, made_from: Any) -> bool:
-    """Whether two names, or compositions, differ in folders only of which the older is gone: then it may be here now.
+    """Whether two names, or compositions, differ only in folders that are gone: such a folder may have been moved.
 
-    No weights are read from it: what was trained has them all.
+    Its weights need no comparison, since the trained network in the checkpoint has all of its own.
     """
     pairs = zip(encoder_names(named), encoder_names(made_from), strict=False)
     gone = all(now == then or (then.startswith(("/", ".")) and not Path(then).exists()) for now, then in pairs)

@@ -1,7 +1,7 @@
-"""What a checkpoint does beside its LLM at another precision than the one that it was trained with.
+"""How a checkpoint does with its LLM at another precision than it was trained with.
 
-Projectors learn to speak to the LLM that they were trained beside, rounding included; at another precision some fall
-silent. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``launch/evaluate.py``
+Projectors learn to fit the LLM that they were trained with, rounding errors included; at another precision some answer
+nothing. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``launch/evaluate.py``
 measures at several of them is kept beside it:
 
     CHECKPOINT/precision.json    {"trained": 4, "sets": {"image": {"4": {"accuracy": 0.7, ...}, "32": {...}}}}

@@ -1,7 +1,7 @@
-"""Around a program: the process is left as it was found, for callers whose process goes on.
+"""What a program leaves in its process, and how it is undone, for callers whose process goes on.
 
-It stands in the lowest room that knows all that a program leaves in its process: handlers of signals, notes of recipes,
-workers, and what is known of tars and of checkpoints' files.
+Signal handlers, notes on recipes, worker processes, and caches of what is known about tars and checkpoints' files. This
+is the lowest room that may import all of these.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from anymal.data import index_files, manifest, pool
 def process_as_found() -> Iterator[None]:
     """Around a program's `main`, for callers whose process goes on, to another `main` perhaps: a notebook, a service.
 
-    Signal handlers, torch's random numbers and what is noted of recipes are as before at the end, workers are gone, and
-    what is known of files is forgotten, before and after: they may be others by the next call.
+    At the end signal handlers, torch's random state and notes on recipes are as before, and workers have ended. Caches
+    of files are emptied before and after: the files may have changed by the next call.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with ExitStack() as at_end:

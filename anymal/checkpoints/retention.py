@@ -41,7 +41,7 @@ def _time(folder: Path) -> tuple[int, str]:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The checkpoint that ``latest`` names, or the newest if it names none: killed between two renames."""
+    """The checkpoint that ``latest`` names; the newest, if a process was killed before it moved that link."""
     latest = checkpoints / LATEST
     return latest.resolve() if is_whole(latest) else next(iter(whole(checkpoints)), None)
 
@@ -100,7 +100,7 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: at once for whoever looks, since it is renamed first."""
+    """Remove a checkpoint. It is renamed first, so that nobody sees half of one."""
     gone = folder.with_name(f".tmp-gone-{folder.name}-{os.getpid()}")
     with contextlib.suppress(OSError):  # what does not go now, goes at the next start
         folder.rename(gone)

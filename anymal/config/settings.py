@@ -176,9 +176,10 @@ def _read_as(what: str) -> Iterator[None]:
 
 @contextmanager
 def notes_of_its_own() -> Iterator[None]:
-    """Inside, nothing is noted of the recipes that were read before; afterwards nothing of those read inside.
+    """Inside, the notes on how recipes were written begin empty; afterwards they are as before.
 
-    Without, what one recipe takes from the environment would be ``${oc.env:NAME}`` in the next that has the same value.
+    Otherwise a value that one recipe took from the environment would be written as ``${oc.env:NAME}`` for a later
+    recipe that happens to have the same value.
     """
     as_written, environment = dict(_as_written), dict(_environment)
     _as_written.clear()
@@ -193,8 +194,10 @@ def notes_of_its_own() -> Iterator[None]:
 
 
 def _env(key: str, *default: Any) -> str | None:
-    """OmegaConf's oc.env: the variable, or the default. While recipes are read as they were written, the interpolation
-    itself, its $ hidden so that it is not resolved again; where what is not set is kept, that for it.
+    """OmegaConf's oc.env, in three ways (`_reading`).
+
+    As "values": the variable, or the default. As "written": the interpolation itself, with \\0 for its $, so that
+    OmegaConf does not resolve it again. As "kept": the variable, or the interpolation where it is not set.
     """
     text = default[0] if default else None
     if _reading.get() == "written":
@@ -214,7 +217,7 @@ OmegaConf.register_resolver("oc.env", _env, replace=True)
 
 
 def derived(name: str, value: str, source: str, ending: str) -> str:
-    """`value`, a setting made of another's value `source` and an `ending`, to be written as that one was."""
+    """`value`, which is `source` + `ending`; noted, so that it is written as `source` was, interpolations included."""
     if (name, source) in _as_written:
         _as_written[name, value] = _as_written[name, source] + ending
     return value
@@ -244,8 +247,10 @@ def public_text(text: str) -> str:
 
 
 def public_message(text: str) -> str:
-    """What a library or a server says, as `public_text`, for addresses anywhere in it, and without the values of the
-    environment's variables that are secrets by their names.
+    """A message of a library or a server, without secrets.
+
+    As `public_text`, for addresses anywhere in it; and environment variables whose names say that they are secret are
+    named in place of their values.
     """
     secrets = {name: value for name, value in os.environ.items() if _SECRET.search(name)}
     text = _without(_environment | secrets, text)

@@ -57,7 +57,7 @@ def dump(features: Tensor, precision: str) -> bytes:
 
 
 def dump_bad(reason: str) -> bytes:
-    """What stands in the place of features that cannot be, as the bytes of a safetensors file."""
+    """What is stored in place of the features of a bad medium: the reason, as the bytes of a safetensors file."""
     text = reason.encode(errors="surrogateescape")[:_LONGEST_REASON]
     return to_bytes({"bad": torch.frombuffer(bytearray(text or b"?"), dtype=torch.uint8)})
 

@@ -137,9 +137,8 @@ class _Manifest:
         self.remote, self.new = remote, False
         manifests = [_tars(index_files.read_json(path)) for path in self.paths]
         self.tars = {name: entry for tars in manifests for name, entry in tars.items()}
-        self._others = manifests[
-            0
-        ]  # what others left in the folder; where it cannot be written to, ours is in the cache
+        # What others left in the folder; where it cannot be written to, ours is in the cache.
+        self._others = manifests[0]
 
     def get(self, path: str, stamp: list[int] | None) -> list[int] | None:
         """What is known of a tar, which has this size and mtime if it is here."""

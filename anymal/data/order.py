@@ -25,7 +25,7 @@ LONGEST_CYCLE = 10_000
 PENDING = "held"  # what bookmarks call the pending positions since version 0.1, so that old and new ones load
 Bookmark = dict[str, Any]
 """A bookmark, or one rank's piece of it: plain JSON, as `merge_bookmarks` describes it."""
-_CYCLE, _SHARDS, _SAMPLES, _CHOICE, ONCE = range(5)  # tells apart the random numbers of permutations and of `choice`
+_CYCLE, _SHARDS, _SAMPLES, _CHOICE, ONCE = range(5)  # keys that keep the random numbers of different uses apart
 
 
 @lru_cache(maxsize=64)
@@ -236,8 +236,8 @@ def merge_bookmarks(pieces: Sequence[Bookmark]) -> Bookmark:
     Returns:
         ``{"version", "data", "next", "done", "held"}``: no position before `next` is left; beyond it, those are done
         that lie in one of the ranges `done` (each ``[first, stop, step]``) and are not in `held`, the pending ones.
-        Ranks drift apart by the bad samples that each one met and the lengths of those that it packed: one range for
-        each rank tells it.
+        Ranks advance at different speeds, by the bad samples that each met and the lengths of those that it packed;
+        hence one range for each rank.
 
     Raises:
         UserError: The pieces are not those of all ranks of one run.

@@ -1,10 +1,10 @@
 """Worker processes that prefetch: items → what a function makes of each, in order, whatever becomes of a process.
 
-Beneath the loader, in place of torch's DataLoader. Decoders are C code in the hands of strangers' bytes: one that
-crashes must cost one sample, not the run. torch's DataLoader ends with the first worker that dies, and its signal
-handler raises over the death in whatever code the main process is just running. Here each process has a pipe of its
-own, so that its death is the end of a pipe; what it was given is then done again item by item, each in a fresh process,
-and an item that its process dies over is the culprit. So it does not matter which process died, or how many there are.
+Beneath the loader, in place of torch's DataLoader. Decoders are C code that reads strangers' bytes: a crash must cost
+one sample, not the run. torch's DataLoader ends when the first worker dies, and its signal handler raises in whatever
+code the main process is running. Here each process has its own pipe, and its death shows as the end of that pipe. Its
+items are then done again one by one, each in a fresh process; an item whose process dies again is the culprit. So the
+result does not depend on which process died, or on how many there are.
 """
 
 import atexit
@@ -30,8 +30,8 @@ from anymal.errors import UserError
 
 _fork = multiprocessing.get_context("fork")
 MOST_PREFETCHED = 64
-"""Chunks that a process is given ahead of their use at most: all its results fit into the pipe. If it had to wait for a
-reader of them while the main process waits for it to read the next chunk, both would wait for ever."""
+"""Most chunks that a process is given in advance: all its results then fit into the pipe. Otherwise the process could
+wait for the main process to read results, while the main process waits for it to read the next chunk, for ever."""
 _ALIGNED = 64  # bytes: where a tensor may begin, for every dtype
 Item = TypeVar("Item")
 Result = TypeVar("Result")

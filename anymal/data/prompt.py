@@ -153,8 +153,8 @@ class Prompt:
     def _plain(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Messages one after another, tokenised one by one; each answer ends with the end-of-text token.
 
-        Words that are given end with a line break. Without one the next thing to say after a question is that it ends,
-        and to an LLM that has learnt to chat that is the very token that ends an answer: the answer was empty.
+        A question ends with a line break. Without it an LLM that has learnt to chat continues a question with the
+        end-of-text token, which also ends an answer: its answers were empty.
         """
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [] if start is None else [start]
@@ -225,10 +225,10 @@ class Prompt:
             )
 
     def _prefix(self, ids: list[int], whole: str, begins: str, known: tuple[str, int]) -> tuple[str, int]:
-        """The text `begins` and how many of the ids of the text `whole` are its own.
+        """The text `begins`, and how many of `ids` (those of the text `whole`) belong to it.
 
-        What follows an earlier such place (`known`) is tokenised alone; only where that does not fit the ids, as with
-        tokenizers that put a blank before every text, all is tokenised again.
+        `known` is the result for an earlier, shorter beginning: only what follows it is tokenised. If that does not fit
+        the ids, as with tokenizers that put a blank before every text, `begins` is tokenised from its start.
         """
         before, start = known
         if begins.startswith(before):

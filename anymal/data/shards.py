@@ -244,7 +244,7 @@ def _any(path: str, data: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def name_of(path: str, offset: int, size: int) -> str:
-    """The key of a sample that could not be read, as far as it can be told; else where it lies."""
+    """The key of a sample that could not be read, if its header can be; else ``@OFFSET``."""
     try:
         with tarfile.open(fileobj=io.BytesIO(_bytes(path, offset, min(size, 1 << 16))), mode="r:") as tar:
             member = tar.next()

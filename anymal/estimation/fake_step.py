@@ -264,7 +264,7 @@ class FakeStep:
     def _run(self, model: AnyMAL, batch: Batch) -> dict[str, Counter[str]]:
         """Encode, forward, backward. What is alive at each phase's peak, by label, in bytes.
 
-        Gradients of what learns are taken away as ZeRO does, into a buffer that is counted apart.
+        Gradients are freed as they are made, as under ZeRO, which moves them to a buffer that is counted apart.
         """
         tracker = MemoryTracker()
         watched: dict[str, list[nn.Module]] = {

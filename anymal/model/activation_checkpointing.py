@@ -83,7 +83,8 @@ def checkpoint_selectively(function: Callable[..., _Result], *arguments: Any) ->
 def _recompute(node: Any) -> Callable[[], Tensor] | None:
     """How to make the output of an autograd node again from what the node keeps, if that is elementwise.
 
-    Called in the backward pass, before `node` has run and dropped it: whoever keeps the output comes first there.
+    The result is called in the backward pass, where the node that uses the output runs before `node` does, and so
+    before `node` frees what it keeps.
     """
     match node.name():
         case "SiluBackward0":

@@ -27,8 +27,8 @@ PACKED = "packed"
 def choose(llm: "PreTrainedModel", name: str) -> None:
     """Give the LLM the attention implementation that ``model.llm.attention`` names.
 
-    "packed" leaves SDPA where an architecture does not hand its attention what it needs for it, or attends in chunks
-    that it does not tell about.
+    For "packed" it keeps SDPA where an architecture does not pass the samples' lengths on to its attention layers, or
+    attends in chunks or windows that only its mask knows.
     """
     if name != PACKED:
         return

@@ -31,7 +31,7 @@ from anymal.model.llm import base_model
 
 
 class MediaSpan(NamedTuple):
-    """So many tokens that stand side by side, and what they see: the media from `first` up to, not including, `last`.
+    """Neighbouring tokens that see the same media: those from `first` up to, not including, `last`.
 
     Where the two are equal the tokens see none.
     """
@@ -53,8 +53,9 @@ class VisibleMedia:
     def spans_of(self, rows: int, tokens: int) -> list[MediaSpan]:
         """The spans of `rows` × `tokens` hidden states, end to end.
 
-        A pass over as many tokens as the rows have reads them; any other goes on from them, and new tokens see what the
-        last one saw. More rows than there are spans for are copies of them, side by side: beams, or several answers.
+        If `tokens` is the length of the rows, these are the rows themselves; else they are tokens generated after them,
+        which see what the last one saw. There may be several copies of each row, side by side: beams, or several
+        answers.
         """
         spans: list[MediaSpan] = []
         for row in self.spans:
@@ -64,7 +65,7 @@ class VisibleMedia:
         return spans
 
     def continued(self, owners: Sequence[int]) -> "VisibleMedia":
-        """For rows that go on from these rows, given the number of the row that each of them goes on from."""
+        """What new tokens see when rows are continued: `owners` has, for each new row, the row that it continues."""
         spans = [[self.spans[owner][-1]._replace(tokens=1)] for owner in owners]
         return VisibleMedia(latents=self.latents, spans=spans)
 

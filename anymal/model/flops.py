@@ -35,7 +35,7 @@ class LLMFlops:
     """What the LLM's FLOPs depend on."""
 
     body: int
-    """N: parameters of the decoder, without embeddings, head and LoRA. Each stands for one multiplication a token."""
+    """N: parameters of the decoder, without embeddings, head and LoRA. Each is one multiply-add for each token."""
     embeddings: int
     """Parameters of the embedding table. Looking up costs nothing."""
     head: int
@@ -43,11 +43,11 @@ class LLMFlops:
     lora: int
     """Parameters of LoRA, trainable or not."""
     attention: int
-    """Layers × heads × width of a head: the multiplications of one token with one other, for scores as for values."""
+    """Layers × heads × width of a head: multiply-adds of a pair of tokens for scores, and as many for values."""
     recomputed: float
     """Share of the body's forward pass that is computed again in the backward pass: 1 with full checkpointing."""
     learns: bool = False
-    """Whether body and head learn themselves: the gradients to them take as much again as those to the inputs."""
+    """Whether body and head are trained: the gradients to their weights then take as much as those to the inputs."""
 
     @property
     def per_weight(self) -> int:

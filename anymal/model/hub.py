@@ -1,4 +1,4 @@
-"""What the hub says of a model: at once why it is not to be had (the libraries try five times), and its licence."""
+"""What the hub says of a model: why it cannot be loaded, after one request (libraries try five times); its licence."""
 
 import functools
 from pathlib import Path

@@ -36,7 +36,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def on_gpu() -> bool:
-    """Whether this process computes on a GPU: there is one, and DeepSpeed was not told to stay on the CPU."""
+    """Whether this process computes on a GPU: there is one, and DS_ACCELERATOR is not cpu."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
@@ -154,7 +154,7 @@ def _digest(llm: "CausalLM") -> str:
 
 
 def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
-    """Put a frozen LLM in eval mode, but for two kinds of modules that read the flag as something else.
+    """Put a frozen LLM in eval mode, except for two kinds of modules to which the training flag means something else.
 
     Quantised layers always keep it set. On a CPU an 8-bit layer in eval mode takes another kernel, off by about 2%;
     a 4-bit layer in eval mode repacks its weights for good at the first input without gradient (on CPUs with
@@ -162,8 +162,8 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 
     Args:
         llm: The LLM, with or without LoRA.
-        recompute: Whether decoder layers keep less for the backward pass, if `set_checkpointing` told them so. Set on
-            the layers alone, not on the dropouts inside them.
+        recompute: Whether decoder layers recompute in the backward pass what `set_checkpointing` chose. The flag is
+            set on the layers alone, not on the dropouts inside them.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -179,10 +179,10 @@ def set_frozen_mode(llm: nn.Module, *, recompute: bool) -> None:
 def isolates_packed_samples(llm: nn.Module) -> bool:
     """Whether a sample in a packed row is to the LLM what it is alone.
 
-    transformers reads the borders off the positions for most architectures; recurrent and state-space layers cannot
-    tell (Mamba, Qwen3-Next), and some attention layers do not ask (OPT, Bloom, Falcon). Rows of random tokens show it:
-    what stands before a border must leave what follows as it is, and that must be as if it stood alone. Leaves the LLM
-    in eval mode.
+    For most architectures transformers finds the samples by their positions. Recurrent and state-space layers ignore
+    positions (Mamba, Qwen3-Next), and so do some attention layers (OPT, Bloom, Falcon). Tried on rows of random tokens:
+    a sample's logits must not change with the sample before it, and must be those that it has alone. Leaves the LLM in
+    eval mode.
     """
     set_frozen_mode(llm, recompute=False)  # no dropout of a LoRA
     table = token_embedding(llm)

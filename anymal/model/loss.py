@@ -1,6 +1,6 @@
 """Cross-entropy where there is an answer token, as a sum: the training loop divides by the global number of them.
 
-The head is frozen, so the gradient of the loss with respect to the hidden states can be had in the forward pass, chunk
+The head is frozen, so the gradient of the loss with respect to the hidden states is computed in the forward pass, chunk
 by chunk. The logits of one chunk are alive at a time, and [A, D] is all that is kept for the backward pass: memory does
 not grow with vocabulary × tokens. (As Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, does it.)
 """

@@ -81,7 +81,7 @@ def split_arguments(arguments: list[str], modalities: Collection[str]) -> tuple[
 
 
 def _known(setting: str) -> str:
-    """The ``name=value``, if there is such a setting; what stands below one's name is checked when it is read."""
+    """Refuse a ``name=value`` of which there is no setting; nested names are checked when the settings are read."""
     name, names = re.split(r"[.=]", setting)[0], list(field_docs(ChatConfig))
     if name in names:
         return setting

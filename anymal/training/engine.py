@@ -94,10 +94,10 @@ def start_processes() -> Process:
 
 @contextmanager
 def processes() -> Iterator[Process]:
-    """`start_processes`, and the end of a group of a single process, with what describes it in the environment.
+    """`start_processes`; afterwards a group of a single process is ended, and its environment variables are removed.
 
-    What this process starts later would take itself for a rank of it. A launcher's group stays for the next stage or
-    run: its address is taken, and to leave it a rank may have to wait for others that are gone.
+    Otherwise programs that this process starts later would take themselves for ranks of it. A launcher's group is kept
+    for the next stage or run: its address is in use, and a rank that leaves may wait for others that are gone.
     """
     alone = "RANK" not in os.environ and not torch.distributed.is_initialized()
     before = dict(os.environ)
@@ -177,11 +177,11 @@ def make_engine(model: AnyMAL, config: Config) -> Engine:
 
 @contextmanager
 def engine_of(model: AnyMAL, config: Config) -> Iterator[Engine]:
-    """`make_engine`'s engine; afterwards what it holds is free, and torch has its own ``linear`` back.
+    """`make_engine`'s engine; afterwards its memory is freed, and torch has its own ``linear`` back.
 
-    Under ZeRO-3 DeepSpeed puts one in its place that keeps the input of every layer, frozen ones too, and leaves it
-    there for whatever the process does next: the stages that follow would hold more memory and recompute more. It also
-    keeps the modules that it ran, in a list and in a cache of its own, and with them model and optimizer.
+    Under ZeRO-3 DeepSpeed replaces ``linear`` by a function that keeps the input of every layer, frozen ones too, and
+    does not put it back: later stages of the process would take more memory. It also keeps the modules that it ran in a
+    list and a cache of its own, and with them the model and the optimizer.
     """
     with ExitStack() as at_end:
         at_end.callback(_forget_modules)
@@ -220,11 +220,11 @@ def set_learning_rate(engine: Engine, rate: float) -> None:
 
 
 def scale_of(total: Tensor, answers: int, world: int) -> Tensor:
-    """What the sum of a micro-batch's losses is multiplied by before its backward pass; no host waits for it.
+    """The factor on a micro-batch's summed loss before its backward pass; the host does not wait for the GPU.
 
-    DeepSpeed averages gradients over ranks; times the world size, divided by the step's answer tokens on all ranks,
-    that is the mean that we want. NaN if the sum is not finite, and so are all its gradients: an infinite loss can have
-    finite ones, and `step` must notice on every rank.
+    DeepSpeed averages gradients over ranks. So the factor is the world size over the step's answer tokens on all ranks:
+    gradients are then those of the mean over answer tokens. If the loss is not finite the factor is NaN, and so are all
+    gradients: an infinite loss can have finite gradients, and `step` must notice it on every rank.
     """
     return (1 + 0 * total.detach()) * (world / answers)
 

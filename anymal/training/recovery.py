@@ -1,10 +1,10 @@
 """A step whose loss or gradient is not finite (NaN or infinite): find the samples that cause it, go on without them.
 
-A finite sound can have a spectrogram that is not, and a medium may drive an encoder beyond its numbers. Such a sample
+A finite sound can have a spectrogram that is not finite, and an encoder may overflow on some medium. Such a sample
 is as bad as one that does not decode; it only shows here. Nothing of the step was applied
 (`anymal.training.engine.step`). The stream goes back to where the step began, the step's samples are run one by one,
-and those whose own loss or gradient is not finite are bad samples from then on. So the run equals one in which they
-were bad from the start.
+and those whose own loss or gradient is not finite are bad samples from then on. The run is then the same as one
+in which they were bad from the start.
 """
 
 from itertools import islice

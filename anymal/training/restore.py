@@ -55,8 +55,8 @@ class Run:
     step: int
     """Optimizer steps that were done when it began."""
     before: Start | None
-    """The checkpoint saved last, or what the run went on or started from: the next one takes from it what was trained
-    before and does not learn here."""
+    """The newest checkpoint: the last one saved, or the one that the run resumed or started from. The next checkpoint
+    takes from it the networks that were trained earlier and do not learn in this run."""
 
 
 def restore(config: Config, registry: Registry, process: Process, resume: Path | None, at_end: ExitStack) -> Run:

@@ -3,8 +3,8 @@
     python data_prep/demo/moving_pictures.py folder=data/demo/video
 
 The pictures are real (see `anymal.data_prep.demo.openmoji`), the motion is generated: a picture crosses a plain
-background to the left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). No captioned video
-could be had from the package registry, so this is what the demo has, and what its report must say. Validation and test
+background to the left, right, up or down, or grows or shrinks. The clips are real mp4 files (h264). PyPI has no
+captioned video, so this is what the demo uses, and its report says so. Validation and test
 move pictures that no training shard holds, of images or of clips: the 28 and 42 that `anymal.data_prep.demo.openmoji`
 holds out with the same seed. The test's 336 clips move each of its 42 pictures eight times.
 """
