@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -230,7 +230,7 @@ def _download(remote: Remote, part: str) -> float | None:
     return progress.modified
 
 
-def _receive(url: str, file: Any, progress: _Progress) -> None:
+def _receive(url: str, file: BinaryIO, progress: _Progress) -> None:
     """One answer of the server, appended to what came before if it is certain that it is the rest of the same file."""
     headers = {"Accept-Encoding": "identity"}
     if progress.got and progress.total and progress.validator:
@@ -254,7 +254,7 @@ def _receive(url: str, file: Any, progress: _Progress) -> None:
             progress.got += len(block)
 
 
-def _receive_object(url: str, file: Any, progress: _Progress) -> None:
+def _receive_object(url: str, file: BinaryIO, progress: _Progress) -> None:
     """What is missing of an object, or all of it if it is no longer the one that the beginning is of."""
     about = object_store.about(url)
     if about.identity != progress.validator:
@@ -268,7 +268,7 @@ def _receive_object(url: str, file: Any, progress: _Progress) -> None:
         raise ValueError("it was changed while it was downloaded")
 
 
-def _begin_again(file: Any, progress: _Progress) -> None:
+def _begin_again(file: BinaryIO, progress: _Progress) -> None:
     progress.got = 0
     file.seek(0)
     file.truncate()

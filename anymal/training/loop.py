@@ -7,7 +7,6 @@ gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from anymal import signals
 from anymal.config.schema import Config
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.model.flops import StepFlops
-from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
-from anymal.training.engine import gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
+from anymal.training.engine import Engine, gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
 from anymal.training.meter import Meter
 from anymal.training.prefetch import Prefetcher
 from anymal.training.recovery import refuse_nonfinite
@@ -29,7 +27,7 @@ STOPPED = "stopped, since it was asked to; start the same command again to go on
 
 
 def train(
-    engine: Any,
+    engine: Engine,
     stream: Stream,
     *,
     config: Config,
@@ -61,7 +59,7 @@ def train(
     Raises:
         UserError: The loss is not finite, and it is not single samples that make it so.
     """
-    model: AnyMAL = engine.module
+    model = engine.module
     signals.note_signals()
     meter = Meter(step_flops, peak_tflops=config.run.peak_tflops)
     prefetcher, batches = Prefetcher(model), iter(stream)
@@ -100,7 +98,7 @@ def train(
 
 
 def _optimizer_step(
-    engine: Any, micro_batches: list[Batch], prefetcher: Prefetcher, fetch_next: Callable[[], list[Batch]] | None
+    engine: Engine, micro_batches: list[Batch], prefetcher: Prefetcher, fetch_next: Callable[[], list[Batch]] | None
 ) -> tuple[bool, list[Tensor], list[Batch]]:
     """Gradient accumulation over the micro-batches of one step, then the optimizer.
 
@@ -146,7 +144,7 @@ def _seed(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
-def _norm(engine: Any) -> dict[str, float]:
+def _norm(engine: Engine) -> dict[str, float]:
     """The gradient norm before gradient clipping; without ZeRO, DeepSpeed does not say it."""
     norm = engine.get_global_grad_norm()
     return {} if norm is None else {"grad_norm": float(norm)}
