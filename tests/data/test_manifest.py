@@ -19,7 +19,7 @@ def tars(tmp_path):
     folder.mkdir()
     found = [str(write(folder / f"{n}.tar", pairs(n))) for n in (3, 4, 5)]
     (folder / "none.tar").write_text("no tar")
-    manifest._loaded.clear()
+    manifest.forget()
     return [*found, str(folder / "none.tar")]
 
 
@@ -111,7 +111,7 @@ def test_an_index_that_disagrees_with_the_tar_is_made_again(tars):
     good = json.loads(beside.read_text())
     beside.write_text(json.dumps(good | {"blocks": [*good["blocks"][:2], *good["blocks"][3:]]}))
     assert len(shards.index(tars[1])) == 3
-    manifest._loaded.clear()
+    manifest.forget()
     assert len(manifest.load(shard)) == 4
     assert json.loads(beside.read_text()) == good
 

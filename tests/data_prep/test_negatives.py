@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import tiny_encoders
+from anymal.data.loader import RawSample
 from anymal.data.parse import parse
 from anymal.data_prep import negatives
 from anymal.data_prep.demo.labelled import labelled_sample
-from anymal.data_prep.negatives import WAYS, Chooser, Picture
+from anymal.data_prep.negatives import WAYS, Chooser, Picture, describe
 from anymal.data_prep.objects import Names, forms, occurs, read_table
 from anymal.data_prep.write import read_shards, write_shards
 from anymal.errors import BudgetExceeded, UserError
@@ -185,16 +186,22 @@ def test_captions_and_closed_questions_tell_what_is_there(tmp_path):
     assert yes == [("l0", "fox"), ("l1", "owl"), ("l2", "cat"), ("q", "owl")]
 
 
+def objects_of(described: dict, caption: str) -> list[str]:
+    members = {"jpg": b"", "json": json.dumps(described).encode(), "txt": caption.encode()}
+    return describe(Names(), RawSample(shard="a.tar", place=("a.tar", 0, 0), key="k", members=members)).objects
+
+
 def test_articles_are_no_part_of_a_name():
-    said = ["a dog", "An owl", "the red cat", "anvil", "theatre"]
-    assert [negatives._bare(name) for name in said] == ["dog", "owl", "red cat", "anvil", "theatre"]
+    names = ["a dog", "An owl", "the red cat", "anvil", "theatre"]
+    assert objects_of({"objects": names}, "") == ["dog", "owl", "red cat", "anvil", "theatre"]
 
 
-@pytest.mark.parametrize("said", ["yes", "No", "B", "3", "12.5", "no."])
-def test_an_answer_that_names_nothing_is_no_object(said):
-    described = {"options": [said, "cat"], "messages": [{"role": "assistant", "content": said}]}
-    assert negatives._answer(described) == ""
-    assert negatives._answer({"options": ["cat"], "messages": [{"role": "assistant", "content": "cat"}]}) == "cat"
+@pytest.mark.parametrize("answer", ["yes", "No", "B", "3", "12.5", "no."])
+def test_an_answer_that_names_nothing_is_no_object(answer):
+    described = {"options": [answer, "cat"], "messages": [{"role": "assistant", "content": answer}]}
+    assert objects_of(described, "fox") == ["fox"], "the caption is asked instead"
+    described = {"options": ["cat"], "messages": [{"role": "assistant", "content": "cat"}]}
+    assert objects_of(described, "fox") == ["cat"]
 
 
 def test_a_table_finds_objects_in_captions(tmp_path):
