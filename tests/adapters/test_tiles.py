@@ -16,7 +16,7 @@ from anymal.config.settings import load
 from anymal.data.packing import pack
 from anymal.data.view_budget import degrade
 from anymal.errors import BadSample, UserError
-from anymal.evaluation.evaluate import ask
+from anymal.evaluation.evaluate import prepare_held_out
 from anymal.model.trainable import select_trainable
 from anymal.sample import Message, Part, Sample
 from toys import text
@@ -193,15 +193,15 @@ def test_evaluation_cuts_for_the_longest_option_whichever_is_right(tiny_llm, tmp
     picture = Part(kind="image", content=tiny_encoders.picture(size=(128, 128)))
     options = ["a dog", "a red apple on the table " * 7]
     closed = [replace(asked(picture).answered(option), options=options) for option in options]
-    questions = [ask(made.prepare, sample) for sample in closed]
+    questions = [prepare_held_out(made.prepare, sample) for sample in closed]
     views = [len(question.tokens.runs) for question in questions]
     assert views[0] == views[1] < len(made.prepare(asked(picture)).runs)
     assert max(map(len, questions[0].ids)) + len(questions[0].tokens.ids) <= 120
     free = [asked(picture).answered(answer) for answer in ("a dog", "a dog " * 20)]
-    short, long = (ask(made.prepare, sample).tokens.runs for sample in free)
+    short, long = (prepare_held_out(made.prepare, sample).tokens.runs for sample in free)
     assert short == long  # nor does an answer that is to be given freely tell how long it is
     with pytest.raises(BadSample, match=r"has \d+ tokens, data\.max_tokens is 120"):
-        ask(made.prepare, replace(closed[0], options=["a dog", "a dog " * 100]))
+        prepare_held_out(made.prepare, replace(closed[0], options=["a dog", "a dog " * 100]))
 
 
 def test_frames_give_way_to_the_text(tiny_llm, tmp_path):

@@ -216,16 +216,16 @@ import sys
 import torch.distributed
 from anymal.errors import UserError
 from anymal.config.command_line import run_program
-from anymal.training.run import _on_rank_0
+from anymal.training.engine import on_rank_0
 
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-assert _on_rank_0(rank, lambda: "decided") == "decided"
+assert on_rank_0(lambda: "decided") == "decided"
 
 def refuse():
     raise UserError("in use")
 
-run_program(lambda: _on_rank_0(rank, refuse))
+run_program(lambda: on_rank_0(refuse))
 """
 
 
