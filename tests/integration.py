@@ -36,7 +36,6 @@ class Part:
 
 PARTS = [
     Part(name="demo", minutes=9, command=["make", "demo"]),
-    # The wheel, built and started in an environment of its own, comes here.
 ]
 
 

@@ -53,7 +53,8 @@ def state() -> dict[str, object]:
 
 @pytest.fixture
 def alone(monkeypatch):
-    """A process of which no test before has made a rank."""
+    """A process of which no test before has made a rank, and in which none has left a tar open."""
+    manifest.forget()
     if torch.distributed.is_initialized():
         import deepspeed
 
