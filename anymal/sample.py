@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Noted:
-    """A decoded medium that is less than what the file holds, or more: a long sound of which the middle was kept."""
+    """A decoded medium that is not what the file holds: cropped, such as a long sound to its middle, or padded."""
 
     tensor: Tensor
     """What its encoder takes (without N)."""
@@ -93,7 +93,7 @@ class PartlyEncoded:
     """The media of one modality in a batch, if `Features` stand for some or all of them."""
 
     raw: Tensor | None
-    """[M, ...] what the encoder takes, for those of the N media that it has yet to see; None if there is none."""
+    """[M, ...] the encoder's inputs, for those of the N media that are not yet encoded; None if there are none."""
     features: Tensor
     """[N - M, tokens, width] the others' features."""
     order: Tensor
@@ -121,8 +121,8 @@ class Sample:
     messages: list[Message]
     """The conversation."""
     instruction: str = ""
-    """What a user who sends media without a word is taken to say, as its dataset words it; empty: as
-    ``prompt.instruction`` does. `anymal.data.prompt` puts it in."""
+    """Of its dataset: the text that is put after the media where a user sent no text with them. Empty takes
+    ``prompt.instruction``. `anymal.data.prompt` puts it in."""
     options: list[str] = field(default_factory=list)
     """The possible answers, if this is a closed question; the last message's text is the right one."""
     ignored: list[str] = field(default_factory=list)

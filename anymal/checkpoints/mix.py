@@ -197,9 +197,9 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
 
 
 def hollow_llm(name: str) -> nn.Module:
-    """The LLM with all its modules and shapes, each weight one zero seen many times: PEFT needs no more of it.
+    """The LLM's modules with their shapes, without its weights: each is a single zero, expanded. PEFT needs no more.
 
-    Nothing of the LLM is read. Over meta tensors PEFT would drop the LoRA's values as well.
+    Not on meta tensors: PEFT would drop the LoRA's values as well.
     """
     from transformers import AutoModelForCausalLM
 

@@ -3,8 +3,8 @@
     CHECKPOINT/encoders/MODALITY/   a folder that the modality's loader reads like any other encoder
     CHECKPOINT/llm/                 a causal LM in transformers' own layout, bfloat16 at 16 bits, else float32
 
-A checkpoint also has those that the run started from and left as they were, as hard links where the file system has
-such: each checkpoint is all that was ever trained on the way to it. What was never trained is named in the recipe.
+Networks that an earlier run trained and this one leaves as they are are in the checkpoint too, as hard links where
+possible: each checkpoint has all that was ever trained on the way to it. What was never trained is named in the recipe.
 """
 
 import copy
@@ -87,7 +87,7 @@ def below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """Of the weights of an encoder that does not change, or not yet: hashed once."""
+    """The digest of an encoder's weights, computed once: only for an encoder that does not change, or not yet."""
     if encoder not in _DIGESTS:
         _DIGESTS[encoder] = weights_digest(encoder)
     return _DIGESTS[encoder]

@@ -75,13 +75,21 @@ def parse_args(
     source: str = "",
     read: Callable[..., Any] = load,
 ) -> Any:
-    """Read ``[RECIPE] a.b=value …`` from the command line; `defaults` are overrides that the recipe beats.
+    """Read ``[RECIPE] a.b=value …`` or ``[SOURCE] name=value …`` from the command line.
 
-    A program that takes no recipe names as its `source` the setting that a first argument without ``=`` is.
+    The ``--local_rank=N`` that the DeepSpeed launcher passes is ignored: the rank comes from the environment.
 
-    ``--help`` prints `usage`, every setting of `schema`, and `more_help`. The ``--local_rank=N`` that the DeepSpeed
-    launcher passes is accepted and not needed: the rank comes from the environment. Returns what `read` makes of it,
-    which takes the same as `anymal.config.settings.load`.
+    Args:
+        schema: The dataclass of the settings.
+        usage: Printed by ``--help``, followed by every setting of `schema`.
+        argv: The arguments; those of the process by default.
+        defaults: Overrides that the recipe beats.
+        more_help: Lines that ``--help`` prints at the end.
+        source: Of a program that takes no recipe: the setting that a first argument without ``=`` stands for.
+        read: Makes the settings; takes what `anymal.config.settings.load` takes.
+
+    Returns:
+        What `read` returns.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:

@@ -129,8 +129,8 @@ class DatasetConfig:
     ratio: float = 1.0
     """Its share of the samples, relative to the other datasets' ratios."""
     epochs: float = 0.0
-    """In place of ratio: its share is this times its number of samples, so that datasets with 1 and 2 are through at
-    the same time, the second for the second time. All datasets have it, or none."""
+    """In place of ratio: its share of the samples is this times its size. Of two datasets with epochs 1 and 2, the
+    second is read twice while the first is read once. All datasets have it, or none."""
     instructions: list[str] = field(default_factory=list)
     """In place of prompt.instruction for this dataset's media-caption pairs: one of these, drawn for each sample anew
     in every epoch. Empty leaves prompt.instruction."""

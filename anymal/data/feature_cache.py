@@ -48,14 +48,14 @@ class FeatureTar:
 
 
 def precisions(features: str) -> tuple[str, ...]:
-    """Those that ``data.features`` lets a run read, the most exact first: none if it is never to read any."""
+    """The precisions that ``data.features`` allows, the most exact first; none for "never"."""
     return {"auto": PRECISIONS, "never": ()}.get(features, (features,))
 
 
 def find(
     tar: str, encoders: Mapping[str, str], wanted: Sequence[str], listed: dict[str, list[str]]
 ) -> list[FeatureTar]:
-    """The feature tars of a tar that a run can use, the best first: most modalities, then the most exact.
+    """The feature tars of a tar that a run can use: those of most modalities first, then the most exact.
 
     Args:
         tar: The original.

@@ -54,9 +54,9 @@ class Request:
     sample: int
     """Index of the sample in the shard."""
     instruction: str = ""
-    """What the user says after media without a word, in place of prompt.instruction; empty leaves that."""
+    """Used in place of prompt.instruction where a user sent media without text; empty takes prompt.instruction."""
     refused: str = ""
-    """Why it is not to be used, if its loss was not finite; it is not read then."""
+    """Why the sample is refused (its loss was not finite); it is then not read. Empty: it is not refused."""
 
 
 @dataclass(kw_only=True)

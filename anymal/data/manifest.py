@@ -49,7 +49,7 @@ def survey(names: Sequence[str], *, start: float = 0.0, cache: str = "", cache_g
     """The number of samples of each tar, by its name as `anymal.data.listing.expand` gives it.
 
     Local tars without an index are indexed; remote ones whose number of samples is not published are downloaded. Each
-    rank begins at another tar (`start` of 0..1), so that ranks share that work: whoever comes second finds it done.
+    rank begins at another tar (`start` of 0..1), so that ranks share the work: the second to come finds the index.
     If it takes long, the first rank shows how far it is. What was loaded before is forgotten.
 
     Raises:

@@ -1,7 +1,7 @@
 """How many views each medium of a sample gets, so that the sample fits: Eagle 2.5's automatic degradation.
 
-Source: arXiv 2504.15271: the text is kept whole, and what is left of the context is shared by the media. Runs in loader
-workers, once a sample is tokenised (`prompt`).
+Source: arXiv 2504.15271. The text is kept whole; the media share what is left of ``data.max_tokens``. Called by
+`prompt` in loader workers, once the text is tokenised.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,9 +41,9 @@ def _cut(part: Part, medium: Viewable, count: int) -> Views:
 
 
 def degrade(choices: Sequence[Sequence[int]], room: int) -> list[int]:
-    """The tokens of each medium: as many as `room` allows, and none loses more than it must.
+    """The tokens of each medium, so that all together take at most `room`.
 
-    The largest medium steps down first (of equal ones the last), as often as it takes.
+    The medium that takes most tokens (of equal ones the last) gets its next smaller choice, until all fit.
 
     Args:
         choices: For each medium the numbers of tokens that it can take, the largest first.

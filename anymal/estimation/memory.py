@@ -4,8 +4,8 @@ The modules that train run on fake tensors (shape, dtype and storage, no content
 checkpointing recomputes and the loss holds is seen as it happens; no formula stands in for it. See
 `anymal.estimation.fake_step`.
 
-A torch without CUDA cannot follow gradients through tensors that claim to be on a GPU. The fake tensors are therefore
-on the CPU, and `computing_on` puts in what a GPU does otherwise: attention kernels, 8-bit layers, autocast's rules.
+Without CUDA, torch's autograd does not run on fake tensors of a GPU. So they are on the CPU, and `computing_on`
+replaces what a GPU does differently: attention kernels, 8-bit layers, autocast's rules.
 """
 
 import functools

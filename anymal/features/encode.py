@@ -39,7 +39,7 @@ class Read:
     key: str
     """Its key."""
     members: dict[str, bytes] = field(default_factory=dict)
-    """By suffix in the feature tar, in their order there; of a medium that is yet to be encoded, nothing."""
+    """By suffix in the feature tar, in its order; empty bytes for a medium that is not yet encoded."""
     media: dict[str, Tensor] = field(default_factory=dict)
     """Those media, by the same suffixes: what their encoder takes."""
     kinds: dict[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Reader:
         result = read_sample(self.tar, i, self._decoded)
         if not isinstance(result, Bad):
             return result
-        if not result.lasting:  # not the sample's fault, so not to be remembered of it
+        if not result.lasting:  # not the sample's fault, so its features must not say so
             return UserError(f"{self.tar.path} cannot be read: {result.reason}")
         return _unreadable(result.key, result.reason)
 

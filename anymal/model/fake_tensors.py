@@ -1,7 +1,7 @@
 """Networks without weights: inside `shapes_only` they are made from their configs on torch's fake tensors.
 
-What a recipe needs is known from shapes alone, so `anymal.estimation` reads no weights. Whoever loads or makes a
-network asks here which of the two is wanted.
+`anymal.estimation` needs shapes only, so no weights are read. Code that loads or makes a network asks here whether
+weights are wanted.
 """
 
 import contextlib

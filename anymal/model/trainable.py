@@ -15,9 +15,9 @@ from anymal.model.multimodal import AnyMAL
 def select_trainable(model: AnyMAL, train: Sequence[str]) -> None:
     """Freeze everything but what `train` names. The only such place.
 
-    ``projectors`` and ``encoders`` are those of all modalities, ``projectors.NAME`` and ``encoders.NAME`` one's;
-    ``lora`` is the LLM's LoRA, ``llm`` all of the LLM itself, embedding table and head included. Of an encoder those
-    parameters learn that its features depend on: not a last layer or pooling that they pass by.
+    ``projectors`` and ``encoders`` name those of all modalities, ``projectors.NAME`` and ``encoders.NAME`` that of one;
+    ``lora`` is the LLM's LoRA, ``llm`` all of the LLM itself, embedding table and head included. Of an encoder, only
+    parameters that its features depend on are trained: not a last layer or a pooler that is not used.
 
     Raises:
         UserError: A name fits nothing in the model, or the LLM is to learn beneath a LoRA.

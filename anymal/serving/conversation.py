@@ -3,8 +3,8 @@
     attach(medium) ─▶ attached ─┐
     ask(parts) ─────────────────┴▶ messages ──Prepare──▶ Tokens ──embed_prompt──▶ generate ──▶ pieces of text
 
-Every question is read together with all that came before it, by the same code that reads a sample of several turns, so
-an answer is what an evaluation of that sample would get. Nothing is printed here: a terminal (`anymal chat`) or
+A question is tokenised with the whole history, by the code that tokenises samples of several turns, so an answer is
+what an evaluation of that sample would get. Nothing is printed here: a terminal (`anymal chat`) or
 whatever else answers people shows the pieces.
 """
 

@@ -20,7 +20,7 @@ from anymal.sample import Batch
 
 GB, TERA = 1e9, 1e12
 SUMS = ("tokens", "padding", "flops", "recomputed", "waited")
-"""What is added up over ranks."""
+"""Figures that are summed over ranks."""
 
 
 class Meter:

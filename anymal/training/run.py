@@ -151,7 +151,7 @@ def _introduce(run: Run, resume: Path | None, notes: Sequence[str]) -> None:
 
 
 def _start_of(built: Built, start: Start) -> str:
-    """What a stage takes from the checkpoint it starts from, or from several, and what not."""
+    """Which projectors a stage takes from the checkpoint, or checkpoints, that it starts from; and which not."""
     here, there = set(built.adapters), set(start.modalities)
     folders = dict.fromkeys(start.modalities.values())
     shares = {"": here & there, "new here": here - there, "left behind, since the recipe lacks them": there - here}
@@ -163,7 +163,7 @@ Question = tuple[str, str, Tokens]  # key, right answer, question
 
 
 def _questions(run: Run, registry: Registry) -> list[Question]:
-    """Of the samples whose answers are logged with each checkpoint; bad ones are passed over."""
+    """The questions whose answers are logged with each checkpoint; bad samples are skipped."""
     config, built = run.config, run.built
     if not config.run.samples:
         return []
