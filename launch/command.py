@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from anymal import __version__
+from anymal.errors import nearest
 
 COMMANDS = {
     "pretrain": "anymal.launch.pretrain",
@@ -43,8 +44,6 @@ def start() -> None:
         sys.argv = [f"anymal {name}", *rest]
         importlib.import_module(COMMANDS[name]).start()
     else:
-        from anymal.errors import nearest
-
         print(f"error: {name!r} is no command; {nearest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 

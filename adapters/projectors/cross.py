@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymal.adapters.projectors.fit import inner_width
 from anymal.adapters.projectors.resampler import Resampler
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
@@ -142,12 +143,7 @@ def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit
         UserError: Heads do not divide the inner width, or the LLM has fewer layers than one block asks for.
     """
     features, width = fit.only(config)
-    inner = config.width or width
-    if inner % config.heads:
-        raise UserError(
-            f"cross-attention of width {inner} cannot be split into {config.heads} heads; set projector.heads to a "
-            "divisor or projector.width to a multiple"
-        )
+    inner = inner_width(config, width)
     layers = range(options.every - 1, fit.llm_layers, options.every)
     if not layers:
         raise UserError(

@@ -9,7 +9,7 @@ body (4N a token), forward and both gradients where something learns, the head a
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from anymal.modality import Projector
 from anymal.model.cross_attention import MediaSpan, media_spans
 from anymal.model.llm import base_model, output_layer, token_embedding
+from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch, PartlyEncoded
-
-if TYPE_CHECKING:
-    from anymal.model.multimodal import AnyMAL
 
 _log = logging.getLogger(__name__)
 _Number = TypeVar("_Number", float, Tensor)
@@ -162,7 +160,7 @@ class StepFlops:
         llm: What `llm_flops` counts of its LLM.
     """
 
-    def __init__(self, model: "AnyMAL", llm: LLMFlops):
+    def __init__(self, model: AnyMAL, llm: LLMFlops):
         self.llm = llm
         self.projector: dict[str, int] = {}
         """FLOPs of each projector for one medium: forward, and both gradients if it learns."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anymal.errors import UserError
 from anymal.modality import Encoder
+from anymal.model.flops import numel
 from anymal.model.multimodal import AnyMAL
 
 
@@ -92,12 +93,10 @@ def table(model: AnyMAL) -> list[Row]:
         for path, parameter in network.named_parameters():
             module = f"{name}.lora" if "lora_" in path else name
             bits = 8 if parameter.dtype == torch.int8 else parameter.element_size() * 8
-            numel = getattr(parameter, "ds_numel", parameter.numel())
-            state = getattr(parameter, "quant_state", None)
-            if state is not None:  # bitsandbytes packs two 4-bit weights into a byte
-                bits, numel = 4, torch.Size(state.shape).numel()
+            if getattr(parameter, "quant_state", None) is not None:  # bitsandbytes packs two 4-bit weights into a byte
+                bits = 4
             key = (module, str(parameter.dtype).removeprefix("torch."), bits, parameter.requires_grad)
-            rows[key] = rows.get(key, 0) + numel
+            rows[key] = rows.get(key, 0) + numel(parameter)
     return [Row(module, count, dtype, bits, learns) for (module, dtype, bits, learns), count in rows.items()]
 
 
