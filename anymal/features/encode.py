@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -20,89 +20,15 @@ from anymal.config.command_line import parse_args
 from anymal.config.schema import Config, DataConfig, encoder_learns
 from anymal.config.stages import Recipe, encoder_names, left_behind, load_stages
 from anymal.data import feature_cache, feature_codec, manifest, shards
-from anymal.data.loader import Bad, RawSample, each, read_sample, reason_of
-from anymal.data.parse import modality_of, parse
+from anymal.data.loader import each
 from anymal.data.stream import tars
 from anymal.errors import BadSample, UserError
+from anymal.features.decode import DecodedSample, SampleDecoder
 from anymal.features.report import Figures, report
 from anymal.modality import Encoder
 from anymal.model.llm import device
 from anymal.model.multimodal import freeze_encoder, run_encoder
 from anymal.model.registry import Registry
-from anymal.sample import Noted, Viewable, with_note
-
-
-@dataclass(kw_only=True)
-class Read:
-    """One sample on its way into a feature tar."""
-
-    key: str
-    """Its key."""
-    members: dict[str, bytes] = field(default_factory=dict)
-    """By suffix in the feature tar, in its order; empty bytes for a medium that is not yet encoded."""
-    media: dict[str, Tensor] = field(default_factory=dict)
-    """Those media, by the same suffixes: what their encoder takes."""
-    kinds: dict[str, str] = field(default_factory=dict)
-    """The modality of each member that was a medium, by the same suffixes."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """For each modality, what reading and decoding took."""
-    altered: list[str] = field(default_factory=list)
-    """The modality of each medium that came with a note (`anymal.sample.Noted`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """What a worker does with sample `i` of a tar: read it and decode its media."""
-
-    tar: shards.Index
-    """The tar."""
-    suffixes: Mapping[str, str]
-    """Which modality a member holds."""
-    decoders: dict[str, Callable[[bytes], Tensor | Noted | Viewable]]
-    """By modality; members of other modalities are copied."""
-
-    def __call__(self, i: int) -> Read | UserError:
-        """A `UserError` is returned, as the stream's workers do."""
-        result = read_sample(self.tar, i, self._decoded)
-        if not isinstance(result, Bad):
-            return result
-        if not result.lasting:  # not the sample's fault, so its features must not say so
-            return UserError(f"{self.tar.path} cannot be read: {result.reason}")
-        return _unreadable(result.key, result.reason)
-
-    def _decoded(self, raw: RawSample) -> Read:
-        read = Read(key=raw.key)
-        for name, data in raw.members.items():
-            kind = modality_of(name, self.suffixes)
-            if f".{name}".endswith(f".{feature_codec.ENDING}"):
-                continue  # the feature tar's own names; no sample is good or bad by such a member
-            if kind is None or kind not in self.decoders:
-                read.members[name] = data
-                continue
-            began, cached = time.perf_counter(), f"{name}.{feature_codec.ENDING}"
-            read.members[cached], read.kinds[cached] = b"", kind
-            try:
-                medium, note = with_note(self.decoders[kind](data))
-                if isinstance(medium, Viewable):  # `frozen_encoders` passes over the encoders of such media
-                    raise TypeError("media in views are not cached")
-                read.media[cached] = medium
-                read.altered += [kind] if note else []
-            except Exception as error:  # as in the stream
-                read.members[cached] = feature_codec.dump_bad(reason_of(error))
-            read.seconds[kind] = read.seconds.get(kind, 0) + time.perf_counter() - began
-        for kind in read.seconds:
-            read.seconds[kind] += raw.seconds / len(read.seconds)
-        if not read.members:
-            parse(raw.shard, raw.key, raw.members, self.suffixes)  # there is neither text nor medium left: it refuses
-        return read
-
-    def crashed(self, i: int, reason: str) -> Read:
-        """What the feature tar says of a sample over which a worker crashed."""
-        return _unreadable(shards.name_of(self.tar.path, *self.tar.place(i)), reason)
-
-
-def _unreadable(key: str, reason: str) -> Read:
-    return Read(key=key, members={feature_codec.ENDING: feature_codec.dump_bad(reason)})
 
 
 class Encode:
@@ -165,17 +91,17 @@ class Encode:
             partial.replace(final)
         return True
 
-    def _samples(self, index: shards.Index, figures: dict[str, Figures]) -> Iterator[Read]:
-        """Every sample of a tar with nothing but bytes in it, in order, encoded a micro-batch of samples at a time."""
+    def _samples(self, index: shards.Index, figures: dict[str, Figures]) -> Iterator[DecodedSample]:
+        """The samples of a tar in order, features in place of media; encoded a micro-batch of samples at a time."""
         decoders = {kind: encoder.decode for kind, encoder in self.encoders.items()}
-        reader = Reader(tar=index, suffixes=self.suffixes, decoders=decoders)
-        read = each(len(index), reader, self.data, on_crash=reader.crashed, name=index.path)
+        decoder = SampleDecoder(tar=index, suffixes=self.suffixes, decoders=decoders)
+        read = each(len(index), decoder, self.data, on_crash=decoder.crashed, name=index.path)
         while window := list(islice(read, self.data.batch_size)):
             for kind in dict.fromkeys(kind for one in window for kind in one.kinds.values()):
                 self._encode(kind, window, figures.setdefault(kind, Figures()))
             yield from window
 
-    def _encode(self, kind: str, window: list[Read], figures: Figures) -> None:
+    def _encode(self, kind: str, window: list[DecodedSample], figures: Figures) -> None:
         """Put the features of one modality's media into their members, at most ``data.batch_size`` at a time."""
         for one in window:
             figures.decode_s += one.seconds.get(kind, 0)
