@@ -26,7 +26,7 @@ CARDS = 8
 STAGES = ("pretrain", "finetune")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Settings of a report."""
 

@@ -35,7 +35,7 @@ BITS = (4, 8, 16, 32)
 T = TypeVar("T")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """An evaluation."""
 

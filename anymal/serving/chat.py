@@ -32,7 +32,7 @@ Whatever you type is said to the model, together with all that was said before. 
 Ctrl-C ends an answer. To say something that begins with /, put a blank before it."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """A question, or a conversation."""
 
