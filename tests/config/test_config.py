@@ -207,6 +207,21 @@ def test_a_setting_under_both_names_is_refused(tmp_path):
         UserError, match=r"r\.yaml sets optim\.gradient_accumulation twice: optim\.accumulate is its old"
     ):
         load(Config, recipe)
+    both = [NAMED, "optim.accumulate=2", "optim.gradient_accumulation=3"]
+    with pytest.raises(UserError, match=r"gradient_accumulation is given 2 times; optim\.accumulate is its old name"):
+        load(Config, None, both)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["optim.accumulate", " optim.accumulate ", "oc.select:optim.accumulate,7"])
+def test_an_interpolation_of_an_old_name_is_one_of_the_new(way, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{llm: {{name: x}}}}\noptim: {{accumulate: 2, steps: '${{{way}}}'}}\n"
+        f"prompt: {{instruction: 'no optim.accumulate, ${{model.llm.name}}'}}\n"
+    )
+    loaded = load(Config, recipe)
+    assert loaded.optim.steps == 2 and loaded.prompt.instruction == "no optim.accumulate, x"
 
 
 def test_home_and_environment_are_filled_in(monkeypatch):
