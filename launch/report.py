@@ -4,7 +4,7 @@
 
 It reads what the other programs left in the run's folder: ``evaluation.json``, and for each stage (a subfolder such
 as ``pretrain``) ``metrics.jsonl`` and, where they are there, ``model.json`` (the rows of
-`anymal.model.multimodal.table`) and ``recipe.yaml``. No modality is named here: how a medium is shown follows from its
+`anymal.model.trainable.table`) and ``recipe.yaml``. No modality is named here: how a medium is shown follows from its
 file's ending.
 """
 

@@ -72,7 +72,7 @@ def save(
         built: The model, for its structure (its weights are not read: under ZeRO they are sharded), and what belongs to
             it.
         parameters: Those of projectors, LoRA and what else learns by their names in the model, whole.
-        moments: AdamW's, as `anymal.training.engine.full_moments` gives them.
+        moments: AdamW's, as `anymal.training.optimizer_state.full_moments` gives them.
         now: Where the run stands.
         config: The resolved settings.
         before: The checkpoint that was saved before it, or what the run went on or started from, if any: networks that
