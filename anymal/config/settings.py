@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from anymal.config.renamed import RENAMED, under_new_names
 from anymal.errors import UserError, alternatives, nearest
@@ -276,7 +276,10 @@ def _reason(error: Exception) -> str:
         return f"{said}; {hint}" if hint else said
     lines = [line.strip() for line in str(error).splitlines()]
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{lines[0]} (at {name})" if name else lines[0]
+    said = f"{lines[0]} (at {name})" if name else lines[0]
+    if isinstance(error, ConfigKeyError) and "Did you mean" not in said and dataclasses.is_dataclass(error.object_type):
+        return f"{said}; known are: {', '.join(field.name for field in dataclasses.fields(error.object_type))}"
+    return said
 
 
 def _choices(error: ValidationError) -> tuple[Any, ...]:

@@ -42,7 +42,8 @@ def test_modalities_are_typed_though_their_names_are_free():
     [
         ("optim.lrr=1", "'lrr'.*Did you mean: 'lr'"),
         ("optim.gradient_acumulation=2", "'gradient_acumulation'.*Did you mean: 'gradient_accumulation'"),
-        ("optim.accumulat=2", "'accumulat' not in 'OptimConfig'"),
+        ("optim.accumulat=2", "'accumulat'.*Did you mean: 'gradient_accumulation'"),
+        ("optim.xyz=2", "'xyz' not in 'OptimConfig'.*known are: lr, .*gradient_accumulation"),
         ("optim.lr=fast", "'fast'.*Float"),
         ("model.llm.bits=5", "bits is 5; it can be 4, 8, 16 or 32"),
         ("prompt.template=chatt", r"prompt\.template is 'chatt'; it can be chat or plain; did you mean chat\?"),
