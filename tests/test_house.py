@@ -156,6 +156,34 @@ def test_the_trip_of_a_sample_names_functions_that_exist():
                 attrgetter(name)(module)
 
 
+def resolve(name: str) -> None:
+    """Import as much of a dotted name as is a module, and look up the rest; of a field, its annotation will do."""
+    names = name.split(".")
+    for end in range(len(names), 0, -1):
+        try:
+            there = importlib.import_module(".".join(names[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in names[end:]:
+            annotations = getattr(there, "__annotations__", {})
+            there = annotations[attribute] if attribute in annotations else getattr(there, attribute)
+        return
+
+
+def test_what_docstrings_and_documents_refer_to_is_there():
+    history = ("CHANGELOG.md", "log.md")
+    no_code = {"anymal.index.json", "anymal.modalities", "anymal.projectors"}  # a file, and entry points
+    folders = [CORE, *(ROOT / name for name in (*ABOVE, "docs", "benchmarks")), ROOT / "tests"]
+    pages = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.*"))]
+    pages = [page for page in pages if page.suffix in (".py", ".md") and "written_by_0_1" not in page.parts]
+    for page in (page for page in pages if page.name not in history):
+        for name in set(re.findall(r"`(anymal(?:\.\w+)+)`", page.read_text())) - no_code:
+            try:
+                resolve(name)
+            except (AttributeError, ImportError) as error:
+                raise AssertionError(f"{page.relative_to(ROOT)}: {name}") from error
+
+
 def test_benchmarks_find_what_they_import_wherever_they_are_started(tmp_path):
     names = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
     program = f"import sys; sys.path[0] = {str(ROOT / 'benchmarks')!r}; import anymal, {', '.join(names)}"

@@ -1,6 +1,7 @@
 """Settings that have another name by now. Recipes, overrides and checkpoints that say the old one still load."""
 
 import os
+import re
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ RENAMED = {
     "optim.accumulate": "optim.gradient_accumulation",
 }
 """Old dotted name → new."""
+_INTERPOLATION = re.compile(r"\$\{[^{}]*")
 
 
 def under_new_names(settings: Any, source: str) -> Any:
@@ -24,7 +26,7 @@ def under_new_names(settings: Any, source: str) -> Any:
         UserError: A setting is given under both names.
     """
     for old, new in RENAMED.items():
-        settings = _pointing(settings, f"${{{old}}}", f"${{{new}}}")
+        settings = _pointing(settings, re.compile(rf"(?<!\w)(?<!\w\.){re.escape(old)}(?!\w)"), new)
         *path, name = old.split(".")
         section = _section(settings, path)
         if not isinstance(section, dict) or name not in section:
@@ -49,10 +51,12 @@ def _section(settings: Any, path: list[str], *, make: bool = False) -> Any:
     return settings
 
 
-def _pointing(value: Any, old: str, new: str) -> Any:
-    """Nested settings, their interpolations of `old` being of `new`."""
+def _pointing(value: Any, old: re.Pattern[str], new: str) -> Any:
+    """Nested settings, their interpolations of `old` being of `new`: ``${old}``, ``${oc.select:old,1}`` and others."""
     if isinstance(value, dict):
         return {key: _pointing(item, old, new) for key, item in value.items()}
     if isinstance(value, list):
         return [_pointing(item, old, new) for item in value]
-    return value.replace(old, new) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return _INTERPOLATION.sub(lambda found: old.sub(new, found[0]), value)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from anymal.config.renamed import under_new_names
+from anymal.config.renamed import RENAMED, under_new_names
 from anymal.errors import UserError, alternatives, nearest
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
@@ -112,10 +112,14 @@ def _sources(
     recipe: str | Path | None, part: tuple[str, Any] | None, overrides: Sequence[str]
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Where settings come from: the name of each source, and what reads it; later ones beat earlier ones."""
-    names = [override.split("=", 1)[0] for override in overrides]
+    given = [override.split("=", 1)[0] for override in overrides]
+    names = [RENAMED.get(name, name) for name in given]
     for name in names:
         if (times := names.count(name)) > 1:
-            raise UserError(f"{name} is given {times} times; a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'")
+            hint = f"a brace pattern wants quotes: '{name}=a/{{0..9}}.tar'"
+            for old in (old for old, new in RENAMED.items() if new == name and old in given):
+                hint = f"{old} is its old name"
+            raise UserError(f"{name} is given {times} times; {hint}")
     sources: list[tuple[str, Callable[[], Any]]] = []
     if recipe is not None:
         sources.append((str(recipe), partial(OmegaConf.load, find_recipe(recipe))))
@@ -277,7 +281,10 @@ def _reason(error: Exception) -> str:
         return f"{message}; {hint}" if hint else message
     lines = [line.strip() for line in str(error).splitlines()]
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{lines[0]} (at {name})" if name else lines[0]
+    said = f"{lines[0]} (at {name})" if name else lines[0]
+    if isinstance(error, ConfigKeyError) and "Did you mean" not in said and dataclasses.is_dataclass(error.object_type):
+        return f"{said}; known are: {', '.join(field.name for field in dataclasses.fields(error.object_type))}"
+    return said
 
 
 def _choices(error: ValidationError) -> tuple[Any, ...]:

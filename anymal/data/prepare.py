@@ -39,6 +39,17 @@ class Prepare:
         """
         return self.prompt.sample(self.decode(sample))
 
+    def question(self, sample: Sample) -> Tokens:
+        """The conversation up to its last answer, with the media as in training: views leave room for that answer.
+
+        Raises:
+            BadSample: As `decode` and `anymal.data.prompt.Prompt.question`.
+        """
+        decoded, answer, reserved = self.decode(sample), sample.answer(), 0
+        if answer and any(isinstance(part.content, Viewable) for part in decoded.media()):
+            reserved = len(self.prompt.answers(decoded, [answer])[0])
+        return self.prompt.question(decoded, reserved=reserved)
+
     def decode(self, sample: Sample) -> Sample:
         """The sample with every medium's bytes decoded; bytes that are shown several times once.
 

@@ -41,6 +41,9 @@ def full_moments(engine: Engine) -> dict[str, Tensor]:
     """AdamW's moments as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, whole, on the CPU.
 
     Every rank must call it, and rank 0 gets them.
+
+    Raises:
+        RuntimeError: DeepSpeed has none of a parameter.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -49,7 +52,11 @@ def full_moments(engine: Engine) -> dict[str, Tensor]:
     for name, parameter in trainable(engine.module).items():
         for key in MOMENTS:
             whole = safe_get_full_optimizer_state(parameter, key) if sharded else engine.optimizer.state[parameter][key]
-            if engine.global_rank == 0 and whole is not None:
+            if whole is None:
+                raise RuntimeError(
+                    f"DeepSpeed has no {key} of {name}: a checkpoint without it could not be gone on from"
+                )
+            if engine.global_rank == 0:
                 moments[f"{name}.{key}"] = whole.detach().float().cpu().clone()
     return moments
 

@@ -183,7 +183,7 @@ def _questions(run: Run, registry: Registry) -> list[Question]:
 
 
 def _question(prepare: Prepare, sample: Sample) -> Question:
-    return sample.key, sample.answer(), prepare.prompt.question(prepare.decode(sample))
+    return sample.key, sample.answer(), prepare.question(sample)
 
 
 def _answer(run: Run, questions: Sequence[Question], step: int) -> None:

@@ -188,6 +188,19 @@ def test_pictures_give_way_to_the_text(tiny_llm, tmp_path):
     assert counts[400] == 34 > counts[120] > counts[70] > counts[40] >= 2
 
 
+def test_a_question_to_a_sample_shows_what_training_shows(tiny_llm, tmp_path):
+    made = built(tiny_llm, tmp_path, "image", "tiles=area", "max_tiles=16", max_tokens=120)
+    picture = Part(kind="image", content=tiny_encoders.picture(size=(128, 128)))
+    counts = set()
+    for words in (1, 7, 14):
+        sample = asked(picture).answered("a dog and " * words)
+        tokens = made.prepare(sample)
+        assert made.prepare.question(sample).runs == tokens.runs
+        counts.add(len(tokens.runs))
+    assert len(counts) > 1
+    assert made.prepare.question(asked(picture).question()).runs  # nothing to leave room for
+
+
 def test_evaluation_cuts_for_the_longest_option_whichever_is_right(tiny_llm, tmp_path):
     made = built(tiny_llm, tmp_path, "image", "tiles=area", "max_tiles=16", max_tokens=120)
     picture = Part(kind="image", content=tiny_encoders.picture(size=(128, 128)))

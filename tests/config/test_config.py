@@ -42,7 +42,8 @@ def test_modalities_are_typed_though_their_names_are_free():
     [
         ("optim.lrr=1", "'lrr'.*Did you mean: 'lr'"),
         ("optim.gradient_acumulation=2", "'gradient_acumulation'.*Did you mean: 'gradient_accumulation'"),
-        ("optim.accumulat=2", "'accumulat' not in 'OptimConfig'"),
+        ("optim.accumulat=2", "'accumulat'.*Did you mean: 'gradient_accumulation'"),
+        ("optim.xyz=2", "'xyz' not in 'OptimConfig'.*known are: lr, .*gradient_accumulation"),
         ("optim.lr=fast", "'fast'.*Float"),
         ("model.llm.bits=5", "bits is 5; it can be 4, 8, 16 or 32"),
         ("prompt.template=chatt", r"prompt\.template is 'chatt'; it can be chat or plain; did you mean chat\?"),
@@ -207,6 +208,21 @@ def test_a_setting_under_both_names_is_refused(tmp_path):
         UserError, match=r"r\.yaml sets optim\.gradient_accumulation twice: optim\.accumulate is its old"
     ):
         load(Config, recipe)
+    both = [NAMED, "optim.accumulate=2", "optim.gradient_accumulation=3"]
+    with pytest.raises(UserError, match=r"gradient_accumulation is given 2 times; optim\.accumulate is its old name"):
+        load(Config, None, both)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("way", ["optim.accumulate", " optim.accumulate ", "oc.select:optim.accumulate,7"])
+def test_an_interpolation_of_an_old_name_is_one_of_the_new(way, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{llm: {{name: x}}}}\noptim: {{accumulate: 2, steps: '${{{way}}}'}}\n"
+        f"prompt: {{instruction: 'no optim.accumulate, ${{model.llm.name}}'}}\n"
+    )
+    loaded = load(Config, recipe)
+    assert loaded.optim.steps == 2 and loaded.prompt.instruction == "no optim.accumulate, x"
 
 
 def test_home_and_environment_are_filled_in(monkeypatch):

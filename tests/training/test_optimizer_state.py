@@ -7,8 +7,14 @@ import pytest
 import torch
 
 import anymal.training.loop
+from anymal.config.schema import Config
+from anymal.config.settings import load
+from anymal.model.trainable import select_trainable
+from anymal.training.engine import engine_of, processes
 from anymal.training.meter import Meter
+from anymal.training.optimizer_state import full_moments, restore_moments
 from small_runs import go_back, losses, make_encoders, pretrain_here, python, settings, write_pairs, zero_stages
+from toys import toy_model
 
 LEARNS = "train=[projectors,llm]"
 STATE = "training/optimizer.safetensors"
@@ -54,6 +60,16 @@ def test_a_run_that_goes_on_holds_what_one_does_that_never_stopped(given, tmp_pa
     assert len(HELD) == 3 and abs(HELD[-1] - never_stopped) < (last / STATE).stat().st_size / 20
     assert "optimizer.safetensors" not in Path("/proc/self/maps").read_text()
     assert same(Path("run"), last)
+
+
+def test_a_moment_that_is_not_there_is_not_left_out(tiny_llm):
+    model, _ = toy_model(tiny_llm, one=3)
+    select_trainable(model, ["projectors"])
+    config = load(Config, None, ["model.llm.name=x", "data.shards=x", "engine.zero=1"])
+    with processes(), engine_of(model, config) as engine, pytest.raises(RuntimeError, match="has no exp_avg of llm"):
+        restore_moments(engine, lambda _: torch.zeros(()), 0)
+        next(model.llm.parameters()).requires_grad_(True)  # too late: the optimizer does not know of it
+        full_moments(engine)
 
 
 @pytest.mark.slow
