@@ -9,10 +9,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from anymal.config.renamed import OldName
 from anymal.config.settings import load
 from anymal.errors import UserError, alternatives
 
@@ -106,6 +108,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         with warnings.catch_warnings():
             for theirs in OTHERS_FUTURE_WARNINGS:
                 warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,6 +116,16 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _show_warning(
+    as_python_does: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **also: Any
+) -> None:
+    """What is said of a recipe concerns whoever wrote it: one line, without the line of our code that says it."""
+    if issubclass(category, OldName):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        as_python_does(message, category, *where, **also)
 
 
 @atexit.register
