@@ -4,9 +4,9 @@
     anymal negatives shards=data/laion synonyms=objects.txt out=data/laion-negatives ways=[adversarial]
 
 Models that never see a no say yes to everything that often goes with what they see (object hallucination). The
-questions, "Is there a dog in
-the picture?", are POPE's (Li and others: "Evaluating Object Hallucination in Large Vision-Language Models", arXiv
-2305.10355), and so are the three ways of choosing what is not there, each of which becomes a folder:
+questions, "Is there a dog in the picture?", are POPE's (Li and others: "Evaluating Object Hallucination in Large
+Vision-Language Models", arXiv 2305.10355), and so are the three ways of choosing what is not there, each of which
+becomes a folder:
 
     random       any object of the data
     popular      those that most pictures of the data hold

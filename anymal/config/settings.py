@@ -86,12 +86,9 @@ def load(
         with _read_as("kept" if keep_unset else "values"):
             missing = sorted(OmegaConf.missing_keys(config) | asked)
             if missing:
-                how = f"{missing[0]}=…" + (
-                    " or in a recipe, named first" if recipe is None and "." in missing[0] else ""
-                )
-                raise UserError(
-                    f"these settings have no default and must be given: {', '.join(missing)} (written {how})"
-                )
+                recipes = " or in a recipe, named first" if recipe is None and "." in missing[0] else ""
+                names, how = ", ".join(missing), f"(written {missing[0]}=…{recipes})"
+                raise UserError(f"these settings have no default and must be given: {names} {how}")
             resolved: Any = OmegaConf.to_object(_with_home(config))
             return resolved
     except OmegaConfBaseException as error:  # an interpolation of something that is not there
