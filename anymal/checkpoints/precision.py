@@ -1,7 +1,7 @@
 """What a checkpoint does beside its LLM at another precision than the one that it was trained with.
 
 Projectors learn to speak to the LLM that they were trained beside, rounding included; at another precision some fall
-silent. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``launch/evaluate.py``
+silent. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``anymal evaluate``
 measures at several of them is kept beside it:
 
     CHECKPOINT/precision.json    {"trained": 4, "sets": {"image": {"4": {"accuracy": 0.7, ...}, "32": {...}}}}
@@ -60,7 +60,7 @@ def note(folder: Path, trained: int, bits: int) -> str:
                 drifts.append(f"{name} {_drift(before, now)} (n={now['n']})")
     if drifts:
         return f"{text}. Measured: {'; '.join(drifts)}"
-    how = f"python launch/evaluate.py checkpoint={folder} 'bits=[{trained},{bits}]' sets.NAME=SHARDS"
+    how = f"anymal evaluate checkpoint={folder} 'bits=[{trained},{bits}]' sets.NAME=SHARDS"
     return f"{text}, which was not measured yet: {how}"
 
 

@@ -163,7 +163,7 @@ class DataConfig:
     """Samples that may be kept for a later row while a fitting one is sought (row_tokens only)."""
     encoder_cost: dict[str, float] = field(default_factory=dict)
     """By modality: how many tokens one medium counts in row_tokens for its encoder's work, beside its own tokens, so
-    that rows cost all ranks the same time (launch/estimate.py says how many)."""
+    that rows cost all ranks the same time (`anymal estimate` says how many)."""
     group_by: Literal["none", "modality", "dataset"] = "none"
     """What the samples of a micro-batch have in common. Ratios are kept over the run."""
     shuffle: int = 10_000
@@ -180,8 +180,8 @@ class DataConfig:
     max_bad_share: float = 0.1
     """Stop when more than this share of the samples is bad; 0 tolerates none."""
     features: Literal["auto", "never", "float32", "bf16", "int8"] = "auto"
-    """Whether features that launch/encode.py wrote are read in place of media: auto (where there are any, the most
-    exact), float32, bf16 or int8 (only such), never. launch/encode.py writes this precision; with auto, bf16."""
+    """Whether features that `anymal encode` wrote are read in place of media: auto (where there are any, the most
+    exact), float32, bf16 or int8 (only such), never. `anymal encode` writes this precision; with auto, bf16."""
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")

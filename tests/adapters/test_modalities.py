@@ -57,7 +57,7 @@ def test_an_encoder_without_weights_has_the_same_sizes_and_runs(name, kind, tmp_
     real = _load(name, folder)
     assert (shapes.tokens, shapes.width, shapes.shape) == (real.tokens, real.width, real.shape)
     if kind == "siglip2":
-        return  # transformers looks up in numbers how large a picture is: launch/estimate.py says so (test_estimate.py)
+        return  # transformers looks up in numbers how large a picture is: anymal estimate says so (test_estimate.py)
     with fake:
         assert shapes(torch.zeros(2, *shapes.shape)).shape == (2, real.tokens, real.width)
 
