@@ -1,6 +1,6 @@
 """The contract that a modality fulfils, and nothing else.
 
-A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``anymal.adapters.MODALITIES``:
+A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``FILES`` of `anymal.adapters`:
 
     bytes ──decode (worker)──▶ [...] ──encoder (frozen)──▶ [N, tokens, width] ──projector (trained)──▶ [N, K, D]
 """

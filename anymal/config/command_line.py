@@ -26,9 +26,11 @@ OTHERS_FUTURE_WARNINGS = (
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, read from its source."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    """The docstring under each field of a dataclass, inherited ones too, read from the source."""
     docs: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        docs |= field_docs(base)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     for statement, following in itertools.pairwise(getattr(definition, "body", [])):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
@@ -64,7 +66,7 @@ def _kind(hint: Any) -> str:
         return alternatives(get_args(hint))
     if get_origin(hint) is list:
         return f"list[{_kind(get_args(hint)[0])}]"
-    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+    return str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def parse_args(

@@ -25,7 +25,7 @@ class ProjectorConfig:
     """How an encoder's features become embeddings of the LLM."""
 
     kind: str = "mlp"
-    """A name in `anymal.adapters.projectors.PROJECTORS`, such as linear, mlp, resampler or cross_attention."""
+    """A kind of projector, such as linear, mlp, resampler or cross_attention (--help lists all)."""
     tokens: int = 32
     """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others. 0: as many as the kind
     makes of the encoder's features by itself. With cross_attention: the latents that the LLM's layers look at."""
@@ -102,7 +102,7 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     """The frozen language model."""
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
-    """One entry for each modality, by its name in `anymal.adapters.MODALITIES`."""
+    """One entry for each modality, by its name; their options, listed below, say which there are."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation of the LLM."""
     checkpoint: Any = None

@@ -1,6 +1,7 @@
 """The command `anymal`: its overview, and the grammar that all programs share."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -46,6 +47,10 @@ def test_every_command_has_a_help_that_shows_the_command_first(name, run_command
     said = capsys.readouterr().out
     assert said.split("\n")[2].startswith(f"    anymal {name}")
     assert "Settings:" in said or name == "doctor"
+    lines = said.splitlines()
+    for at, line in enumerate(lines):
+        if setting := re.match(r" +(\S+)  \(.*(required|default .*)\)$", line):
+            assert re.match(r" {6}\S", lines[at + 1]), f"{setting[1]} says nothing of what it is"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])
