@@ -81,7 +81,7 @@ def load(
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(public_message(f"{source}: {_reason(error)}")) from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
-            raise UserError(public_message(f"{source} is not valid YAML: {error}")) from error
+            raise UserError(public_message(f"{source} is not valid YAML: {' '.join(str(error).split())}")) from error
     try:
         with _read_as("kept" if keep_unset else "values"):
             missing = sorted(OmegaConf.missing_keys(config) | asked)

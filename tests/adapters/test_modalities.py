@@ -175,6 +175,10 @@ def test_mistakes_in_a_recipe_are_named(tmp_path):
     wrong = ModalityConfig(encoder="x", options={"max_pixel": 3})
     with pytest.raises(UserError, match=r"model.modalities.image.options: .*did you mean max_pixels\?"):
         build_adapters(REGISTRY, {"image": wrong}, 8)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in MODALITIES:
+        with pytest.raises(UserError, match=f"^model.modalities.{name}: "):
+            build_adapters(REGISTRY, {name: ModalityConfig(encoder=str(tmp_path), options=OPTIONS.get(name, {}))}, 8)
 
 
 def test_options_are_described():
