@@ -1,6 +1,6 @@
 """The contract that a modality fulfils, and nothing else.
 
-A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``anymal.adapters.MODALITIES``:
+A modality is one file in ``adapters/`` that makes a `Modality`, and one line in ``FILES`` of `anymal.adapters`:
 
     bytes ──decode (worker)──▶ [...] ──encoder (frozen)──▶ [N, tokens, width] ──projector (trained)──▶ [N, K, D]
 """
@@ -27,7 +27,7 @@ class Encoder(nn.Module):
     tokens: int
     """Features of one medium, before the projector."""
     shape: tuple[int, ...]
-    """Of one decoded medium, without N. Asked for by ``launch/estimate.py``, and where the encoder learns."""
+    """Of one decoded medium, without N. Asked for by ``anymal estimate``, and where the encoder learns."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
     decode: Callable[[bytes], Tensor | Noted | Viewable]

@@ -42,7 +42,11 @@ def start() -> None:
         print(f"anymal {__version__}")
     elif name in COMMANDS:
         sys.argv = [f"anymal {name}", *rest]
-        importlib.import_module(COMMANDS[name]).start()
+        try:
+            importlib.import_module(COMMANDS[name]).start()
+        except KeyboardInterrupt:  # while its imports last, which take seconds
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(130)
     else:
         print(f"error: {name!r} is no command; {nearest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,6 @@
 """The small IMU encoder of our own: convolutions over six channels, loaded through transformers' Auto classes.
 
-No pretrained IMU encoder is published in a form that users can load; ``launch/pretrain_imu_encoder.py`` trains this one
+No pretrained IMU encoder is published in a form that users can load; ``anymal pretrain-imu-encoder`` trains this one
 and writes a local folder (config.json, model.safetensors). Importing this module registers the type ``anymal_imu``.
 
     window [N, 6, S] ──3 strided convolutions──▶ ──residual blocks──▶ features [N, ceil(S / 8), width]

@@ -215,7 +215,7 @@ def load_imu_encoder(name: str, options: IMUOptions) -> IMUEncoder:
     config = load_config(name)
     if config.model_type != "anymal_imu":
         raise UserError(
-            f"{name!r} holds a {config.model_type}, not an IMU encoder; launch/pretrain_imu_encoder.py makes one"
+            f"{name!r} holds a {config.model_type}, not an IMU encoder; anymal pretrain-imu-encoder makes one"
         )
     if options.trunk or options.trunk_rate:
         raise UserError(f"model.modalities.imu.options.trunk and trunk_rate are for files, but {name!r} is none")

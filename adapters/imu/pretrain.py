@@ -182,7 +182,7 @@ def save(network: "IMUEncoderModel", settings: IMUTraining, count: int, figures:
         f"An IMU encoder: windows of {settings.seconds:g} s at {settings.rate:g} Hz, accelerometer in m/s² and "
         f"gyroscope in rad/s, to features {settings.width} wide.",
         "",
-        f"Trained with `launch/pretrain_imu_encoder.py` on {count} windows **with their labels** "
+        f"Trained with `anymal pretrain-imu-encoder` on {count} windows **with their labels** "
         f"({', '.join(labels)}), for {settings.steps} steps. Whatever is trained on top of it to name these labels "
         "finds them already told apart.",
         "",

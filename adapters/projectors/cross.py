@@ -137,7 +137,9 @@ class CrossAttentionProjector(Projector):
 
 
 def cross_attention(config: ProjectorConfig, options: CrossAttentionOptions, fit: Fit) -> Projector:
-    """Flamingo's: R is `config.tokens` (0: 64), I is `config.width` or the encoder's, blocks of the resampler `layers`.
+    """Flamingo's gated cross-attention: layers of the LLM look at a medium, which takes one token of the row.
+
+    R is `config.tokens` (0: 64), I is `config.width` or the encoder's, blocks of the resampler `layers`.
 
     Raises:
         UserError: Heads do not divide the inner width, or the LLM has fewer layers than one block asks for.

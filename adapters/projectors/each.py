@@ -69,7 +69,9 @@ class EachProjector(Projector):
 
 
 def each(config: ProjectorConfig, options: EachOptions, fit: Fit) -> Projector:
-    """``layers: 1`` is SPHINX's linear layer; more make an mlp of inner width `config.width`, or the LLM's.
+    """SPHINX's: a linear layer (or an mlp) of its own for each kind of features of a composition.
+
+    ``layers: 1`` is SPHINX's linear layer; more make an mlp of inner width `config.width`, or the LLM's.
 
     Raises:
         UserError: `config.tokens` is neither 0 nor the number of features (and tags).

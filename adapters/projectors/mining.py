@@ -68,7 +68,9 @@ class MiningProjector(Projector):
 
 
 def mining(config: ProjectorConfig, options: NoOptions, fit: Fit) -> Projector:
-    """Mini-Gemini's mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
+    """Mini-Gemini's patch info mining: features of one encoder look at their places in another's finer map.
+
+    Its mlp has two layers of the LLM's width: `config.layers` and `config.width` at their defaults.
 
     Raises:
         UserError: The encoder does not give a square of queries and a square map with M x M cells to each, or

@@ -128,7 +128,10 @@ def load_encoder(registry: Registry, name: str, config: ModalityConfig) -> Encod
                 f"model.modalities.{name}.encoder: there is no {source}; if it was moved, give "
                 f"model.modalities.{name}.encoder=FOLDER"
             )
-    return modality.load(config.encoder, resolved)
+    try:
+        return modality.load(config.encoder, resolved)
+    except UserError as error:
+        raise UserError(f"model.modalities.{name}: {error}") from error
 
 
 def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> Projector:

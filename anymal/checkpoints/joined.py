@@ -18,7 +18,7 @@ from anymal.checkpoints.networks import LLM, Start
 from anymal.config.schema import ModelConfig
 from anymal.errors import UserError
 
-MIX = "launch/mix.py mixes two of the same modalities"
+MIX = "anymal mix mixes two of the same modalities"
 
 
 def find_start(model: ModelConfig) -> Start | None:

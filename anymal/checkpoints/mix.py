@@ -90,7 +90,7 @@ def new_folder(out: str) -> Path:
 def note(mix: Mix) -> str:
     """What the README.md of the result says of its making."""
     return (
-        f"\n## A mix of two\n\nWeights = {mix.beta:g} · a + {1 - mix.beta:g} · b (`launch/mix.py`), with a from "
+        f"\n## A mix of two\n\nWeights = {mix.beta:g} · a + {1 - mix.beta:g} · b (`anymal mix`), with a from "
         f"`{mix.a}` and b from `{mix.b}`.\n"
     )
 

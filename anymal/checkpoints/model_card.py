@@ -42,13 +42,13 @@ Projectors for {", ".join(adapters)}, trained for {step} steps {_beside(config)}
 (trained: {", ".join(config.train)}).
 
 Beside the same LLM at another precision they may answer differently, or not at all: `precision.json`, if it is there,
-says what was measured, and `launch/evaluate.py bits=[4,16,32]` measures it.
+says what was measured, and `anymal evaluate bits=[4,16,32]` measures it.
 
 | part | source | licence |
 |---|---|---|
 {listed}
 
-Use: `python launch/chat.py checkpoint=THIS_FOLDER "prompt"`. All settings are in `recipe.yaml`.
+Use: `anymal chat checkpoint=THIS_FOLDER "prompt"`. All settings are in `recipe.yaml`.
 """
 
 

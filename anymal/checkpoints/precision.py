@@ -1,7 +1,7 @@
 """How a checkpoint does with its LLM at another precision than it was trained with.
 
 Projectors learn to fit the LLM that they were trained with, rounding errors included; at another precision some answer
-nothing. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``launch/evaluate.py``
+nothing. So a checkpoint's precision is remembered (``model.llm.bits`` of its recipe), and what ``anymal evaluate``
 measures at several of them is kept beside it:
 
     CHECKPOINT/precision.json    {"trained": 4, "sets": {"image": {"4": {"accuracy": 0.7, ...}, "32": {...}}}}
@@ -60,7 +60,7 @@ def note(folder: Path, trained: int, bits: int) -> str:
                 drifts.append(f"{name} {_drift(before, now)} (n={now['n']})")
     if drifts:
         return f"{text}. Measured: {'; '.join(drifts)}"
-    how = f"python launch/evaluate.py checkpoint={folder} 'bits=[{trained},{bits}]' sets.NAME=SHARDS"
+    how = f"anymal evaluate checkpoint={folder} 'bits=[{trained},{bits}]' sets.NAME=SHARDS"
     return f"{text}, which was not measured yet: {how}"
 
 

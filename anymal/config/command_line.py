@@ -9,10 +9,12 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from anymal.config.renamed import OldName
 from anymal.config.settings import load
 from anymal.errors import UserError, alternatives
 
@@ -24,9 +26,11 @@ OTHERS_FUTURE_WARNINGS = (
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, read from its source."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    """The docstring under each field of a dataclass, inherited ones too, read from the source."""
     docs: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        docs |= field_docs(base)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     for statement, following in itertools.pairwise(getattr(definition, "body", [])):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
@@ -62,7 +66,7 @@ def _kind(hint: Any) -> str:
         return alternatives(get_args(hint))
     if get_origin(hint) is list:
         return f"list[{_kind(get_args(hint)[0])}]"
-    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+    return str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def parse_args(
@@ -114,6 +118,7 @@ def run_program(main: Callable[[], int | None]) -> None:
         with warnings.catch_warnings():
             for theirs in OTHERS_FUTURE_WARNINGS:
                 warnings.filterwarnings("ignore", message=theirs, category=FutureWarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -121,6 +126,16 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _show_warning(
+    as_python_does: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any, **also: Any
+) -> None:
+    """What is said of a recipe concerns whoever wrote it: one line, without the line of our code that says it."""
+    if issubclass(category, OldName):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        as_python_does(message, category, *where, **also)
 
 
 @atexit.register

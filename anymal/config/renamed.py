@@ -15,8 +15,12 @@ RENAMED = {
 _INTERPOLATION = re.compile(r"\$\{[^{}]*")
 
 
+class OldName(FutureWarning):
+    """A setting is given under a name that it had before."""
+
+
 def under_new_names(settings: Any, source: str) -> Any:
-    """Nested settings with each under the name that it has now, and a `FutureWarning` for each that had another.
+    """Nested settings with each under the name that it has now, and an `OldName` warning for each that had another.
 
     Args:
         settings: Plain dicts and lists, interpolations as they are written; they are changed.
@@ -38,7 +42,7 @@ def under_new_names(settings: Any, source: str) -> Any:
             raise UserError(f"{source} sets {new} twice: {old} is its old name; take that out")
         section[name] = value
         if int(os.environ.get("RANK", 0)) == 0:
-            warnings.warn(f"{source}: {old} is called {new} now", FutureWarning, stacklevel=2)
+            warnings.warn(f"{source}: {old} is called {new} now", OldName, stacklevel=2)
     return settings
 
 

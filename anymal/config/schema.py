@@ -25,7 +25,7 @@ class ProjectorConfig:
     """How an encoder's features become embeddings of the LLM."""
 
     kind: str = "mlp"
-    """A name in `anymal.adapters.projectors.PROJECTORS`, such as linear, mlp, resampler or cross_attention."""
+    """A kind of projector, such as linear, mlp, resampler or cross_attention (--help lists all)."""
     tokens: int = 32
     """K, the tokens that one medium takes in the LLM. AnyMAL: 64 for images, 32 for the others. 0: as many as the kind
     makes of the encoder's features by itself. With cross_attention: the latents that the LLM's layers look at."""
@@ -102,7 +102,7 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     """The frozen language model."""
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
-    """One entry for each modality, by its name in `anymal.adapters.MODALITIES`."""
+    """One entry for each modality, by its name; their options, listed below, say which there are."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adaptation of the LLM."""
     checkpoint: Any = None
@@ -163,7 +163,7 @@ class DataConfig:
     """Samples that may be kept for a later row while a fitting one is sought (row_tokens only)."""
     encoder_cost: dict[str, float] = field(default_factory=dict)
     """By modality: how many tokens one medium counts in row_tokens for its encoder's work, beside its own tokens, so
-    that rows cost all ranks the same time (launch/estimate.py says how many)."""
+    that rows cost all ranks the same time (`anymal estimate` says how many)."""
     group_by: Literal["none", "modality", "dataset"] = "none"
     """What the samples of a micro-batch have in common. Ratios are kept over the run."""
     shuffle: int = 10_000
@@ -180,8 +180,8 @@ class DataConfig:
     max_bad_share: float = 0.1
     """Stop when more than this share of the samples is bad; 0 tolerates none."""
     features: Literal["auto", "never", "float32", "bf16", "int8"] = "auto"
-    """Whether features that launch/encode.py wrote are read in place of media: auto (where there are any, the most
-    exact), float32, bf16 or int8 (only such), never. launch/encode.py writes this precision; with auto, bf16."""
+    """Whether features that `anymal encode` wrote are read in place of media: auto (where there are any, the most
+    exact), float32, bf16 or int8 (only such), never. `anymal encode` writes this precision; with auto, bf16."""
 
     def __post_init__(self):
         _require(self.batch_size > 0, f"data.batch_size is {self.batch_size}; it must be at least 1")

@@ -81,12 +81,14 @@ def load(
         except (OmegaConfBaseException, ValueError) as error:
             raise UserError(public_message(f"{source}: {_reason(error)}")) from error
         except Exception as error:  # YAML's own errors have no base class in common with OmegaConf's
-            raise UserError(public_message(f"{source} is not valid YAML: {error}")) from error
+            raise UserError(public_message(f"{source} is not valid YAML: {' '.join(str(error).split())}")) from error
     try:
         with _read_as("kept" if keep_unset else "values"):
             missing = sorted(OmegaConf.missing_keys(config) | asked)
             if missing:
-                raise UserError(f"these settings have no default and must be given: {', '.join(missing)}")
+                recipes = " or in a recipe, named first" if recipe is None and "." in missing[0] else ""
+                names, how = ", ".join(missing), f"(written {missing[0]}=…{recipes})"
+                raise UserError(f"these settings have no default and must be given: {names} {how}")
             resolved: Any = OmegaConf.to_object(_with_home(config))
             return resolved
     except OmegaConfBaseException as error:  # an interpolation of something that is not there

@@ -148,7 +148,7 @@ def load_untrained(
 ) -> list[R]:
     """As `load_stages`; encoders that an earlier stage leaves behind replaced by those that they are made from.
 
-    These are there before anything is trained, and of the same shapes: all that ``launch/estimate.py`` asks for.
+    These are there before anything is trained, and of the same shapes: all that ``anymal estimate`` asks for.
     """
     every = [override for override in overrides if not override.startswith("stage=")]
     origin = left_behind(load_stages(schema, recipe, every, defaults))

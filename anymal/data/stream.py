@@ -255,7 +255,13 @@ def tars(data: DataConfig) -> list[list[str]]:
     Raises:
         UserError: Neither or both of shards and datasets are given, or a tar is missing. Names it.
     """
-    return [listing.expand(dataset.shards) for dataset in _datasets(data).values()]
+    listed = []
+    for name, dataset in _datasets(data).items():
+        try:
+            listed.append(listing.expand(dataset.shards))
+        except UserError as error:
+            raise UserError(f"data.datasets.{name}: {error}" if data.datasets else str(error)) from error
+    return listed
 
 
 def _survey(data: DataConfig, quarantine: Quarantine, start: float) -> list[list[Shard]]:

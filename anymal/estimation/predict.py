@@ -47,7 +47,7 @@ class EstimateConfig(Recipe):
     """TFLOP/s of one GPU, what checkpointing recomputes included: hoped for, or measured (of a run's throughput.json,
     (model_tflop + recomputed_tflop) / seconds, over its GPUs)."""
     read_mb_per_s: float = 500.0
-    """What is read from storage, in 10^6 bytes a second: says whether cached features (launch/encode.py) pay."""
+    """What is read from storage, in 10^6 bytes a second: says whether cached features (`anymal encode`) pay."""
     price_per_hour: float = 0.0
     """Of one GPU, in any currency."""
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +162,7 @@ def _last_below(curve: np.ndarray, room: float) -> int:
 
 
 def _cache(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
-    """The table of what one medium's features cost to make, and to read once they were written by launch/encode.py."""
+    """The table of what one medium's features cost to make, and to read once they were written by ``anymal encode``."""
     rate = config.tflops or config.run.peak_tflops
     if not rate or not fake_step.adapters:
         return []

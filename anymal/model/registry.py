@@ -77,7 +77,8 @@ class Registry:
             UserError: There is none; the nearest is named.
         """
         if name not in self.modalities:
-            raise UserError(f"model.modalities.{name}: there is no such modality; {nearest(name, self.modalities)}")
+            hint = nearest(name, self.modalities, "installed are:")  # of a plug-in that is not, nothing is known
+            raise UserError(f"model.modalities.{name}: there is no such modality; {hint}")
         return self.modalities[name]
 
     def projector(self, kind: str) -> ProjectorKind:
@@ -87,7 +88,7 @@ class Registry:
             UserError: There is none; the nearest is named.
         """
         if kind not in self.projectors:
-            raise UserError(f"projector.kind is {kind!r}; {nearest(kind, self.projectors)}")
+            raise UserError(f"projector.kind is {kind!r}; {nearest(kind, self.projectors, 'installed are:')}")
         return self.projectors[kind]
 
     def describe(self) -> list[str]:

@@ -97,7 +97,7 @@ def medium(argument: str, name: str, file: str, modalities: Collection[str]) -> 
     """
     if name not in modalities:
         hint = nearest(name.partition("=")[0], modalities)
-        raise UserError(f"{argument}: there is no such modality; {hint} A setting is written name=value, without --")
+        raise UserError(f"{argument}: there is no such modality; {hint} (a setting is written name=value, without --)")
     path = Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"{argument} needs a file; {file!r} is none")

@@ -10,7 +10,7 @@ whatever else answers people shows the pieces.
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 from torch import Tensor
@@ -88,7 +88,7 @@ class Conversation:
             decoded = self._decoded([*self.messages, question])
             tokens = self.built.prepare.prompt.question(decoded)
         except BadSample as error:
-            raise UserError(f"the prompt {error}") from error
+            raise UserError(self._undecodable(question) or f"the prompt: {error}") from error
         self.notes = [f"{part.member}: {part.note}" for part in decoded.messages[-1].parts if part.note]
         longest = self.max_new_tokens
         if self.limit is not None:
@@ -109,6 +109,15 @@ class Conversation:
 
     def _decoded(self, messages: list[Message]) -> Sample:
         return self.built.prepare.decode(Sample(key="prompt", shard="conversation", messages=messages))
+
+    def _undecodable(self, question: Message) -> str:
+        """Which of a question's media does not decode, and why; empty if all do."""
+        for part in question.parts:
+            try:
+                self._decoded([replace(question, parts=[part])])
+            except BadSample as error:
+                return f"{part.member}: {error}"
+        return ""
 
     def _answer(self, question: Message, prompt: Embedded, longest: int) -> Generator[str, None, None]:
         """The pieces of the answer. It is generated in a thread of its own, which ends with this iterator."""

@@ -6,7 +6,7 @@
 Each becomes a folder in the usual format, once: ``folder/llm`` (SmolLM2-135M-Instruct), ``folder/image``
 (EfficientNet-Lite0, which `anymal.adapters.architectures.efficientnet_lite` adds to transformers' Auto classes; also
 used per frame for video), ``folder/audio`` (Whisper tiny.en). No IMU encoder is published in a form that could be
-loaded: ``launch/pretrain_imu_encoder.py`` trains one. Second step of the demo, after `anymal.data_prep.demo.assets`.
+loaded: ``anymal pretrain-imu-encoder`` trains one. Second step of the demo, after `anymal.data_prep.demo.assets`.
 """
 
 import io

@@ -6,7 +6,7 @@ The package seglearn (BSD) ships what a watch measured while ten people did seve
 arXiv 1802.01489): 140 recordings, 81 minutes, at 50 Hz. The accelerometer is in g and becomes m/s² here; the gyroscope
 is in rad/s. The seed deals the people: three to test, two to validation, five to training. Held-out windows overlap by
 up to half: the test's 308 are of three people, and an interval that counts windows is too narrow for what other people
-would give. The training shards serve two programs: ``launch/pretrain_imu_encoder.py`` reads ``imu.npy`` and the label
+would give. The training shards serve two programs: ``anymal pretrain-imu-encoder`` reads ``imu.npy`` and the label
 in ``json``, stage 1 reads ``imu.npy`` and ``txt``.
 
 The recordings come as a pickle, which could run code when read. It is pinned by hash, and read by an unpickler that

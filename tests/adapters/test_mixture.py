@@ -448,7 +448,7 @@ def test_sphinx_has_291_tokens_a_view(real):
     adapter = _on_shapes({"append": [real["blip2"], joined]}, kind="each", layers=1, options={"tags": True})
     assert adapter.encoder.parts == ((32, 768), (257, 5632))
     assert adapter.tokens == 291
-    assert forward_flops(adapter.encoder, (1, *adapter.encoder.shape)) > 1e11, "launch/estimate.py can count it"
+    assert forward_flops(adapter.encoder, (1, *adapter.encoder.shape)) > 1e11, "anymal estimate can count it"
 
 
 def test_mini_gemini_mines_a_map_of_36864_positions(real):

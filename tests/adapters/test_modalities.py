@@ -57,7 +57,7 @@ def test_an_encoder_without_weights_has_the_same_sizes_and_runs(name, kind, tmp_
     real = _load(name, folder)
     assert (shapes.tokens, shapes.width, shapes.shape) == (real.tokens, real.width, real.shape)
     if kind == "siglip2":
-        return  # transformers looks up in numbers how large a picture is: launch/estimate.py says so (test_estimate.py)
+        return  # transformers looks up in numbers how large a picture is: anymal estimate says so (test_estimate.py)
     with fake:
         assert shapes(torch.zeros(2, *shapes.shape)).shape == (2, real.tokens, real.width)
 
@@ -175,6 +175,10 @@ def test_mistakes_in_a_recipe_are_named(tmp_path):
     wrong = ModalityConfig(encoder="x", options={"max_pixel": 3})
     with pytest.raises(UserError, match=r"model.modalities.image.options: .*did you mean max_pixels\?"):
         build_adapters(REGISTRY, {"image": wrong}, 8)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in MODALITIES:
+        with pytest.raises(UserError, match=f"^model.modalities.{name}: "):
+            build_adapters(REGISTRY, {name: ModalityConfig(encoder=str(tmp_path), options=OPTIONS.get(name, {}))}, 8)
 
 
 def test_options_are_described():

@@ -131,7 +131,7 @@ def test_only_the_same_llm_is_joined(tiny_llm, encoders, tmp_path):
 
     config = joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": b})
     build(config, CPU, REGISTRY, start=find_start(config.model))
-    said = rf"{a} was trained with {tiny_llm}, {c} with {other}; .* cannot be joined \(launch/mix\.py"
+    said = rf"{a} was trained with {tiny_llm}, {c} with {other}; .* cannot be joined \(anymal mix"
     with pytest.raises(UserError, match=said):
         find_start(joined(tiny_llm, encoders, tmp_path / "run", {"image": a, "imu": c}).model)
     config = joined(other, encoders, tmp_path / "run", {"image": a, "imu": b})
@@ -150,10 +150,10 @@ def test_two_loras_or_trained_llms_are_not_joined(tiny_llm, encoders, tmp_path):
     def start(**places: Path):
         return find_start(joined(tiny_llm, encoders, tmp_path / "run", places).model)
 
-    with pytest.raises(UserError, match=r"hold a LoRA each; an LLM takes but one \(launch/mix\.py"):
+    with pytest.raises(UserError, match=r"hold a LoRA each; an LLM takes but one \(anymal mix"):
         start(image=made["lora", "image"], imu=made["lora", "imu"])
     for one in ("llm", "lora"):
-        with pytest.raises(UserError, match=r"with the LLM in .*cannot be joined \(launch/mix\.py"):
+        with pytest.raises(UserError, match=r"with the LLM in .*cannot be joined \(anymal mix"):
             start(image=made[one, "image"], imu=made["llm", "imu"])
     plain = make_checkpoint(tiny_llm, encoders, tmp_path / "plain", 0, "train=[projectors]", kinds=["imu"])
     assert start(imu=plain, image=made["lora", "image"]).llm == made["lora", "image"]

@@ -18,7 +18,7 @@ from anymal.data import shards
 from anymal.data.loader import RawSample
 from anymal.data.pool import in_order
 from anymal.data.quarantine import Quarantine
-from anymal.data.stream import merge_bookmarks, samples_once, walk
+from anymal.data.stream import merge_bookmarks, samples_once, tars, walk
 from anymal.errors import BadSample, BudgetExceeded, UserError
 from anymal.sample import Batch, Sample, Tokens
 from streams import (
@@ -158,6 +158,17 @@ def test_ratios_are_realised(tmp_path):
     shards = {name: str(folder(tmp_path / name, n)) for name, n in (("a", 3), ("b", 11), ("c", 5))}
     made = stream({n: DatasetConfig(shards=s, ratio=r) for (n, s), r in zip(shards.items(), (5, 3, 2), strict=True)})
     assert sum((Counter(batch.datasets) for batch in batches(made, 20)), Counter()) == {"a": 30, "b": 18, "c": 12}
+
+
+def test_a_dataset_whose_shards_are_not_there_is_named(tmp_path):
+    datasets = {
+        "a": DatasetConfig(shards=str(folder(tmp_path / "a", 3))),
+        "b": DatasetConfig(shards=str(tmp_path / "b")),
+    }
+    with pytest.raises(UserError, match=r"^data\.datasets\.b: there is no shard .*/b$"):
+        tars(DataConfig(datasets=datasets))
+    with pytest.raises(UserError, match=r"^there is no shard .*/b$"):
+        tars(DataConfig(shards=str(tmp_path / "b")))
 
 
 def test_datasets_with_epochs_are_through_together(tmp_path):

@@ -1,6 +1,7 @@
 """The command `anymal`: its overview, and the grammar that all programs share."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -46,6 +47,10 @@ def test_every_command_has_a_help_that_shows_the_command_first(name, run_command
     said = capsys.readouterr().out
     assert said.split("\n")[2].startswith(f"    anymal {name}")
     assert "Settings:" in said or name == "doctor"
+    lines = said.splitlines()
+    for at, line in enumerate(lines):
+        if setting := re.match(r" +(\S+)  \(.*(required|default .*)\)$", line):
+            assert re.match(r" {6}\S", lines[at + 1]), f"{setting[1]} says nothing of what it is"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])
@@ -69,6 +74,32 @@ def test_the_report_is_of_the_folder_that_is_named(run_command, capsys, tmp_path
         (tmp_path / "runs" / "report.html").unlink()
     assert run_command("report", "runs", "runs") == 2
     assert "error: 'runs' is neither" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_missing_says_how_it_is_written(run_command, capsys):
+    asked = "error: these settings have no default and must be given:"
+    assert run_command("chat", "runs/demo/finetune") == 2  # its words are a prompt, also a folder's name
+    assert capsys.readouterr().err == f"{asked} checkpoint (written checkpoint=…)\n"
+    assert run_command("pretrain") == 2
+    assert capsys.readouterr().err == f"{asked} model.llm.name (written model.llm.name=… or in a recipe, named first)\n"
+    assert run_command("pretrain", "anymal-image-8b") == 2
+    assert capsys.readouterr().err == f"{asked} data.shards (written data.shards=…)\n"
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")
+def test_an_old_name_is_one_line(run_command, capsys):
+    assert run_command("pretrain", "optim.accumulate=2") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "warning: optim.accumulate=2: optim.accumulate is called optim.gradient_accumulation now"
+    assert len(said) == 2 and said[1].startswith("error: ")
+
+
+def test_ctrl_c_while_a_program_is_imported_leaves_no_traceback(run_command, capsys, tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "mix", "interrupted")
+    assert run_command("mix") == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_recipe_that_is_not_there_hints_at_one_that_is(run_command, capsys):

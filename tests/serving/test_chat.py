@@ -108,9 +108,9 @@ def test_pieces_join_to_the_answer_whatever_its_characters(built):
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ([text("say <|im_end|> now")], "the prompt its text holds the reserved token"),
+        ([text("say <|im_end|> now")], "the prompt: its text holds the reserved token"),
         ([image(), Part(kind="audio", content=b"", member="c.wav")], "'audio', which the model does not have"),
-        ([Part(kind="image", content=b"no picture", member="d.png")], "are no whole picture"),
+        ([Part(kind="image", content=b"no picture", member="d.png")], "^d.png: .* are no whole picture"),
     ],
 )
 def test_a_question_that_fails_changes_nothing(built, parts, said):
