@@ -11,6 +11,8 @@ import torch
 import anymal  # noqa: F401  (makes torchaudio importable before transformers)
 from anymal.launch import command
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the suite runs in two processes, for as many cores
 
 

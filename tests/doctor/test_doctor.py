@@ -88,7 +88,9 @@ def test_it_says_which_anymal_is_imported(tmp_path):
     origin.write_text(json.dumps({"url": ROOT.as_uri(), "dir_info": {"editable": True}}))
     assert look("anymal", tmp_path / "editable") == [["anymal", "ok", f"{ours}, installed as an editable checkout", ""]]
     distribution(tmp_path / "site", "anymal", "0.0.9")
-    ((_, state, found, todo),) = look("anymal", ROOT, tmp_path / "site")
+    (tmp_path / "checkout").mkdir()  # not the repository's root: an egg-info there would be an installation too
+    (tmp_path / "checkout" / "anymal").symlink_to(ROOT / "anymal")
+    ((_, state, found, todo),) = look("anymal", tmp_path / "checkout", tmp_path / "site")
     assert state == "note" and todo
     assert found == f"{ours}; what is installed (0.0.9) is in {tmp_path / 'site'}"
 
