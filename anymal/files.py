@@ -94,8 +94,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp's folders are private, and so are safetensors' files
-            path.chmod(file_mode() | (0o111 & file_mode() >> 2 if path.is_dir() else 0))
+        mode = file_mode()  # mkdtemp's folders are private, and so are safetensors' files
+        searchable = mode | (mode & 0o444) >> 2  # whoever may read a folder may enter it
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(searchable if path.is_dir() else mode)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

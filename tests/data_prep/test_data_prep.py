@@ -6,6 +6,7 @@ The formats of the demo's models are in ``test_demo_formats.py``, its real packa
 import importlib
 import io
 import json
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_whole_folder_is_readable_by_others(tmp_path):
         (temporary / "file").write_text("x")
         (temporary / "file").chmod(0o600)
     assert (tmp_path / "out" / "file").stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
+
+
+def test_whole_folder_is_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "below").mkdir(mode=0o700)
+            (folder / "below" / "weights").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    made = [tmp_path / "out", tmp_path / "out" / "below", tmp_path / "out" / "below" / "weights"]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o750, 0o750, 0o640]
 
 
 def test_worker_pool_keeps_the_order():
