@@ -1,6 +1,6 @@
-"""What a machine without a GPU needs before the heavy libraries are imported.
+"""What must be settled before the heavy libraries are imported.
 
-torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
+On a machine without a GPU: torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
 ``import torchaudio`` fails, and with it every import of a model from transformers. All that we use of it (resampling,
 mel and Kaldi filter banks) is pure torch. There are two ways around, and both cost ``forced_align`` and ``rnnt_loss``
 alone, which raise torchaudio's own error:
@@ -9,7 +9,7 @@ alone, which raise torchaudio's own error:
 - ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for:
   other programs there work then, too. ``make install`` does that in its own ``.venv``.
 
-`swapped` stands in for a function of another library for a while.
+On a GPU: how torch's allocator takes memory (`let_segments_grow`). `swapped` stands in for a function of another library for a while.
 """
 
 import importlib.metadata
@@ -72,6 +72,21 @@ def make_threads_yield() -> None:
     spinning and 0.9 s sleeping (docs/log.md). OpenMP reads this once, when torch is first imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""The variables that torch reads its allocator's settings from. The last is its present name for all devices, which
+torch 2.9 and later know; of several that are set, torch 2.13 takes the first."""
+
+
+def let_segments_grow() -> None:
+    """Let what torch has taken of a GPU's memory grow in place, unless the environment says something of its allocator.
+
+    Packed rows and media make tensors of ever new sizes. In segments of fixed size they leave gaps that no later tensor
+    fits into, until memory runs out although there is enough. torch reads this once, when it first allocates.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""A machine without a GPU: torchaudio imports beside a CPU torch, and OpenMP's threads do not spin."""
+"""A machine without a GPU: torchaudio imports beside a CPU torch, and OpenMP's threads do not spin. On one with a GPU
+torch's segments grow."""
 
 import importlib.metadata
 import os
@@ -48,6 +49,21 @@ print(tuple(mel.shape), tuple(slower.shape), os.environ["OMP_WAIT_POLICY"])
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.split("\n")[0] == "(1, 128, 81) (1, 16000) passive"
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+)
+def test_segments_grow_unless_the_environment_says_otherwise(given, read):
+    program = "import anymal, torch; print(torch._C._accelerator_getAllocatorSettings())"
+    env = {name: value for name, value in os.environ.items() if name not in environment.ALLOCATOR_SETTINGS} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split("\n")[0] == read
 
 
 def torchaudio_as_installed(folder: Path) -> Path:

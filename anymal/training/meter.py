@@ -1,4 +1,4 @@
-"""What a run measures of itself: loss by group, throughput (tokens and FLOPs per second), data waiting, peak memory.
+"""What a run measures of itself: loss by group, throughput (tokens and FLOPs per second), data waiting, memory.
 
 model ──per-group loss──▶ Meter ──figures──▶ tracking.py
 """
@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,8 +93,8 @@ class Meter:
             (media and padding included) and ``answer_tokens_per_s`` (both of all ranks together), ``padding_share``
             of the tokens, ``wait_share`` of the time (the mean over ranks), ``tflops`` (10^12 model FLOP/s of all ranks
             together, as `anymal.model.flops` counts them: nothing recomputed), ``utilisation`` of the peak if it is
-            known (model FLOPs utilisation, MFU), ``memory_gb`` (10^9 bytes: the peak of the fullest rank, on its GPU if
-            it has one, else of its process without loader workers), and `also`.
+            known (model FLOPs utilisation, MFU), `memory_figures` (of the rank where each is
+            largest), and `also`.
         """
         ours = {
             "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
@@ -106,7 +106,7 @@ class Meter:
             "datasets": self._datasets,
             "decoded": self._decoded,
             "ignored": self._ignored,
-            "memory": _peak_memory(),
+            "memory": memory_figures(_memory_stats()),
         }
         ranks = _gather(ours)
         seconds = max(time.perf_counter() - self._since, 1e-9)
@@ -135,7 +135,7 @@ class Meter:
         sums |= {"answers": answers, "seconds": seconds, "rank_seconds": seconds * len(ranks)}
         for name, value in sums.items():
             self._totals[name] = self._totals.get(name, 0) + value
-        return figures | self._rates(sums) | {"memory_gb": max(rank["memory"] for rank in ranks) / GB, **also}
+        return figures | self._rates(sums) | _worst([rank["memory"] for rank in ranks]) | also
 
     def summary(self) -> dict[str, Any]:
         """The same figures over all that `figures` has reported since the start of this process, and the sums.
@@ -188,9 +188,35 @@ def _gather(ours: dict) -> list[dict]:
     return everyones
 
 
-def _peak_memory() -> int:
-    """Bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _memory_stats() -> Mapping[str, int] | None:
+    """torch's figures of this process's GPU, if it has one. They are kept on the host: nobody waits."""
+    return torch.cuda.memory_stats() if torch.cuda.is_available() else None
+
+
+def memory_figures(stats: Mapping[str, int] | None) -> dict[str, float]:
+    """What a process has taken of its memory since it started.
+
+    Args:
+        stats: As ``torch.cuda.memory_stats`` gives it; None without a GPU.
+
+    Returns:
+        On a GPU ``memory_gb`` (10^9 bytes: the most that tensors took at once), ``reserved_gb`` and
+        ``reserved_peak_gb`` (what torch holds of the card for them, now and at most: gaps, and what one CUDA stream
+        has freed and another cannot use, included) and ``num_alloc_retries`` (how often the card was full, so that
+        torch waited for the GPU and gave back what it did not use; a run without haste has 0). Without one
+        ``memory_gb`` alone, the most that the process took, without its workers.
+    """
+    if stats is None:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB}
+    return {
+        "memory_gb": stats.get("allocated_bytes.all.peak", 0) / GB,
+        "reserved_gb": stats.get("reserved_bytes.all.current", 0) / GB,
+        "reserved_peak_gb": stats.get("reserved_bytes.all.peak", 0) / GB,
+        "num_alloc_retries": stats.get("num_alloc_retries", 0),
+    }
+
+
+def _worst(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure the largest over ranks."""
+    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}

@@ -16,7 +16,7 @@ import torch
 
 from anymal.config.schema import RunConfig
 from anymal.sample import Batch
-from anymal.training.meter import Meter
+from anymal.training.meter import Meter, memory_figures
 from anymal.training.tracking import Tracker
 
 
@@ -60,6 +60,17 @@ def test_meter_adds_up_per_group():
     assert 0.01 < figures["memory_gb"] < 1000
     assert (figures["lr"], figures["grad_norm"]) == (1e-3, 0.5)
     assert "loss" not in meter.figures(), "the second line starts from nothing"
+
+
+def test_memory_of_a_gpu_is_what_tensors_took_what_torch_holds_and_how_often_it_was_full():
+    stats = {"allocated_bytes.all.peak": 6e10, "reserved_bytes.all.current": 7e10, "reserved_bytes.all.peak": 7.5e10}
+    assert memory_figures(stats | {"num_alloc_retries": 3, "allocated_bytes.all.current": 1}) == {
+        "memory_gb": 60,
+        "reserved_gb": 70,
+        "reserved_peak_gb": 75,
+        "num_alloc_retries": 3,
+    }
+    assert list(memory_figures(None)) == ["memory_gb"]
 
 
 _RANK = """
