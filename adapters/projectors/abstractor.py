@@ -87,6 +87,23 @@ class ResidualBlock(nn.Module):
         return F.silu(self.layers(x) + self.shortcut(x))
 
 
+def pool(maps: Tensor, side: int) -> Tensor:
+    """Average pooling, [N, C, h, h] → [N, C, side, side], as ``adaptive_avg_pool2d`` takes its areas.
+
+    Its backward pass adds up in any order on a GPU. Where torch is to do nothing of that kind (``run.deterministic``),
+    two matrix products do the same but for rounding.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(maps, side)
+    size = maps.shape[-1]
+    area = torch.zeros(side, size)
+    for i in range(side):
+        begin, end = i * size // side, -(-(i + 1) * size // side)
+        area[i, begin:end] = 1 / (end - begin)
+    area = area.to(maps.device, maps.dtype)
+    return area @ maps @ area.T
+
+
 class Abstractor(Projector):
     """Residual convolutions over the grid, average pooling to √K x √K, residual convolutions, an mlp.
 
@@ -115,11 +132,10 @@ class Abstractor(Projector):
         scale: float = 1.0,
     ):
         super().__init__()
-        self.side, self.tokens = side, tokens
+        self.side, self.tokens, self.pooled = side, tokens, math.isqrt(tokens)
         self.norm_in = nn.LayerNorm(width)
         self.positions = nn.Parameter(0.02 * torch.randn(side**2, width))
         self.before = nn.Sequential(*[ResidualBlock(inner if i else width, inner) for i in range(blocks)])
-        self.pool = nn.AdaptiveAvgPool2d(math.isqrt(tokens))
         self.after = nn.Sequential(*[ResidualBlock(inner, inner) for _ in range(blocks)])
         self.norm_out = nn.LayerNorm(inner)
         self.readout = scaled_mlp(inner, (llm_width,) * (readout - 1), llm_width, scale)
@@ -128,7 +144,7 @@ class Abstractor(Projector):
         """[N, S · S, W] → [N, K, D]."""
         features = self.norm_in(features.to(self.positions.dtype)) + self.positions
         maps = features.transpose(1, 2).unflatten(2, (self.side, self.side))
-        maps = self.after(self.pool(self.before(maps)))
+        maps = self.after(pool(self.before(maps), self.pooled))
         return self.readout(self.norm_out(maps.flatten(2).transpose(1, 2)))
 
 

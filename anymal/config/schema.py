@@ -259,6 +259,9 @@ class RunConfig:
     """Folder of checkpoints, metrics.jsonl, quarantine.jsonl and the resolved recipe."""
     seed: int = 0
     """All randomness derives from it."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time, so that a run goes on to the bit as if it had never
+    stopped (slower; by how much is not yet measured). On a CPU it does that anyway."""
     resume: str = "auto"
     """auto (go on from the folder's latest checkpoint, if any), never (refuse a folder in use), or a checkpoint."""
     save_every: int = 100

@@ -8,8 +8,9 @@
    `optimizer_state`: out of the engine and back, whatever the number of ranks.
 3. `loop`: micro-batches, gradient accumulation, the loss divided by the answer tokens of all ranks.
 4. `prefetch`: the next micro-batch is copied to the GPU and encoded while the LLM is busy with this one.
-5. `recovery`: a loss or gradient that is not finite (NaN): which sample it was, and on without it.
-6. `meter` measures loss, throughput and memory; `tracking` writes them: JSON Lines, W&B, one progress bar.
+5. `determinism`: the same bits each time on a GPU, where a run wants them (``run.deterministic``).
+6. `recovery`: a loss or gradient that is not finite (NaN): which sample it was, and on without it.
+7. `meter` measures loss, throughput and memory; `tracking` writes them: JSON Lines, W&B, one progress bar.
 
 Beside this room: `anymal.signals` (what asks a run to stop), `anymal.checkpoints` (what is saved). Mixed precision is
 the model's own autocast (`anymal.model.multimodal`), activation checkpointing `anymal.model.activation_checkpointing`.

@@ -32,6 +32,7 @@ from anymal.model.generate import embed_prompt, generate
 from anymal.model.registry import Registry
 from anymal.model.trainable import format_table, table
 from anymal.sample import Sample, Tokens
+from anymal.training.determinism import deterministic
 from anymal.training.engine import on_rank_0, processes
 from anymal.training.loop import train
 from anymal.training.restore import Run, restore, save
@@ -83,7 +84,7 @@ def run_stage(config: Config, registry: Registry) -> int:
         UserError: Another run trains in ``run.dir``, or it was begun with other settings; and many more.
     """
     tars(config.data)  # a missing shard is noticed before an LLM is loaded
-    with processes() as process, ExitStack() as at_end:
+    with deterministic(config.run.deterministic), processes() as process, ExitStack() as at_end:
         resume, notes = on_rank_0(partial(_open, config, process.world, at_end))
         run = restore(config, registry, process, resume, at_end)
         return _train(run, registry, resume, notes)
