@@ -1,15 +1,17 @@
 """What must be settled before the heavy libraries are imported.
 
-On a machine without a GPU: torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
-``import torchaudio`` fails, and with it every import of a model from transformers. All that we use of it (resampling,
-mel and Kaldi filter banks) is pure torch. There are two ways around, and both cost ``forced_align`` and ``rnnt_loss``
-alone, which raise torchaudio's own error:
+On a machine without a GPU: torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled
+extension cannot be loaded, so ``import torchaudio`` fails, and with it every import of a model from transformers. All
+that we use of it (resampling, mel and Kaldi filter banks) is pure torch. There are two ways around, and both cost
+``forced_align`` and ``rnnt_loss`` alone, which raise torchaudio's own error:
 
 - `make_torchaudio_importable`: whoever imports ``anymal`` gets a stand-in for the extension, in this process only.
 - ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for:
   other programs there work then, too. ``make install`` does that in its own ``.venv``.
 
-On a GPU: how torch's allocator takes memory (`let_segments_grow`). `swapped` stands in for a function of another library for a while.
+On a GPU: how torch takes its memory (`let_segments_grow`).
+
+`swapped` stands in for a function of another library for a while.
 """
 
 import importlib.metadata

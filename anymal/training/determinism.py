@@ -16,12 +16,12 @@ from anymal.errors import UserError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = (":4096:8", ":16:8")
-"""Workspaces of a fixed size, with which cuBLAS gives the same bits each time; the first is what torch takes on H100."""
+"""Workspaces of a fixed size, with which cuBLAS gives the same bits each time; torch itself takes the first on H100."""
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, if it is `wanted`, torch runs nothing but what gives the same bits each time; afterwards all is as before.
+    """Inside, if it is `wanted`, torch runs only what gives the same bits each time; afterwards all is as before.
 
     torch reads cuBLAS' workspace once in a process, at the first matrix product on a GPU: enter before that.
 

@@ -11,7 +11,7 @@ from anymal.errors import UserError
 from anymal.training.determinism import CUBLAS, deterministic
 from small_runs import go_back, losses, make_encoders, pretrain_here, settings, write_pairs
 
-WITHOUT = """adaptive_max_pool2d_backward adaptive_max_pool3d_backward _adaptive_avg_pool2d_backward
+NAMES = """adaptive_max_pool2d_backward adaptive_max_pool3d_backward _adaptive_avg_pool2d_backward
 _adaptive_avg_pool3d_backward avg_pool3d_backward _ctc_loss_backward _embedding_bag_backward
 fractional_max_pool2d_backward fractional_max_pool3d_backward grid_sampler_2d_backward grid_sampler_3d_backward histc
 max_pool3d_with_indices_backward max_unpool2d max_unpool3d median nanmedian kthvalue bincount nll_loss2d_forward
@@ -19,7 +19,8 @@ nll_loss2d_backward put put_ reflection_pad1d_backward reflection_pad2d_backward
 replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward roi_align_backward
 upsample_linear1d_backward upsample_bilinear2d_backward _upsample_bilinear2d_aa_backward upsample_bicubic2d_backward
 _upsample_bicubic2d_aa_backward upsample_trilinear3d_backward
-_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_fused_attention_overrideable_backward""".split()
+_scaled_dot_product_cudnn_attention_backward _scaled_dot_product_fused_attention_overrideable_backward"""
+WITHOUT = frozenset(NAMES.split())
 """Operations of torch that have no form with a fixed order on CUDA (the docstring of
 ``torch.use_deterministic_algorithms``, by their names beneath ``torch.nn``). ``cumsum`` has none of fractions."""
 
