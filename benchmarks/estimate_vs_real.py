@@ -24,7 +24,7 @@ from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.estimation.fake_step import FakeStep, Workload
-from anymal.estimation.predict import predict
+from anymal.estimation.peak import predict
 from anymal.model.llm import device, on_gpu
 from anymal.model.trainable import select_trainable
 from anymal.sample import Batch

@@ -32,7 +32,7 @@ from anymal.checkpoints.build import build_projector
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.estimation.fake_step import FakeStep, Workload
-from anymal.estimation.predict import largest_batch, predict
+from anymal.estimation.peak import largest_batch, predict
 from anymal.modality import Adapter, parts
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing

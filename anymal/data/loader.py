@@ -219,6 +219,16 @@ def load(
     return _work(reader.read, requests, data, reader.bad, reader.name)
 
 
+def prefetched(data: DataConfig) -> tuple[int, int]:
+    """How many samples a worker is asked for at a time, and how many such chunks it has in advance."""
+    if not data.workers:
+        return 1, 0
+    batch = data.row_tokens // _SHORT or data.batch_size
+    chunk = max(1, min(_CHUNK, batch // data.workers), -(-batch // (data.workers * pool.MOST_PREFETCHED)))
+    prefetch = max(2, -(-batch // (data.workers * chunk)))  # the next batch is read while this one trains
+    return chunk, min(prefetch, pool.MOST_PREFETCHED)
+
+
 def _work(
     read: Callable[[Item], Result | UserError],
     items: Iterable[Item],
@@ -229,14 +239,13 @@ def _work(
     """Items → (item, what `read` makes of it), prefetched by processes or, with no workers, in this one."""
     results: Iterator[tuple[Item, Result | UserError]]
     if data.workers:
-        batch = data.row_tokens // _SHORT or data.batch_size
-        chunk = max(1, min(_CHUNK, batch // data.workers), -(-batch // (data.workers * pool.MOST_PREFETCHED)))
+        chunk, prefetch = prefetched(data)
         results = pool.in_order(
             read,
             items,
             processes=data.workers,
             chunk=chunk,
-            prefetch=max(2, -(-batch // (data.workers * chunk))),  # the next batch is read while this one trains
+            prefetch=prefetch,
             timeout=data.timeout,
             on_crash=on_crash,
             name=name,

@@ -6,7 +6,7 @@ linearly to the real depth. Everything else (widths, encoders, projectors, loss,
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,19 +25,22 @@ from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
 from anymal.estimation.memory import MemoryTracker, computing_on
 from anymal.modality import Adapter
+from anymal.model import multimodal
 from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import add_lora, base_model, output_layer, read_config, token_embedding
 from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Registry
 from anymal.model.trainable import select_trainable, trainable
-from anymal.sample import IGNORED, Batch, Features, Tokens
+from anymal.sample import IGNORED, Batch, Features, PartlyEncoded, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DEPTHS = (2, 4)
-PHASES = ("encode", "language model", "projectors backward")
+ENCODE, FEATURES = "encode", "features"
+LLM = ("language model", "projectors backward")
+PHASES = (ENCODE, FEATURES, *LLM)
 
 
 @dataclass(kw_only=True)
@@ -50,6 +53,8 @@ class Workload:
     """Those that are answered."""
     media: list[str] = field(default_factory=list)
     """Modalities of the media in a sample; empty takes one of the model's for each sample, in turn."""
+    cached: bool = False
+    """Whether their features are read in place of them (`anymal encode`)."""
 
 
 @dataclass(kw_only=True)
@@ -178,14 +183,29 @@ class FakeStep:
         for i, (length, kinds) in enumerate(self.rows(work, samples)):
             sizes = [self.adapters[kind].tokens for kind in kinds]
             runs = [(kind, sum(sizes[:n]), sizes[n]) for n, kind in enumerate(kinds)]
-            shapes = [self.adapters[kind].encoder.shape for kind in kinds]
-            media: list[Tensor | Features] = [
-                torch.randn(shape) if real else torch.zeros(()).expand(shape) for shape in shapes
-            ]
+            media = [self._medium(kind, real=real, cached=work.cached) for kind in kinds]
             labels = [IGNORED] * (length - work.answers) + [0] * work.answers
             packed.append(Tokens(key=str(i), ids=[0] * length, labels=labels, runs=runs, media=media))
         with nullcontext() if real else self._fake:
             return pack(packed)
+
+    def _medium(self, kind: str, *, real: bool, cached: bool) -> Tensor | Features:
+        """Noise, or zeros that take no memory."""
+        encoder = self.adapters[kind].encoder
+        shape, dtype = encoder.shape, torch.float32
+        if cached:
+            shape, dtype = (encoder.tokens, encoder.width), torch.bfloat16
+        medium = torch.randn(shape).to(dtype) if real else torch.zeros((), dtype=dtype).expand(shape)
+        return Features(tensor=medium) if cached else medium
+
+    def media_sizes(self, work: Workload, samples: int) -> Counter[str]:
+        """By modality, bytes of a micro-batch's decoded media as they travel, or of the features in their place."""
+        sizes: Counter[str] = Counter()
+        for kind in (kind for _, kinds in self.rows(work, samples) for kind in kinds):
+            medium = self._medium(kind, real=False, cached=work.cached)
+            tensor = medium.tensor if isinstance(medium, Features) else medium
+            sizes[kind] += tensor.numel() * tensor.element_size()
+        return sizes
 
     def flops(self, work: Workload, samples: int) -> tuple[Counter[str], float]:
         """FLOPs of a micro-batch by part, and those recomputed on top."""
@@ -215,10 +235,13 @@ class FakeStep:
     def peaks(self, work: Workload, samples: int) -> dict[str, Counter[str]]:
         """What a step keeps alive beyond what is resident, by phase and by label, in bytes.
 
+        The phase `ENCODE` has media and encoders. What it leaves, the features, is in the phases of the `LLM`, too, and
+        alone in `FEATURES`.
+
         Raises:
             UserError: A network cannot be run on shapes alone.
         """
-        key = (work.tokens, work.answers, *work.media, samples)
+        key = (work.tokens, work.answers, work.cached, *work.media, samples)
         if key in self._peaks:
             return self._peaks[key]
         batch = self.batch(work, samples)
@@ -288,21 +311,40 @@ class FakeStep:
             return row, absent
 
         packed = len(batch.keys) > 1
-        with computing_on(self._fake, gpu=self.gpu, packed=packed), tracker, swapped(model, "embed", embed):
+        with ExitStack() as stack:
+            stack.enter_context(computing_on(self._fake, gpu=self.gpu, packed=packed))
+            if self.gpu:  # the tensors seem to be on a CPU
+                stack.enter_context(swapped(multimodal, "compute_dtype", lambda _: torch.bfloat16))
+            for context in (tracker, swapped(model, "embed", embed)):
+                stack.enter_context(context)
             for label, modules in watched.items():
                 for module in modules:
                     tracker.watch(module, label)
             try:
-                tracker.phase = "encode"
-                moved = batch.to("cpu")
-                features = model.encode(moved.media)
+                tracker.phase = ENCODE
+                moved, learn = batch.to("cpu"), model.trained_encoders
+                features = model.encode({name: media for name, media in moved.media.items() if name not in learn})
+                tracker.relabel(features.values(), FEATURES)
+                kept = sum(tensor.untyped_storage().nbytes() for tensor in features.values())  # of views, the whole
+                tracker.peaks[FEATURES] = Counter({FEATURES: kept})
                 tracker.phase = "language model"
+                moved.media = {name: media for name, media in moved.media.items() if name in learn}
                 total, _ = model(moved, features)
+                del features  # as in training: the backward pass frees them as it goes
                 total.backward()
             finally:
                 for hook in hooks:
                     hook.remove()
                 model.zero_grad(set_to_none=True)
-        tensors = [media for media in batch.media.values() if isinstance(media, Tensor)]
-        resident = Counter({"batch": sum(media.numel() * media.element_size() for media in tensors)})
-        return {phase: tracker.peaks.get(phase, Counter()) + resident for phase in PHASES}
+        media = {phase: media_bytes(moved.media) for phase in LLM} | {ENCODE: media_bytes(batch.media), FEATURES: 0}
+        return {phase: tracker.peaks.get(phase, Counter()) + Counter({"media": media[phase]}) for phase in PHASES}
+
+
+def media_bytes(media: Mapping[str, Tensor | PartlyEncoded]) -> int:
+    """Bytes of a micro-batch's media, or of the features that stand for them."""
+    several = (
+        tensor
+        for value in media.values()
+        for tensor in ((value.raw, value.features) if isinstance(value, PartlyEncoded) else (value,))
+    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in several if tensor is not None)

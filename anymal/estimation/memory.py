@@ -12,7 +12,7 @@ import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,7 @@ class MemoryTracker(TorchDispatchMode):
         self._alive: Counter[str] = Counter()
         self._labels = ["other"]
         self._storages: dict[int, weakref.ref] = {}
+        self._label_of: dict[int, str] = {}
         self._watched: list[nn.Module] = []
 
     def __exit__(
@@ -79,15 +80,24 @@ class MemoryTracker(TorchDispatchMode):
             return
         size, label = storage.nbytes(), self._label()
         self._alive[label] += size
-        self._storages[key] = weakref.ref(storage, functools.partial(self._free, key, size, label))
+        self._label_of[key] = label
+        self._storages[key] = weakref.ref(storage, functools.partial(self._free, key, size))
         self._update_peak({})
+
+    def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
+        """From now on what these take goes by `label`; they were made inside."""
+        for storage in {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values():
+            key, size = storage._cdata, storage.nbytes()
+            self._alive[self._label_of[key]] -= size
+            self._alive[label] += size
+            self._label_of[key] = label
 
     def _forget(self, key: int, _: Any) -> None:
         self._storages.pop(key, None)
 
-    def _free(self, key: int, size: int, label: str, _: Any) -> None:
+    def _free(self, key: int, size: int, _: Any) -> None:
         if self._storages.pop(key, None) is not None:
-            self._alive[label] -= size
+            self._alive[self._label_of.pop(key)] -= size
 
     def _update_peak(self, more: dict[str, int]) -> None:
         peak = self.peaks.setdefault(self.phase, Counter())

@@ -1,28 +1,24 @@
 """The program behind `anymal estimate`: memory by part, the largest micro-batch, time and money, from shapes alone."""
 
-from collections import Counter
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-
 from anymal.checkpoints.process import process_as_found
 from anymal.config.command_line import parse_args
-from anymal.config.schema import Checkpointing, Config
+from anymal.config.schema import Checkpointing
 from anymal.config.stages import Recipe, load_untrained
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import config_of
-from anymal.estimation.fake_step import FakeStep, ResidentMemory, Workload
+from anymal.estimation.fake_step import FakeStep, Workload
+from anymal.estimation.peak import Prediction, largest_batch, media_on_host, predict
 from anymal.model.llm import read_config
 from anymal.model.registry import Registry
-from anymal.training.engine import BUCKET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GB, TERA = 1e9, 1e12
-ROUNDS = 6  # of fake steps in search of the largest micro-batch
-MOST_TOKENS = 2**20  # no row is sought that is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +30,7 @@ class EstimateConfig(Recipe):
     gpu_gb: float = 80.0
     """Memory of the card, in 10^9 bytes."""
     reserve_gb: float = 3.0
-    """Of it, what is not for tensors: the CUDA context, cuBLAS' workspaces, fragments."""
+    """Of it, what is not for tensors: the CUDA context with its kernels, NCCL's buffers, gaps between tensors."""
     world: int = 1
     """Processes, one a GPU, over which ZeRO divides."""
     sample_tokens: int = 160
@@ -63,102 +59,6 @@ class EstimateConfig(Recipe):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.sample_tokens < self.answer_tokens:
             raise UserError(f"sample_tokens is {self.sample_tokens}, but answer_tokens {self.answer_tokens}")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Memory of one process at its peak, by part, in bytes."""
-
-    by_part: Counter[str]
-    """What is there between steps, and what a step keeps alive at the worst moment."""
-
-    @property
-    def total(self) -> int:
-        """Their sum."""
-        return self.by_part.total()
-
-
-def predict(fake_step: FakeStep, work: Workload, samples: int, *, world: int) -> Prediction:
-    """The peak of a training step."""
-    resident, config = fake_step.resident_memory(), fake_step.config
-    base = _resident_by_part(resident, config, world)
-    moments = [base + _during(resident, config, world) + peak for peak in fake_step.peaks(work, samples).values()]
-    moments.append(base + _optimizer_step(resident, config, world))
-    return Prediction(max(moments, key=Counter.total))
-
-
-def _resident_by_part(resident: ResidentMemory, config: Config, world: int) -> Counter:
-    """What is there all the time. ZeRO-3 divides the LLM as well, and gathers a layer while it fetches the next."""
-    zero = config.engine.zero
-    over = world if zero == 3 else 1
-    gathered = 2 * resident.largest_layer if over > 1 else 0
-    moments = 8 * resident.trained / (world if zero else 1)
-    # Stages 1 to 3 keep a copy of this process's share of the trained parameters for the optimizer.
-    weights = 4 * resident.trained / over + (4 * resident.trained / world if zero else 0)
-    return Counter(
-        {
-            f"LLM body, {config.model.llm.bits} bits": round(resident.body / over) + gathered,
-            "embeddings and head": round(resident.embeddings_and_head / over),
-            "encoders": resident.encoders,
-            "frozen projectors": resident.frozen_projectors,
-            "trained weights, float32": round(weights),
-            "AdamW's moments": round(moments),
-        }
-    )
-
-
-def _during(resident: ResidentMemory, config: Config, world: int) -> Counter:
-    """Gradients beside the activations: in ZeRO's bucket, and with gradient accumulation of earlier micro-batches."""
-    if not config.engine.zero:  # they are among what the step keeps, unless they were there before
-        return Counter({"gradients": 4 * resident.trained if config.optim.gradient_accumulation > 1 else 0})
-    kept = 4 * resident.trained / world if config.optim.gradient_accumulation > 1 else 0
-    return Counter({"gradients": round(4 * min(BUCKET, resident.trained) + kept)})
-
-
-def _optimizer_step(resident: ResidentMemory, config: Config, world: int) -> Counter:
-    """The optimizer's step: gradients (under ZeRO once more, flat) and AdamW's two temporaries of their size."""
-    share = 4 * resident.trained / (world if config.engine.zero else 1)
-    return Counter({"gradients": round(share * (2 if config.engine.zero else 1)), "AdamW at work": round(2 * share)})
-
-
-def largest_batch(fake_step: FakeStep, work: Workload, room: float, *, world: int) -> int:
-    """The most samples in a micro-batch whose peak stays below `room` bytes; 0 if not even one does.
-
-    Each phase's peak grows with the samples and, where attention takes a mask, with their square: a parabola is laid
-    through three micro-batches, and what it says is tried in its turn until it holds.
-    """
-    totals: dict[int, int] = {}
-
-    def total(samples: int) -> int:
-        if samples not in totals:
-            totals[samples] = predict(fake_step, work, samples, world=world).total
-        return totals[samples]
-
-    step = max(1, len(fake_step.adapters))  # each modality as often as the others
-    points = [2 * step, 4 * step, 8 * step]  # from two on, a row is packed
-    for _ in range(ROUNDS):
-        curve = np.polyfit(points, [total(n) for n in points], 2)
-        few = 8 * max(totals)  # few samples say little about very many
-        guess = min(_last_below(curve, room), few, MOST_TOKENS // fake_step.mean_tokens(work))
-        if guess in totals or guess < 1:
-            break
-        total(guess)
-        points = sorted(sorted(totals, key=lambda n: abs(n - guess))[:3])
-    for samples in range(min(points) - 1, 0, -1) if min(totals.values()) > room else ():
-        if total(samples) <= room:
-            break
-    return max((n for n, size in totals.items() if size <= room), default=0)
-
-
-def _last_below(curve: np.ndarray, room: float) -> int:
-    """The largest whole number up to which a growing parabola stays below `room`."""
-    below, above = 0, 1
-    while np.polyval(curve, above) <= room and above < 10**7:
-        below, above = above, 2 * above
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if np.polyval(curve, middle) <= room else (below, middle)
-    return below
 
 
 def _cache(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
@@ -210,11 +110,18 @@ def estimate(config: EstimateConfig, registry: Registry) -> float:
     samples = max(1, config.data.row_tokens // fake_step.mean_tokens(work))
     if not config.data.row_tokens:
         samples = config.data.batch_size
-    print("\n".join(_memory(fake_step, work, samples, config)))
-    print("\n".join(_checkpointing(fake_step, work, samples, config)))
-    print("\n".join(arithmetic(fake_step, work, samples, config)))
-    print("\n".join(_cache(fake_step, work, samples, config)))
+    for table in (_memory, _host_memory, _checkpointing, arithmetic, _cache):
+        _say("running steps on shapes alone ...")
+        lines = table(fake_step, work, samples, config)
+        _say("")
+        print("\n".join(lines), flush=True)
     return room_left(config, predict(fake_step, work, samples, world=config.world))
+
+
+def _say(text: str) -> None:
+    """One line on a terminal that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def room_left(config: EstimateConfig, predicted: Prediction) -> float:
@@ -239,6 +146,18 @@ def _memory(fake_step: FakeStep, work: Workload, samples: int, config: EstimateC
     lines = [f"Memory at the peak of a step: {samples} samples of {each} tokens in a row, GB (10^9 bytes)"]
     lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in predicted.by_part.items() if size]
     return [*lines, f"  {'in all':<34} {predicted.total / GB:>9.3f}", ""]
+
+
+def _host_memory(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:
+    """The table of what decoded media take of a process's host memory while they wait."""
+    waiting = media_on_host(fake_step, work, samples, config)
+    if not waiting:
+        return []
+    lines = [
+        "Host memory of decoded media, a process (one a GPU), GB; workers' own memory and the LLM's file come on top"
+    ]
+    lines += [f"  {name:<34} {size / GB:>9.3f}" for name, size in waiting.items() if size]
+    return [*lines, f"  {'in all':<34} {waiting.total() / GB:>9.3f}", ""]
 
 
 def _checkpointing(fake_step: FakeStep, work: Workload, samples: int, config: EstimateConfig) -> list[str]:

@@ -4,6 +4,7 @@ import gc
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from anymal.checkpoints.build import build
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.config.stages import load_untrained
+from anymal.data.loader import prefetched
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import config_of, stored_bytes
 from anymal.estimation.fake_step import FakeStep, Workload
-from anymal.estimation.predict import EstimateConfig, arithmetic, largest_batch, llm_config_of, predict, room_left
+from anymal.estimation.peak import WORKSPACES, Prediction, largest_batch, media_on_host, predict
+from anymal.estimation.predict import EstimateConfig, arithmetic, llm_config_of, room_left
 from anymal.model.llm import read_config
 from anymal.model.trainable import select_trainable
 from conftest import make_llm
@@ -102,11 +105,59 @@ def test_two_depths_are_extrapolated_to_a_third(folders, monkeypatch, overrides)
 
 def test_recomputing_and_zero_take_less(folders):
     def total(world: int, *more: str, zero: int = 0) -> int:
-        return predict(FakeStep(_config(folders, *more, zero=zero), REGISTRY, gpu=True), WORK, 8, world=world).total
+        config = _config(folders, *more, zero=zero)
+        return predict(FakeStep(config, REGISTRY, gpu=True), WORK, 8, world=world).total - WORKSPACES
 
     kept = total(1)
     assert total(1, "model.llm.checkpointing=full") < 0.8 * kept
     assert total(8, zero=1) < total(1, zero=1)
+
+
+def test_on_a_gpu_the_next_micro_batch_is_encoded_beside_the_llm_and_on_a_cpu_after_it(folders):
+    pictures = Workload(tokens=16, answers=12, media=["image"])
+
+    def parts(*, gpu: bool, work: Workload = pictures) -> tuple[Prediction, dict[str, int], int]:
+        fake_step = FakeStep(_config(folders, "model.llm.bits=32"), REGISTRY, gpu=gpu)
+        resident = fake_step.resident_memory()
+        between = resident.body + resident.embeddings_and_head + resident.encoders + 12 * resident.trained
+        phases = {phase: peak.total() for phase, peak in fake_step.peaks(work, 40).items()}
+        return predict(fake_step, work, 40, world=1), phases, between
+
+    predicted, phases, between = parts(gpu=True)
+    llm = max(phases["language model"], phases["projectors backward"])
+    assert predicted.total == between + WORKSPACES + llm + phases["encode"]
+    assert predicted.by_part["encoding the next micro-batch"] == phases["encode"] > phases["features"] > 0
+    assert predicted.tensors < predicted.total - 0.5 * min(llm, phases["encode"])
+    assert largest_batch(
+        FakeStep(_config(folders, "model.llm.bits=32"), REGISTRY, gpu=True), pictures, predicted.total, world=1
+    ) in (39, 40)
+
+    predicted, phases, between = parts(gpu=False)
+    llm = max(phases["language model"], phases["projectors backward"])
+    assert predicted.total == predicted.tensors < between + llm + phases["encode"]
+
+    cached, phases, _ = parts(gpu=True, work=replace(pictures, cached=True))
+    assert phases["encode"] < 0.5 * parts(gpu=True)[1]["encode"], "features in place of media"
+    assert cached.by_part["features"] == phases["features"]
+
+
+def test_host_memory_is_a_step_of_media_and_one_micro_batch_and_what_workers_are_ahead(folders):
+    settings = ["optim.gradient_accumulation=3", "data.batch_size=4", "data.workers=2"]
+    fake_step = FakeStep(_config(folders, *settings), REGISTRY, gpu=True)
+    work = Workload(tokens=48, answers=12, media=["image"])
+    medium = fake_step.media_sizes(work, 1)["image"]
+    assert medium == math.prod(fake_step.adapters["image"].encoder.shape) * 4
+    waiting = media_on_host(fake_step, work, 4, fake_step.config)
+    chunk, prefetch = prefetched(fake_step.config.data)
+    assert (chunk, prefetch) == (2, 2)
+    assert waiting == {
+        "rows of this step and the next": 4 * 4 * medium,
+        "workers' results and packing": (2 * 2 * 2 + 2) * medium,
+        "page-locked, on the way to the GPU": 2 ** math.ceil(math.log2(4 * medium)),
+    }
+    packed = replace(fake_step.config.data, row_tokens=2048, packing_buffer=16, workers=0)
+    later = media_on_host(fake_step, work, 4, replace(fake_step.config, data=packed))
+    assert later["workers' results and packing"] == (1 + 16) * medium
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(folders):
