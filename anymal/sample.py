@@ -210,14 +210,15 @@ class Batch:
     """For each modality present, for each of N: the position (in T) of its first token, and the number (of N) of the
     first view of the same medium. Numbers, not a tensor: `anymal.model.cross_attention` cuts rows by them, and a GPU
     would be waited for."""
+    to_encode: dict[str, int] = field(default_factory=dict)
+    """For each modality present, how many of the N media its encoder still has to take: not those whose features were
+    read. Holds when `media` are gone."""
     datasets: dict[str, int] = field(default_factory=dict)
     """How many of the samples come from each dataset."""
     decoded: dict[tuple[str, str], int] = field(default_factory=dict)
     """By modality and note: how many media were decoded."""
     ignored: dict[str, int] = field(default_factory=dict)
     """How many members were left out of each modality that the run does not have."""
-    bookmark: dict = field(default_factory=dict)
-    """Where the stream stands after this batch (the dataloader's state), as plain JSON."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy with every tensor on `device`. Copies to a GPU are queued there; nobody waits for them."""

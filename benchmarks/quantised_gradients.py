@@ -18,7 +18,6 @@ from anymal.checkpoints.build import build
 from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.data.packing import pack
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.data_prep.demo.assets import cache_folder
@@ -54,8 +53,8 @@ def compare(bits: int) -> tuple[float, bool]:
     config = load(Config, RECIPE, [f"model.llm.bits={bits}", "data.workers=0"])
     quantised = build(config, device, REGISTRY)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": REGISTRY.suffixes(), "prepare": quantised.prepare, "collate": pack, "quarantine": quarantine}
-    batch = next(iter(Stream(config.data, **parts, seed=0)))
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": quantised.prepare, "quarantine": quarantine}
+    batch = next(iter(Stream(config.data, **parts, seed=0))).collate()
     frozen = [quantised.model.llm, *quantised.model.encoders.values()]
     before = [fingerprint(module) for module in frozen]
     through = gradients(quantised.model, batch)

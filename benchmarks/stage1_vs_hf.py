@@ -60,7 +60,7 @@ from anymal.data_prep.demo.assets import cache_folder
 from anymal.model.llm import device, on_gpu
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import select_trainable
-from anymal.sample import IGNORED, Batch, Features, Tokens
+from anymal.sample import IGNORED, Features, Tokens
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "demo-finetune.yaml"
 BATCHES, ROUNDS = 3, 3
@@ -102,17 +102,10 @@ class Plain(nn.Module):
 
 def read(built: Built, config: Config) -> list[list[Tokens]]:
     """The first batches of the stream, decoded and not yet collated."""
-    seen: list[list[Tokens]] = []
-
-    def collate(samples: list[Tokens]) -> Batch:
-        seen.append(samples)
-        return pack(samples)
-
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "collate": collate, "quarantine": quarantine}
-    for _ in islice(Stream(config.data, **parts, seed=0), BATCHES):
-        pass
-    return seen[:BATCHES]
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "quarantine": quarantine}
+    rows = islice(Stream(config.data, **parts, seed=0), BATCHES)
+    return [[item.tokens for item in row.items] for row in rows]
 
 
 def encoded(model: AnyMAL, samples: list[Tokens]) -> list[Tokens]:

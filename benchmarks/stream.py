@@ -106,7 +106,7 @@ def ours(folder: Path, workers: int, bookmark: dict | None = None) -> Stream:
     """Endless batches of ours."""
     data = DataConfig(shards=str(folder), batch_size=BATCH, workers=workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": {"jpg": "image"}, "prepare": our_sample, "collate": pack, "quarantine": quarantine}
+    parts = {"suffixes": {"jpg": "image"}, "prepare": our_sample, "quarantine": quarantine}
     return Stream(data, **parts, seed=0, bookmark=bookmark)
 
 

@@ -10,10 +10,11 @@ import webdataset
 from PIL import Image
 
 from anymal.config.schema import DataConfig
+from anymal.data.packing import Row
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import BadSample
-from anymal.sample import Batch, Sample, Tokens
+from anymal.sample import Sample, Tokens
 
 SUFFIXES = {"jpg": "image", "npy": "array"}
 
@@ -59,20 +60,9 @@ def prepare_badly_by_thirds(sample: Sample) -> Tokens:
     return prepare(sample)
 
 
-def collate(tokens: list[Tokens]) -> Batch:
-    empty = torch.zeros(0)
-    media = {"array": torch.cat([medium.flatten() for t in tokens for medium in t.media]) if tokens else empty}
-    rest = dict.fromkeys(("ids", "positions", "answer_positions", "targets", "answer_groups"), empty)
-    return Batch(
-        media=media,
-        lengths=[],
-        groups=[],
-        media_positions={},
-        counts={},
-        skips={},
-        keys=[t.key for t in tokens],
-        **rest,
-    )
+def numbers(row: Row) -> list[int]:
+    """The media of a row, which are numbers."""
+    return [n for item in row.items for medium in item.tokens.media for n in medium.flatten().tolist()]
 
 
 def stream(
@@ -93,10 +83,10 @@ def stream(
     config = DataConfig(**{"batch_size": 3, "shuffle": 8, "workers": 0, "timeout": 60} | data | datasets)
     quarantine = Quarantine(path, max_in_a_row=rows, max_share=share)
     options = {"seed": seed, "rank": rank, "world": world, "bookmark": bookmark, "modalities": modalities}
-    return Stream(config, suffixes=SUFFIXES, prepare=with_, collate=collate, quarantine=quarantine, **options)
+    return Stream(config, suffixes=SUFFIXES, prepare=with_, quarantine=quarantine, **options)
 
 
-def batches(made: Stream, n: int) -> list[Batch]:
+def batches(made: Stream, n: int) -> list[Row]:
     found = []
     for batch in made:
         found.append(batch)
@@ -109,7 +99,7 @@ def keys(made: Stream, n: int) -> list[list[str]]:
 
 
 def samples(made: Stream, n: int) -> list[str]:
-    """The keys of n batches, in one list."""
+    """The keys of n rows, in one list."""
     return [key for batch in batches(made, n) for key in batch.keys]
 
 

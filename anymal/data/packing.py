@@ -1,6 +1,6 @@
 """Sequence packing: several samples → one full row that the LLM reads at once, without a single padding token.
 
-    Tokens, one by one ──Packer──▶ those of one row ──pack──▶ Batch
+    Tokens, one by one ──Packer──▶ Row, as long as it waits ──collate, pack──▶ Batch
 
 Samples stand end to end in a row of T tokens, and `anymal.model.attention` runs over each by itself. Positions begin at
 zero with every sample; transformers' own attention implementations read the borders off the positions.
@@ -28,6 +28,41 @@ class Item:
     """The dataset that it came from."""
     tokens: Tokens
     """What is packed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The samples of one micro-batch, not yet collated: their media lie where the workers left them, in shared memory.
+
+    Rows wait on the host for as long as a whole optimizer step. Collating copies media once, into memory that a GPU can
+    read from, so it is left until the row's turn comes.
+    """
+
+    items: list[Item]
+    """Its samples, in their order in the row."""
+    bookmark: dict = field(default_factory=dict)
+    """Where the stream stands after this row (the dataloader's state), as plain JSON."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        return [item.tokens.key for item in self.items]
+
+    @property
+    def answers(self) -> int:
+        """Its answer tokens: what the loss of a step is divided by is their sum over rows and ranks."""
+        return sum(len(_answered(item.tokens)) for item in self.items)
+
+    @property
+    def datasets(self) -> dict[str, int]:
+        """How many of the samples come from each dataset."""
+        return dict(Counter(item.dataset for item in self.items))
+
+    def collate(self, *, pinned: bool = False) -> Batch:
+        """The row as the model takes it; see `pack`."""
+        batch = pack([item.tokens for item in self.items], pinned=pinned)
+        batch.datasets = self.datasets
+        return batch
 
 
 @dataclass
@@ -88,8 +123,17 @@ class Packer:
         return len(tokens.ids) + sum(self.data.encoder_cost.get(modality, 0) for modality, _, _ in tokens.runs)
 
 
-def pack(samples: Sequence[Tokens]) -> Batch:
-    """The stream's collate function: put B samples end to end.
+def _answered(sample: Tokens) -> list[int]:
+    """The positions of its answer tokens. The first token of a sample has nothing before it to be predicted from."""
+    return [t for t, label in enumerate(sample.labels) if label != IGNORED and t > 0]
+
+
+def pack(samples: Sequence[Tokens], *, pinned: bool = False) -> Batch:
+    """Collate B samples: put them end to end.
+
+    Args:
+        samples: In their order in the row.
+        pinned: Whether media are stacked in page-locked memory, from which a GPU copies while the host goes on.
 
     Raises:
         ValueError: Media of one modality differ in shape, or a sample holds more runs than media. Names the key.
@@ -99,9 +143,8 @@ def pack(samples: Sequence[Tokens]) -> Batch:
     answer_positions, targets, answer_groups = [], [], []
     skips: dict[str, list[int]] = {}
     for sample, begin in zip(samples, begins, strict=True):
-        # The label at t is predicted from t-1; the first token of a sample has nothing before it.
-        answered = [t for t, label in enumerate(sample.labels) if label != IGNORED and t > 0]
-        answer_positions += [begin + t - 1 for t in answered]
+        answered = _answered(sample)
+        answer_positions += [begin + t - 1 for t in answered]  # the label at t is predicted from t-1
         targets += [sample.labels[t] for t in answered]
         answer_groups += [groups.index(sample.group())] * len(answered)
         for modality, first in sample.skips:
@@ -115,9 +158,10 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         targets=_long(targets),
         answer_groups=_long(answer_groups),
         groups=groups,
-        media={name: _stack([run.medium for run in mine]) for name, mine in runs.items()},
+        media={name: _stack([run.medium for run in mine], pinned) for name, mine in runs.items()},
         media_positions={name: _long(p for run in mine for p in run.positions) for name, mine in runs.items()},
         counts={name: _long(len(run.positions) for run in mine) for name, mine in runs.items()},
+        to_encode={name: sum(isinstance(run.medium, Tensor) for run in mine) for name, mine in runs.items()},
         skips={name: _long(positions) for name, positions in skips.items()},
         keys=[sample.key for sample in samples],
         media_starts={
@@ -167,12 +211,20 @@ def _long(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-def _stack(media: Sequence[Tensor | Features]) -> Tensor | PartlyEncoded:
+def _stack(media: Sequence[Tensor | Features], pinned: bool) -> Tensor | PartlyEncoded:
     """The media of one modality, of one shape: [N, ...], or the raw ones and the features apart."""
     features = [medium.tensor for medium in media if isinstance(medium, Features)]
     raw = [medium for medium in media if not isinstance(medium, Features)]
     if not features:
-        return torch.stack(raw)
+        return _together(raw, pinned)
     is_encoded = torch.tensor([isinstance(medium, Features) for medium in media], dtype=torch.int64)
     order = is_encoded.argsort(stable=True).argsort()  # raw ones first, each kind in its own order
-    return PartlyEncoded(raw=torch.stack(raw) if raw else None, features=torch.stack(features), order=order)
+    return PartlyEncoded(raw=_together(raw, pinned) if raw else None, features=_together(features, pinned), order=order)
+
+
+def _together(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
+    """[N, ...], copied once."""
+    if not pinned:
+        return torch.stack(list(tensors))
+    whole = torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, pin_memory=True)
+    return torch.stack(list(tensors), out=whole)

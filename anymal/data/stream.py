@@ -1,15 +1,14 @@
-"""Shards → samples → batches, endlessly, from any position, in an order that no number of workers can change.
+"""Shards → samples → rows, endlessly, from any position, in an order that no number of workers can change.
 
     order.py: position ──▶ which sample of which tar    (main process)
     loader.py: that ──▶ Sample ──prepare──▶ Tokens      (workers: no state, so how many there are changes nothing)
     packing.py: Tokens ──▶ rows                         (main process)
-    here: a row ──collate──▶ Batch with its bookmark    (main process)
+    here: a row with its bookmark                       (main process; collated to a Batch when its turn comes)
 
 A bad sample travels like a good one, as a `Bad`; the main process logs it and takes the next. docs/stream.md says why
 it is done this way.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,10 @@ from anymal.data import feature_cache, listing, manifest
 from anymal.data.loader import Bad, RawSample, Reader, Request, load, prepared
 from anymal.data.manifest import Shard
 from anymal.data.order import ONCE, Bookmark, Counts, Order, RankSampler, choice, merge_bookmarks, permutation
-from anymal.data.packing import Item, Packer
+from anymal.data.packing import Item, Packer, Row
 from anymal.data.quarantine import Quarantine
 from anymal.errors import UserError, shortened
-from anymal.sample import Batch, Sample, Tokens
+from anymal.sample import Sample, Tokens
 
 __all__ = ["Stream", "merge_bookmarks", "samples_once", "tars", "walk"]
 
@@ -33,9 +32,9 @@ Result = TypeVar("Result")
 
 
 class Stream:
-    """Endless batches of one rank.
+    """Endless rows of one rank, each the samples of a micro-batch.
 
-    Iterating goes on where the last batch ended.
+    Iterating goes on where the last row ended.
 
     Args:
         data: What is read, and how.
@@ -44,8 +43,6 @@ class Stream:
         modalities: The run's; media of other ones are ignored (see `anymal.data.parse.parse`). None: all of `suffixes`.
         prepare: Decodes and tokenises one sample whose media are bytes. Runs in the workers, so it must be picklable.
             Whatever it raises makes the sample a bad one; a `UserError` stops the run.
-        collate: The tokenised samples of one row → a batch, such as `anymal.data.packing.pack`. Runs in the main
-            process.
         quarantine: Where bad samples are counted and named.
         seed: The order of samples derives from it and the data alone.
         rank, world: Which of how many data-parallel processes this is; together they see every sample once an epoch.
@@ -67,7 +64,6 @@ class Stream:
         suffixes: Mapping[str, str],
         modalities: Collection[str] | None = None,
         prepare: Callable[[Sample], Tokens],
-        collate: Callable[[list[Tokens]], Batch],
         quarantine: Quarantine,
         seed: int,
         rank: int = 0,
@@ -83,7 +79,7 @@ class Stream:
             listed = [(Path(tar.path).name, len(tar)) for tar in tars_of]
             ratio = dataset.epochs * sum(len(tar) for tar in tars_of) if dataset.epochs else dataset.ratio
             counts.append(Counts(name=name, shards=listed, ratio=ratio))
-        self.data, self.quarantine, self.collate = data, quarantine, collate
+        self.data, self.quarantine = data, quarantine
         self.order = Order(counts, seed=seed, shuffle=data.shuffle)
         self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
         every = {tar.path: tar for tars_of in shards_of for tar in tars_of if len(tar)}
@@ -97,7 +93,7 @@ class Stream:
 
     @property
     def bookmark(self) -> Bookmark:
-        """This rank's piece of a bookmark after the last batch (`merge_bookmarks` joins the pieces of all ranks)."""
+        """This rank's piece of a bookmark after the last row (`merge_bookmarks` joins the pieces of all ranks)."""
         return self.sampler.piece()
 
     @property
@@ -118,15 +114,7 @@ class Stream:
         self.sampler = RankSampler(self.order, rank=rank, world=world, bookmark=bookmark)
         self.quarantine.in_a_row = 0
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        for row in self.rows():
-            batch = self.collate([item.tokens for item in row])
-            batch.datasets = dict(Counter(item.dataset for item in row))
-            batch.bookmark = self.sampler.piece()
-            yield batch
-
-    def rows(self) -> Iterator[list[Item]]:
-        """The samples of each batch, in place of the batch."""
+    def __iter__(self) -> Generator[Row, None, None]:
         packer = Packer(self.data)  # its state comes back once it is given the samples that were pending
         requests = (self._request(position) for position in self.sampler.positions())
         for request, result in load(self.reader, requests, self.data):
@@ -139,7 +127,7 @@ class Stream:
             for row in rows:
                 later = later[len(row) :]
                 self.sampler.move(request.position, [*later, *packer.pending()])
-                yield row
+                yield Row(items=row, bookmark=self.sampler.piece())
 
     def _request(self, position: int) -> Request:
         dataset, shard, sample = self.order.locate(position)

@@ -217,8 +217,7 @@ class FakeStep:
         needed["head at answers"] = llm.per_weight * llm.head * work.answers * samples
         needed["LoRA"] = 6 * llm.lora * tokens
         for kind in (kind for _, kinds in rows for kind in kinds):
-            media = counter.media_flops(kind, self.adapters[kind].encoder.shape)
-            needed["encoders"] += media - counter.projector[kind]
+            needed["encoders"] += counter.encoder_flops(kind)
             needed["projectors"] += counter.projector[kind]
         for length, kinds in rows:
             for kind in counter.cross_attention.keys() & set(kinds):

@@ -75,7 +75,7 @@ def _cache(fake_step: FakeStep, work: Workload, samples: int, config: EstimateCo
     for kind, adapter in fake_step.adapters.items():
         size = 2 * adapter.encoder.tokens * adapter.encoder.width
         read = size / config.read_mb_per_s / 1e3
-        flops = fake_step.step_flops.media_flops(kind, adapter.encoder.shape) - fake_step.step_flops.projector[kind]
+        flops = fake_step.step_flops.encoder_flops(kind)
         encode = flops / rate / 1e9
         lines.append(f"  {kind:<34} {flops / token:>9,.1f} {encode:>11.3f} {read:>9.3f} {size / 1e3:>9,.0f}")
         pays += [kind] if read < encode else []

@@ -9,7 +9,7 @@ body (4N a token), forward and both gradients where something learns, the head a
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,9 @@ from anymal.modality import Projector
 from anymal.model.cross_attention import MediaSpan, media_spans
 from anymal.model.llm import base_model, output_layer, token_embedding
 from anymal.model.multimodal import AnyMAL
-from anymal.sample import Batch, PartlyEncoded
+from anymal.sample import Batch
 
 _log = logging.getLogger(__name__)
-_Number = TypeVar("_Number", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class LLMFlops:
         """FLOPs of a training step for a weight of the body (a token) or head (an answer): 4, or 6 if it learns."""
         return 6 if self.learns else 4
 
-    def model_flops(self, tokens: float, answers: float, squares: _Number) -> _Number:
+    def model_flops(self, tokens: float, answers: float, squares: float) -> float:
         """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt²; 6 for 4 if the LLM learns.
 
         Args:
@@ -64,7 +63,7 @@ class LLMFlops:
         body = (self.per_weight * self.body + 6 * self.lora) * tokens
         return body + self.per_weight * self.head * answers + 6 * self.attention * squares
 
-    def recomputed_flops(self, tokens: float, squares: _Number) -> _Number:
+    def recomputed_flops(self, tokens: float, squares: float) -> float:
         """FLOPs of activation checkpointing on top: 2N·T, LoRA's and attention's forward pass, times `recomputed`."""
         return self.recomputed * (2 * (self.body + self.lora) * tokens + 2 * self.attention * squares)
 
@@ -179,37 +178,27 @@ class StepFlops:
         """FLOPs of each encoder for one medium, counted when the first one comes; where it learns, with gradients."""
         self._encoders = model.encoders
         for name in model.trained_encoders:  # ZeRO-3 shards it
-            self.media_flops(name, self._encoders[name].shape)
+            self.encoder_flops(name)
 
-    def media_flops(self, name: str, shape: Sequence[int]) -> int:
-        """FLOPs of encoder and projector for one medium of `shape`."""
+    def encoder_flops(self, name: str) -> int:
+        """FLOPs of an encoder for one medium."""
         if name not in self.encoder:
             encoder = self._encoders[name]
-            floating = next((p.dtype for p in encoder.parameters()), torch.float32)
+            shape, floating = encoder.shape, next((p.dtype for p in encoder.parameters()), torch.float32)
             passes = 3 if any(p.requires_grad for p in encoder.parameters()) else 1
             self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), floating)
-        return self.encoder[name] + self.projector[name]
+        return self.encoder[name]
 
-    def _batch_media_flops(self, name: str, media: Tensor | PartlyEncoded) -> int:
-        """FLOPs for a batch's media of one modality, of which some may have been encoded before."""
-        raw, count = (media.raw, len(media.order)) if isinstance(media, PartlyEncoded) else (media, len(media))
-        if raw is None:
-            return count * self.projector[name]
-        return len(raw) * self.media_flops(name, raw.shape[1:]) + (count - len(raw)) * self.projector[name]
-
-    def count(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """FLOPs of a micro-batch: what it needs, and what is recomputed on top.
-
-        Returns:
-            Two float64 scalars on the batch's device; nothing waits for a GPU.
-        """
-        # The positions of a sample of t tokens are 0 to t - 1, and the odd numbers up to 2t - 1 add up to t².
-        squares = (2 * batch.positions + 1).sum().double()
-        tokens = batch.ids.numel()
-        media = sum(self._batch_media_flops(name, media) for name, media in batch.media.items())
-        needed = self.llm.model_flops(tokens, len(batch.targets), squares) + media
+    def count(self, batch: Batch) -> tuple[float, float]:
+        """FLOPs of a micro-batch: what it needs, and what is recomputed on top. Its media may be gone."""
+        tokens, squares = sum(batch.lengths), sum(length**2 for length in batch.lengths)
+        needed = self.llm.model_flops(tokens, len(batch.targets), squares)
+        for name, encoded in batch.to_encode.items():
+            needed += len(batch.counts[name]) * self.projector[name]
+            if encoded:
+                needed += encoded * self.encoder_flops(name)
         for name in self.cross_attention.keys() & batch.media_starts.keys():
             row = media_spans(batch.lengths, batch.media_starts[name], last_only=True)
             seeing = sum(span.tokens for span in row if span.first < span.last)
             needed = needed + self.cross_attention[name] * seeing
-        return needed, torch.zeros_like(squares) + self.llm.recomputed_flops(tokens, squares)
+        return needed, self.llm.recomputed_flops(tokens, squares)

@@ -10,11 +10,11 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import _lru_cache_wrapper
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from anymal.model.llm import on_gpu
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import trainable
 from anymal.sample import Batch
+from anymal.training import ranks
 
-T = TypeVar("T")
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
 
@@ -88,7 +88,10 @@ def start_processes() -> Process:
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+    joins = not torch.distributed.is_initialized()
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    if joins:
+        ranks.make_host_group()
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
@@ -109,6 +112,7 @@ def processes() -> Iterator[Process]:
                 import deepspeed
 
                 deepspeed.comm.destroy_process_group()
+                ranks.forget_host_group()
             for name in ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
                 os.environ.update({name: before[name]} if name in before else {})
@@ -247,29 +251,3 @@ def step(engine: Engine) -> bool:
     if drop is not None:
         drop.remove()
     return finite
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum over all processes."""
-    torch.distributed.all_reduce(values)
-    return values
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's plain-JSON value, on every rank."""
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def on_rank_0(decide: Callable[[], T]) -> T:
-    """What `decide` returns on rank 0, on every rank; if it raises there, the others end without a word."""
-    decided: list[Any] = [None]
-    try:
-        if torch.distributed.get_rank() == 0:
-            decided = [(decide(),)]
-    finally:
-        torch.distributed.broadcast_object_list(decided)
-    if decided[0] is None:
-        raise SystemExit(2)
-    return decided[0][0]

@@ -1,12 +1,15 @@
 """The training loop, and nothing but the loop. Both stages run it; they differ in what is trainable and in their data.
 
-    stream ──micro-batches──▶ prefetch ──▶ forward, backward: gradient accumulation ──▶ optimizer step ──▶ checkpoint
+    stream ──▶ prefetch ──micro-batches──▶ forward, backward: gradient accumulation ──▶ optimizer step ──▶ save
+
+Between the first forward pass of a step and the optimizer's the host reads nothing off the GPU, and so runs ahead of
+it. In the time that this leaves it reads and starts what comes next.
 
 Where the rest of a step is: the learning rate schedule, data parallel ranks and ZeRO in `anymal.training.engine`;
 gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a GPU) is the model's autocast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,9 +20,10 @@ from anymal.config.schema import Config
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.model.flops import StepFlops
 from anymal.sample import Batch
-from anymal.training.engine import Engine, gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
+from anymal.training.engine import Engine, learning_rate, scale_of, set_learning_rate, step
 from anymal.training.meter import Meter
-from anymal.training.prefetch import Prefetcher
+from anymal.training.prefetch import Feed, Prefetcher
+from anymal.training.ranks import gather, sum_over_ranks
 from anymal.training.recovery import refuse_nonfinite
 from anymal.training.tracking import Tracker
 
@@ -62,30 +66,27 @@ def train(
     model = engine.module
     signals.note_signals()
     meter = Meter(step_flops, peak_tflops=config.run.peak_tflops)
-    prefetcher, batches = Prefetcher(model), iter(stream)
+    feed = Feed(stream, Prefetcher(model), config.optim.gradient_accumulation, meter)
     done, last, bookmark = start, config.optim.steps, stream.bookmark
-
-    def fetch() -> list[Batch]:
-        return _fetch(batches, config.optim.gradient_accumulation, meter, prefetcher)
-
-    micro_batches = fetch() if done < last else []
+    if done < last:
+        feed.begin()
+    answers, _ = _over_ranks(feed)
     while done < last:
         _seed(config.run.seed, done, rank)
         rate = learning_rate(done, config.optim)
         set_learning_rate(engine, rate)
-        fetch_next = fetch if done + 1 < last else None
-        applied, losses, following = _optimizer_step(engine, micro_batches, prefetcher, fetch_next)
+        following = feed.bookmark
+        applied, trained = _optimizer_step(engine, feed, answers, read=done + 1 < last)
         if not applied:
-            batches.close()
-            tracker.note(refuse_nonfinite(model, stream, bookmark, micro_batches=len(micro_batches), step=done + 1))
-            batches = iter(stream)
-            micro_batches = fetch()
+            feed.end()
+            tracker.note(refuse_nonfinite(model, stream, bookmark, micro_batches=feed.micro_batches, step=done + 1))
+            feed.begin()
+            answers, _ = _over_ranks(feed)
             continue
-        done, bookmark = done + 1, micro_batches[-1].bookmark
-        for batch, per_group in zip(micro_batches, losses, strict=True):
+        done, bookmark = done + 1, following
+        for batch, per_group in trained:
             meter.add(batch, per_group)
-        micro_batches = following
-        stop = sum_over_ranks(torch.tensor(int(signals.stop_requested()), device=model.device)).item() > 0
+        answers, stop = _over_ranks(feed)
         if done % config.run.log_every == 0 or done == last:
             tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
         if done % config.run.save_every == 0 or done == last or stop:
@@ -97,46 +98,36 @@ def train(
     return done == last
 
 
-def _optimizer_step(
-    engine: Engine, micro_batches: list[Batch], prefetcher: Prefetcher, fetch_next: Callable[[], list[Batch]] | None
-) -> tuple[bool, list[Tensor], list[Batch]]:
+def _optimizer_step(engine: Engine, feed: Feed, answers: int, *, read: bool) -> tuple[bool, list[tuple[Batch, Tensor]]]:
     """Gradient accumulation over the micro-batches of one step, then the optimizer.
 
     Args:
         engine: The DeepSpeed engine.
-        micro_batches: This rank's; the first was started in `prefetcher`.
-        prefetcher: The others are started in it while the GPU works on the one before.
-        fetch_next: Fetches the micro-batches of the next step and starts the first; None after the last step.
+        feed: Has the step's micro-batches.
+        answers: The step's answer tokens on all ranks.
+        read: Whether there is a step after this one, to be read meanwhile.
 
     Returns:
-        Whether the step was applied (not if a loss or a gradient is not finite), for each micro-batch its [G, 2] losses
-        and answer tokens by group, and the micro-batches of the next step.
+        Whether the step was applied (not if a loss or a gradient is not finite); and each micro-batch, with its [G, 2]
+        losses and answer tokens by group.
     """
-    device = engine.module.device
-    answers = sum(len(batch.targets) for batch in micro_batches)
-    answers = int(sum_over_ranks(torch.tensor(answers, device=device)).item())
-    losses: list[Tensor] = []
-    following: list[Batch] = []
+    trained: list[tuple[Batch, Tensor]] = []
     applied = False
-    for number in range(1, len(micro_batches) + 1):
-        total, per_group = engine(*prefetcher.take())
-        losses.append(per_group.detach())
+    for _ in range(feed.micro_batches):
+        batch, features = feed.take()
+        total, per_group = engine(batch, features)
+        del features  # the backward pass frees them as it goes
+        trained.append((batch, per_group.detach()))
         engine.backward(total * scale_of(total, answers, engine.world_size), scale_wrt_gas=False)
-        # A GPU is busy with the backward pass from here to the step, which waits for it.
-        if number < len(micro_batches):
-            prefetcher.start(micro_batches[number])
-        elif fetch_next is not None:
-            following = fetch_next()
+        feed.advance(read=read)  # a GPU is busy with the backward pass from here to the step, which waits for it
         applied = step(engine)
-    return applied, losses, following
+    return applied, trained
 
 
-def _fetch(batches: Iterator[Batch], count: int, meter: Meter, prefetcher: Prefetcher) -> list[Batch]:
-    """The micro-batches of one optimizer step; prefetching of the first has begun."""
-    with meter.waiting():
-        micro_batches = [next(batches) for _ in range(count)]
-    prefetcher.start(micro_batches[0])
-    return micro_batches
+def _over_ranks(feed: Feed) -> tuple[int, bool]:
+    """The answer tokens of the next step on all ranks, and whether any of them was asked to stop."""
+    answers, stops = sum_over_ranks([feed.answers, int(signals.stop_requested())])
+    return answers, stops > 0
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from anymal.model.flops import StepFlops
 from anymal.sample import Batch
+from anymal.training.ranks import gather
 
 GB, TERA = 1e9, 1e12
 SUMS = ("tokens", "padding", "flops", "recomputed", "waited")
@@ -46,9 +46,7 @@ class Meter:
         self._datasets: Counter[str] = Counter()
         self._decoded: Counter[tuple[str, str]] = Counter()
         self._ignored: Counter[str] = Counter()
-        self._flops: Tensor | float = 0.0
-        self._recomputed: Tensor | float = 0.0
-        self._waited = 0.0
+        self._flops = self._recomputed = self._waited = 0.0
         self._since = time.perf_counter()
 
     def add(self, batch: Batch, per_group: Tensor, *, padding: int = 0) -> None:
@@ -100,15 +98,15 @@ class Meter:
             "groups": {name: pair.tolist() for name, pair in self._per_group.items()},
             "tokens": self._tokens,
             "padding": self._padding,
-            "flops": float(self._flops),
-            "recomputed": float(self._recomputed),
+            "flops": self._flops,
+            "recomputed": self._recomputed,
             "waited": self._waited,
             "datasets": self._datasets,
             "decoded": self._decoded,
             "ignored": self._ignored,
             "memory": memory_figures(_memory_stats()),
         }
-        ranks = _gather(ours)
+        ranks = gather(ours)
         seconds = max(time.perf_counter() - self._since, 1e-9)
         self._reset()
 
@@ -177,15 +175,6 @@ def _by_modality(decoded: Counter[tuple[str, str]]) -> dict[str, Counter[str]]:
     for (name, note), count in sorted(decoded.items()):
         counts.setdefault(name, Counter())[note or "whole"] = count
     return counts
-
-
-def _gather(ours: dict) -> list[dict]:
-    """`ours` of every rank. Ranks may have seen different groups, so it is not a sum of tensors."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [ours]
-    everyones: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyones, ours)
-    return everyones
 
 
 def _memory_stats() -> Mapping[str, int] | None:

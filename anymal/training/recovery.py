@@ -11,14 +11,14 @@ from itertools import islice
 
 import torch
 
-from anymal.data.packing import Item, pack
+from anymal.data.packing import Item, Row
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.errors import UserError
 from anymal.model.llm import set_frozen_mode
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import trainable
-from anymal.training.engine import gather
 from anymal.training.prefetch import Prefetcher
+from anymal.training.ranks import gather
 
 _NAMED = 10  # samples that a message names
 
@@ -43,7 +43,7 @@ def refuse_nonfinite(model: AnyMAL, stream: Stream, bookmark: dict, *, micro_bat
     """
     merged = merge_bookmarks(gather(bookmark))
     stream.rewind(merged)
-    items = [item for row in islice(stream.rows(), micro_batches) for item in row]
+    items = [item for row in islice(stream, micro_batches) for item in row.items]
     ranks = gather({"keys": [item.tokens.key for item in items], "bad": _not_finite(model, items)})
     keys = [key for rank in ranks for key in rank["keys"]]
     bad = [one for rank in ranks for one in rank["bad"]]
@@ -80,7 +80,7 @@ def _fault(model: AnyMAL, item: Item) -> str:
     learns = list(trainable(model).values())
     sharded = hasattr(learns[0], "ds_id")  # by ZeRO-3, whose parameters are whole for the moment of a layer only
     prefetcher = Prefetcher(model)
-    prefetcher.start(pack([item.tokens]))
+    prefetcher.start(Row(items=[item]))
     with torch.set_grad_enabled(not sharded):
         total, _ = model(*prefetcher.take())
     if not torch.isfinite(total):

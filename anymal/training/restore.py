@@ -21,7 +21,6 @@ from anymal.config import settings
 from anymal.config.schema import Config
 from anymal.data import feature_cache
 from anymal.data.feature_codec import identity
-from anymal.data.packing import pack
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import UserError
@@ -29,8 +28,9 @@ from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import isolates_packed_samples
 from anymal.model.registry import Registry
 from anymal.model.trainable import select_trainable, trainable
-from anymal.training.engine import Engine, Process, engine_of, on_rank_0
+from anymal.training.engine import Engine, Process, engine_of
 from anymal.training.optimizer_state import full_moments, portable_parameters, restore_masters, restore_moments
+from anymal.training.ranks import on_rank_0
 from anymal.training.tracking import Tracker
 
 
@@ -159,7 +159,6 @@ def _stream(config: Config, registry: Registry, process: Process, built: Built, 
         suffixes=registry.suffixes(),
         modalities=list(built.adapters),
         prepare=built.prepare,
-        collate=pack,
         quarantine=Quarantine(Path(config.run.dir) / log, **limits),
         seed=config.run.seed,
         rank=process.rank,

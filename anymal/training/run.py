@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed
 
 from anymal.checkpoints import checkpoint, lock, retention
 from anymal.checkpoints.built import Built
@@ -33,8 +32,9 @@ from anymal.model.registry import Registry
 from anymal.model.trainable import format_table, table
 from anymal.sample import Sample, Tokens
 from anymal.training.determinism import deterministic
-from anymal.training.engine import on_rank_0, processes
+from anymal.training.engine import processes
 from anymal.training.loop import train
+from anymal.training.ranks import on_rank_0, wait_for_all
 from anymal.training.restore import Run, restore, save
 from anymal.training.resume import FREE, compare, differences
 
@@ -112,7 +112,7 @@ def _train(run: Run, registry: Registry, resume: Path | None, notes: Sequence[st
         def save_and_answer(step: int, bookmark: dict) -> None:
             save(run, step, bookmark)
             _answer(run, questions, step)
-            torch.distributed.barrier()
+            wait_for_all()
 
         finished = train(
             run.engine,
@@ -128,7 +128,7 @@ def _train(run: Run, registry: Registry, resume: Path | None, notes: Sequence[st
             logs = sorted(Path(config.run.dir).glob("quarantine*.jsonl"))
             latest = checkpoint.checkpoints(config.run) / checkpoint.LATEST
             tracker.note(f"done: {latest}{''.join(f'; bad samples: {path}' for path in logs)}")
-    torch.distributed.barrier()  # a rank that ends early makes the launcher stop one that still writes to W&B
+    wait_for_all()  # a rank that ends early makes the launcher stop one that still writes to W&B
     return 0 if finished else 1
 
 

@@ -216,7 +216,7 @@ import sys
 import torch.distributed
 from anymal.errors import UserError
 from anymal.config.command_line import run_program
-from anymal.training.engine import on_rank_0
+from anymal.training.ranks import on_rank_0
 
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from anymal.config.schema import Config, DataConfig, ModalityConfig, ProjectorCo
 from anymal.config.settings import load
 from anymal.config.stages import Recipe, config_of, load_stages
 from anymal.data import feature_cache, feature_codec, listing, shards
-from anymal.data.packing import pack
 from anymal.data.prepare import prepare
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
@@ -108,10 +108,8 @@ def test_some_tars_have_features_and_others_not(tiny_llm, encoders, tmp_path):
         run_stage(recipe(tiny_llm, encoders, tmp_path / wanted, data, ["image"], **more), REGISTRY)
         found[wanted] = losses(tmp_path / wanted)
     assert found["auto"] == found["never"]
-    mixed = list(zip(range(8), stream_of(tiny_llm, encoders, data, "auto"), strict=False))
-    kinds = [type(batch.media["image"]) for _, batch in mixed]
-    assert PartlyEncoded in kinds
-    assert any(b.media["image"].raw is not None for _, b in mixed if isinstance(b.media["image"], PartlyEncoded))
+    mixed = [row.collate().media["image"] for row in islice(stream_of(tiny_llm, encoders, data, "auto"), 8)]
+    assert any(isinstance(media, PartlyEncoded) and media.raw is not None for media in mixed)
 
 
 # -------------------------------------------------------------------------------------------------------- stages
@@ -200,7 +198,6 @@ def stream_of(tiny_llm, encoders, data, wanted: str, *, log: Path | None = None,
         suffixes=REGISTRY.suffixes(),
         modalities=list(kinds),
         prepare=prepare(tokenizer, adapters, PromptConfig(), 2048),
-        collate=pack,
         quarantine=Quarantine(log, max_in_a_row=10**9, max_share=1),
         seed=0,
         encoders={kind: feature_codec.identity(adapter.encoder) for kind, adapter in adapters.items()},
@@ -255,8 +252,7 @@ def test_bad_samples_are_the_same_for_the_same_reasons(tiny_llm, encoders, tmp_p
         log = tmp_path / f"{wanted}.jsonl"
         stream = stream_of(tiny_llm, encoders, data, wanted, log=log)
         assert len(stream.feature_tars) == (2 if wanted == "float32" else 0)
-        batches = [batch for _, batch in zip(range(14), stream, strict=False)]
-        seen[wanted] = [(batch.keys, batch.bookmark, batch.ids.tolist()) for batch in batches]
+        seen[wanted] = [(row.keys, row.bookmark, row.collate().ids.tolist()) for row in islice(stream, 14)]
         logs[wanted] = [json.loads(line) for line in log.read_text().splitlines()]
     assert seen["float32"] == seen["never"]
     assert logs["float32"] == logs["never"]
@@ -317,7 +313,7 @@ def test_where_the_data_cannot_be_written_to_features_lie_in_the_cache(tiny_llm,
     stream = stream_of(tiny_llm, encoders, data, "auto", kinds=("imu",))
     (cached,) = stream.feature_tars.values()
     assert cached.path.startswith(str(tmp_path / "cache/features/"))
-    assert isinstance(next(iter(stream)).media["imu"], PartlyEncoded)
+    assert isinstance(next(iter(stream)).collate().media["imu"], PartlyEncoded)
 
 
 @pytest.mark.parametrize("name", MODALITIES)

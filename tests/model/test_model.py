@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from anymal.config.schema import LoraConfig
-from anymal.data.packing import pack
+from anymal.data.packing import Item, Row, pack
 from anymal.errors import UserError
 from anymal.model.llm import add_lora, load_lora
 from anymal.model.multimodal import AnyMAL
@@ -82,15 +82,17 @@ def test_packed_samples_do_not_see_one_another(tiny_llm, attention):
 def test_what_is_encoded_ahead_is_what_would_be_encoded(tiny_llm, device):
     model, prompt = toy_model(tiny_llm, device=device, eye=3, ear=2)
     tokens = [prompt.sample(s) for s in SAMPLES]
-    batches = [pack(tokens[n:] + tokens[:n]) for n in range(4)]
+    items = [Item(position=n, dataset="", tokens=t) for n, t in enumerate(tokens)]
+    rows = [Row(items=items[n:] + items[:n]) for n in range(4)]
     prefetcher = Prefetcher(model)
-    prefetcher.start(batches[0])
-    for number, batch in enumerate(batches):
+    prefetcher.start(rows[0])
+    for number, row in enumerate(rows):
         moved, features = prefetcher.take()
         if number < 3:
-            prefetcher.start(batches[number + 1])
+            prefetcher.start(rows[number + 1])
         total = model(moved, features)[0]
-        expected = batch.to(model.device)
+        expected = row.collate().to(model.device)
+        assert not moved.media and expected.media  # they are let go once they are encoded
         torch.testing.assert_close(moved.ids, expected.ids)
         for name, value in model.encode(expected.media).items():
             assert torch.equal(features[name], value)

@@ -43,8 +43,8 @@ import anymal.training.run
 from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.training.engine import gather
 from anymal.training.meter import Meter
+from anymal.training.ranks import gather
 from conftest import make_llm
 from small_runs import make_encoders, metrics, settings, write_pairs
 

@@ -19,12 +19,11 @@ from anymal.checkpoints.build import build
 from anymal.checkpoints.state import load_training_state
 from anymal.config.schema import Config, DataConfig
 from anymal.config.settings import load
-from anymal.data.packing import pack
 from anymal.data.quarantine import Quarantine
 from anymal.data.stream import Stream
 from anymal.errors import UserError
 from anymal.model.trainable import fingerprint, select_trainable, trainable
-from anymal.sample import Batch, Sample, Tokens
+from anymal.sample import Sample, Tokens
 from anymal.training.engine import deepspeed_config, learning_rate
 from anymal.training.run import run_stage
 from small_runs import (
@@ -119,7 +118,7 @@ def test_training_leaves_the_bytes_of_llm_and_encoders_alone(tiny_llm, encoders,
     learnt = {name: p.detach().clone() for name, p in trainable(built.model).items()}
     engine = make_engine(built.model, config)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "collate": pack, "quarantine": quarantine}
+    parts = {"suffixes": REGISTRY.suffixes(), "prepare": built.prepare, "quarantine": quarantine}
     stream = Stream(config.data, **parts, seed=0)
     with Tracker(config.run, {}, rank=0, steps=3) as tracker:
         train(engine, stream, config=config, start=0, rank=0, tracker=tracker, save=lambda *_: None)
@@ -289,18 +288,12 @@ def key_only(sample: Sample) -> Tokens:
     return Tokens(key=sample.key, ids=[], labels=[], runs=[], media=[])
 
 
-def keys_only(tokens: list[Tokens]) -> Batch:
-    batch = pack(tokens)
-    batch.keys = [t.key for t in tokens]
-    return batch
-
-
 def seen_by_ranks(shards: str) -> list[set[str]]:
     """The modalities that each of two ranks gets from unshuffled shards in two epochs."""
     found = []
     for rank in range(2):
         quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
-        parts = {"suffixes": REGISTRY.suffixes(), "prepare": key_only, "collate": keys_only, "quarantine": quarantine}
+        parts = {"suffixes": REGISTRY.suffixes(), "prepare": key_only, "quarantine": quarantine}
         stream = Stream(
             DataConfig(shards=shards, shuffle=0, workers=0, batch_size=2), **parts, seed=0, rank=rank, world=2
         )

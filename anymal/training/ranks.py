@@ -1,0 +1,60 @@
+"""What data parallel ranks tell one another beside gradients: numbers and plain JSON, from host to host.
+
+They go over a gloo group of their own. Over NCCL, the group of the gradients, each of them would be a copy to the GPU
+and back, for which the host waits until the GPU has done all that it was given.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+_hosts: Any = None  # a process group; None is the default one
+
+
+def make_host_group() -> None:
+    """Make the group, once the default one is there. On every rank."""
+    global _hosts
+    _hosts = dist.new_group(backend="gloo")
+
+
+def forget_host_group() -> None:
+    """To be called when all groups were ended."""
+    global _hosts
+    _hosts = None
+
+
+def sum_over_ranks(values: Sequence[int]) -> list[int]:
+    """The sum over all processes of each of several whole numbers."""
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums, group=_hosts)
+    return sums.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's plain-JSON value, on every rank; of a process without a group, its own."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_hosts)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return once all ranks have come here."""
+    dist.barrier(group=_hosts)
+
+
+def on_rank_0(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, on every rank; if it raises there, the others end without a word."""
+    decided: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:
+            decided = [(decide(),)]
+    finally:
+        dist.broadcast_object_list(decided, group=_hosts)
+    if decided[0] is None:
+        raise SystemExit(2)
+    return decided[0][0]
