@@ -2,10 +2,10 @@
 
     make demo && .venv/bin/python benchmarks/estimate_vs_real.py
 
-The demo's LLM, encoders and projectors, through the real engine: optimizer steps of each configuration, the peak of
-what torch's allocator handed out (on a CPU by its profiler, on a GPU torch.cuda.max_memory_allocated), and the figure
-that `launch/estimate.py` gives from the recipe alone. On a CPU, 4 and 8 bits compute in float32. Takes 10 to 20 minutes
-on two cores: the profiler notes every allocation.
+The demo's LLM, encoders and projectors, through the real engine and prefetcher: optimizer steps of each configuration,
+the peak of what torch's allocator handed out (on a CPU by its profiler, on a GPU torch.cuda.max_memory_allocated), and
+what `anymal.estimation.peak.predict` says of tensors from the recipe alone. On a CPU, 4 and 8 bits compute in float32.
+Takes 10 to 20 minutes on two cores: the profiler notes every allocation.
 """
 
 import gc
@@ -22,13 +22,15 @@ from anymal.checkpoints.build import build
 from anymal.config.command_line import run_program
 from anymal.config.schema import Config
 from anymal.config.settings import load
+from anymal.data.packing import Item, Row
 from anymal.data_prep.demo.assets import cache_folder
 from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.estimation.peak import predict
 from anymal.model.llm import device, on_gpu
+from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import select_trainable
-from anymal.sample import Batch
-from anymal.training.engine import make_engine, start_processes
+from anymal.training.engine import Engine, make_engine, start_processes
+from anymal.training.prefetch import Prefetcher
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 CONFIGURATIONS = {
@@ -47,27 +49,26 @@ GOAL = 0.10
 STEPS = 2
 
 
-def measured(config: Config, batch: Batch) -> int:
-    """Peak bytes of training steps of the real model on a real batch, weights included."""
+def measured(config: Config, row: Row) -> int:
+    """Peak bytes of training steps of the real model on a real row, weights included."""
     built = build(config, device(), REGISTRY)
     select_trainable(built.model, config.train)
     gc.collect()
     if not on_gpu():
-        return _on_cpu(built.model, config, batch)
-    engine = make_engine(built.model, config)
-    for _ in range(STEPS):
-        _step(engine, batch.to(device()))
+        return _on_cpu(built.model, config, row)
+    _train(make_engine(built.model, config), row)
     return torch.cuda.max_memory_allocated()
 
 
-def _on_cpu(model, config: Config, batch) -> int:
+def _on_cpu(model: AnyMAL, config: Config, row: Row) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    before = _alive()
+    waiting = sum(
+        medium.nbytes for item in row.items for medium in item.tokens.media if isinstance(medium, torch.Tensor)
+    )
+    before = _alive() - waiting  # the estimate has it apart
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = make_engine(model, config)
-        for _ in range(STEPS):
-            _step(engine, batch)
+        _train(make_engine(model, config), row)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -85,10 +86,17 @@ def _alive() -> int:
     return sum(found.values())
 
 
-def _step(engine, batch) -> None:
-    total, _ = engine(batch, engine.module.encode(batch.media))
-    engine.backward(total / len(batch.targets), scale_wrt_gas=False)
-    engine.step()
+def _train(engine: Engine, row: Row) -> None:
+    """Optimizer steps of one micro-batch in the order of `anymal.training.loop`."""
+    prefetcher = Prefetcher(engine.module)
+    prefetcher.start(row)
+    for _ in range(STEPS):
+        batch, features = prefetcher.take()
+        total, _ = engine(batch, features)
+        del features
+        engine.backward(total / len(batch.targets), scale_wrt_gas=False)
+        prefetcher.start(row)
+        engine.step()
 
 
 def one(name: str) -> None:
@@ -102,16 +110,17 @@ def one(name: str) -> None:
     work = Workload(tokens=tokens, answers=tokens // 4)
     fake_step = FakeStep(config, REGISTRY, gpu=on_gpu())
     predicted = predict(fake_step, work, samples, world=1)
-    batch = fake_step.batch(work, samples, real=True)
-    del fake_step
-    print(json.dumps({"predicted": predicted.total, "measured": measured(config, batch), "parts": predicted.by_part}))
+    tokens = fake_step.samples(work, samples, real=True)
+    row = Row(items=[Item(position=n, dataset="", tokens=sample) for n, sample in enumerate(tokens)])
+    del fake_step, tokens
+    print(json.dumps({"predicted": predicted.tensors, "measured": measured(config, row), "parts": predicted.by_part}))
 
 
 def main() -> None:
     """Run every configuration and print the table and one line of figures."""
     if len(sys.argv) > 1:
         return one(sys.argv[1])
-    if not (cache_folder() / "models" / "imu").is_dir():
+    if not (cache_folder() / "data" / "imu-encoder").is_dir():
         sys.exit("the demo's models are not there; run make demo first")
     errors = []
     print(f"{'configuration':<36} {'predicted':>10} {'measured':>10} {'error':>7}   (MB)")

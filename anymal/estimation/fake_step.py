@@ -177,8 +177,8 @@ class FakeStep:
         lengths = [length for length, _ in self.rows(work, max(1, len(self.adapters)))]
         return round(sum(lengths) / len(lengths))
 
-    def batch(self, work: Workload, samples: int, *, real: bool = False) -> Batch:
-        """A micro-batch of `samples` samples as the stream would pack it: noise if it is `real`, else shapes only."""
+    def samples(self, work: Workload, samples: int, *, real: bool = False) -> list[Tokens]:
+        """A micro-batch's samples as workers give them: their media are noise if it is `real`, else shapes only."""
         packed = []
         for i, (length, kinds) in enumerate(self.rows(work, samples)):
             sizes = [self.adapters[kind].tokens for kind in kinds]
@@ -186,8 +186,13 @@ class FakeStep:
             media = [self._medium(kind, real=real, cached=work.cached) for kind in kinds]
             labels = [IGNORED] * (length - work.answers) + [0] * work.answers
             packed.append(Tokens(key=str(i), ids=[0] * length, labels=labels, runs=runs, media=media))
+        return packed
+
+    def batch(self, work: Workload, samples: int, *, real: bool = False) -> Batch:
+        """These samples, packed."""
+        tokens = self.samples(work, samples, real=real)
         with nullcontext() if real else self._fake:
-            return pack(packed)
+            return pack(tokens)
 
     def _medium(self, kind: str, *, real: bool, cached: bool) -> Tensor | Features:
         """Noise, or zeros that take no memory."""

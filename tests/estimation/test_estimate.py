@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.config.stages import load_untrained
 from anymal.data.loader import prefetched
+from anymal.data.packing import Item, Row
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import config_of, stored_bytes
 from anymal.estimation.fake_step import FakeStep, Workload
@@ -24,6 +26,7 @@ from anymal.estimation.peak import WORKSPACES, Prediction, largest_batch, media_
 from anymal.estimation.predict import EstimateConfig, arithmetic, llm_config_of, room_left
 from anymal.model.llm import read_config
 from anymal.model.trainable import select_trainable
+from anymal.training.prefetch import Prefetcher
 from conftest import make_llm
 from small_runs import make_encoders, python
 
@@ -41,8 +44,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def _config(folders, *more: str, zero: int = 0) -> Config:
-    given = [f"model.llm.name={folders / 'llm'}", f"engine.zero={zero}"]
+def _config(folders, *more: str, zero: int = 0, llm: Path | None = None) -> Config:
+    given = [f"model.llm.name={llm or folders / 'llm'}", f"engine.zero={zero}"]
     for kind in KINDS:
         given += [f"model.modalities.{kind}.encoder={folders / kind}", f"model.modalities.{kind}.projector.tokens=4"]
     return load(Config, None, [*given, "model.modalities.imu.options.rate=50", *more])
@@ -65,32 +68,55 @@ def test_bytes_of_a_quantised_matrix(rows, columns):
     assert eight.CB.numel() + 4 * eight.SCB.numel() == rows * columns + 4 * rows
 
 
-def _measured(config: Config, batch) -> int:
-    """Peak bytes of a forward and backward pass of the real model, by torch's own profiler, weights included."""
+def _measured(config: Config, tokens) -> int:
+    """Peak bytes of an optimizer step of the real model and of the next one's encoding, by torch's own profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     model = build(config, torch.device("cpu"), REGISTRY).model
     select_trainable(model, config.train)
     resident = stored_bytes(nn.ModuleList([network for _, network in model.networks()]))
+    row = Row(items=[Item(position=n, dataset="", tokens=sample) for n, sample in enumerate(tokens)])
+    prefetcher = Prefetcher(model)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(batch, model.encode(batch.media))[0].backward()
+        prefetcher.start(row)
+        batch, features = prefetcher.take()
+        total, _ = model(batch, features)
+        del features
+        total.backward()
+        prefetcher.start(row)
     now = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    return resident + most + sum(tensor.nbytes for tensor in batch.media.values())
+    return resident + most
 
 
 @pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"]])
 def test_the_estimate_is_what_is_allocated(folders, overrides):
     config = _config(folders, *overrides)
     fake_step = FakeStep(config, REGISTRY, gpu=False)
+    moments = fake_step.resident_memory().trained * 8  # of AdamW, which is not run here
+    estimated = predict(fake_step, WORK, 6, world=1)
+    assert estimated.total - moments == pytest.approx(
+        _measured(config, fake_step.samples(WORK, 6, real=True)), rel=0.03
+    )
+
+
+def test_encoders_that_take_most_are_what_is_allocated(folders, tmp_path):
+    small = make_llm(tmp_path / "llm", width=16, layers=1)
+    config = _config(folders, "model.llm.bits=32", llm=small)
+    pictures = Workload(tokens=5, answers=1, media=["image"])
+    fake_step = FakeStep(config, REGISTRY, gpu=False)
+    peaks = fake_step.peaks(pictures, 64)
+    assert max(peaks, key=lambda phase: peaks[phase].total()) == "encode"
     resident = fake_step.resident_memory()
-    step = max(peak.total() for peak in fake_step.peaks(WORK, 6).values())
-    estimated = resident.body + resident.embeddings_and_head + resident.encoders + 4 * resident.trained + step
-    assert estimated == pytest.approx(_measured(config, fake_step.batch(WORK, 6, real=True)), rel=0.03)
+    estimated = resident.body + resident.embeddings_and_head + resident.encoders + 8 * resident.trained
+    estimated += peaks["encode"].total()
+    measured = _measured(config, fake_step.samples(pictures, 64, real=True))
+    assert estimated == pytest.approx(measured, rel=0.03)
+    assert predict(fake_step, pictures, 64, world=1).total == estimated + 8 * resident.trained
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.llm.checkpointing=full", "train=[projectors,lora]"]])
