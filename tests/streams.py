@@ -62,7 +62,7 @@ def prepare_badly_by_thirds(sample: Sample) -> Tokens:
 def collate(tokens: list[Tokens]) -> Batch:
     empty = torch.zeros(0)
     media = {"array": torch.cat([medium.flatten() for t in tokens for medium in t.media]) if tokens else empty}
-    rest = dict.fromkeys(("ids", "positions", "answer_positions", "targets", "answer_groups"), empty)
+    rest = dict.fromkeys(("ids", "positions", "offsets", "answer_positions", "targets", "answer_groups"), empty)
     return Batch(
         media=media,
         lengths=[],

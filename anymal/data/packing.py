@@ -88,6 +88,11 @@ class Packer:
         return len(tokens.ids) + sum(self.data.encoder_cost.get(modality, 0) for modality, _, _ in tokens.runs)
 
 
+def row_offsets(lengths: Iterable[int]) -> Tensor:
+    """Where each of B samples of a row begins, and where the last one ends: [B + 1] int32, as flash attention asks."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
 def pack(samples: Sequence[Tokens]) -> Batch:
     """The stream's collate function: put B samples end to end.
 
@@ -111,6 +116,7 @@ def pack(samples: Sequence[Tokens]) -> Batch:
         ids=_long(token for sample in samples for token in sample.ids)[None],
         positions=_long(t for sample in samples for t in range(len(sample.ids)))[None],
         lengths=[len(sample.ids) for sample in samples],
+        offsets=row_offsets(len(sample.ids) for sample in samples),
         answer_positions=_long(answer_positions),
         targets=_long(targets),
         answer_groups=_long(answer_groups),
