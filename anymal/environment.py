@@ -9,7 +9,7 @@ that we use of it (resampling, mel and Kaldi filter banks) is pure torch. There 
 - ``python anymal/environment.py`` removes the extension's file from the environment, once, which torchaudio allows for:
   other programs there work then, too. ``make install`` does that in its own ``.venv``.
 
-On a GPU: how torch takes its memory (`let_segments_grow`).
+On a GPU: how torch takes its memory (`let_segments_grow`), and whose attention (`put_cudnn_attention_last`).
 
 `swapped` stands in for a function of another library for a while.
 """
@@ -89,6 +89,17 @@ def let_segments_grow() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def put_cudnn_attention_last() -> None:
+    """Let torch's attention (SDPA) pass cuDNN by on a GPU, unless the environment says otherwise.
+
+    On an H100 torch takes cuDNN's kernels first, and cuDNN plans for 23 to 38 ms at each new shape: rows of ragged
+    lengths and growing answers are new shapes all the time. With this variable the order is torch's own: flash,
+    memory-efficient, plain, and cuDNN only where none of these can. 0 puts cuDNN first again. Read once, at the first
+    attention in the process (ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 @contextmanager
