@@ -95,6 +95,7 @@ def _train(engine: Engine, row: Row) -> None:
         total, _ = engine(batch, features)
         del features
         engine.backward(total / len(batch.targets), scale_wrt_gas=False)
+        del total
         prefetcher.start(row)
         engine.step()
 

@@ -119,6 +119,8 @@ def _optimizer_step(engine: Engine, feed: Feed, answers: int, *, read: bool) -> 
         del features  # the backward pass frees them as it goes
         trained.append((batch, per_group.detach()))
         engine.backward(total * scale_of(total, answers, engine.world_size), scale_wrt_gas=False)
+        batch.media = {}  # of encoders that learn
+        del total  # at 8 bits bitsandbytes hangs the inputs of all layers onto its graph
         feed.advance(read=read)  # a GPU is busy with the backward pass from here to the step, which waits for it
         applied = step(engine)
     return applied, trained
