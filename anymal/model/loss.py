@@ -172,5 +172,6 @@ def plain_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def sums_per_group(losses: Tensor, answer_groups: Tensor, groups: int) -> Tensor:
     """[A] losses, and the index of each one's group → [G, 2]: per group the sum and the number of tokens."""
-    member = F.one_hot(answer_groups, groups).to(losses.dtype)  # a matrix product, since index_add is not deterministic
+    # Not one_hot, which looks at the numbers on some devices; a product, since index_add is not deterministic.
+    member = (answer_groups[:, None] == torch.arange(groups, device=losses.device)).to(losses.dtype)
     return member.T @ torch.stack([losses, torch.ones_like(losses)], dim=1)
