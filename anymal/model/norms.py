@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_TOLERANCE = 1e-5
-"""Relative: sums over a row of float32 are taken in another order."""
+"""Relative, for float32: a row's sum is taken in another order."""
 
 
 def fuse(llm: nn.Module) -> int:
@@ -46,20 +46,25 @@ def unfuse(llm: nn.Module) -> None:
 def _forward(module: nn.Module, eps: float, added: float, hidden_states: Tensor) -> Tensor:
     """What an instance's ``forward`` is once it is fused: [..., D] → [..., D]."""
     weight: Any = module.weight
-    if added:  # in float32, as the modules have it: 1 + w loses what is small in w in bfloat16
-        wide = F.rms_norm(hidden_states.float(), weight.shape, weight.float() + added, eps)
-        return wide.type_as(hidden_states)
-    if weight.dtype != hidden_states.dtype:  # torch has no kernel for two dtypes
+    if weight.dtype != hidden_states.dtype and not added:  # torch has no kernel for two dtypes
         return type(module).forward(module, hidden_states)
-    return F.rms_norm(hidden_states, weight.shape, weight, eps)
+    return _rms_norm(hidden_states, weight, eps, added)
+
+
+def _rms_norm(rows: Tensor, weight: Tensor, eps: float, added: float) -> Tensor:
+    """By torch's kernel, with a weight of ``added + weight``."""
+    if not added:
+        return F.rms_norm(rows, weight.shape, weight, eps)
+    # In float32, as the modules have it: in bfloat16 1 + w loses what is small in w.
+    return F.rms_norm(rows.float(), weight.shape, weight.float() + added, eps).type_as(rows)
 
 
 def _match(module: nn.Module) -> tuple[float, float] | None:
     """The eps with which `F.rms_norm` gives what `module` gives, and what is to be added to its weight.
 
-    Both are run on random rows with a random weight in the module's dtype, on its device. Every number must agree
-    within 2 units of the dtype's precision (the modules round once more: to bfloat16 before they multiply by the
-    weight), and to `LEAST_TOLERANCE` at best. None: it is something else.
+    Both are run on random rows with a random weight in the module's dtype, on its device (of a module without data, a
+    CPU). Every number must agree within 2 units of the dtype's precision (the modules round once more, to bfloat16
+    before they multiply by the weight), or within `LEAST_TOLERANCE`, if that is more. None: it is something else.
     """
     eps = [value for name, value in vars(module).items() if "eps" in name and isinstance(value, float)]
     if [name for name, _ in module.named_parameters()] != ["weight"] or len(eps) != 1 or "forward" in vars(module):
@@ -68,7 +73,8 @@ def _match(module: nn.Module) -> tuple[float, float] | None:
         return None
     if len(inspect.signature(type(module).forward).parameters) != 2:  # such as a gate
         return None
-    weight, rows = _probe(len(module.weight), eps[0], module.weight.dtype, module.weight.device)
+    device = torch.device("cpu") if module.weight.is_meta else module.weight.device
+    weight, rows = _probe(len(module.weight), eps[0], module.weight.dtype, device)
     tolerance = max(2 * torch.finfo(weight.dtype).eps, LEAST_TOLERANCE)
     with torch.no_grad():
         try:
@@ -76,8 +82,7 @@ def _match(module: nn.Module) -> tuple[float, float] | None:
         except Exception:  # it wants rows of another shape
             return None
         for added in (0.0, 1.0):
-            wide = rows.float() if added else rows
-            found = F.rms_norm(wide, weight.shape, weight.float() + added if added else weight, eps[0]).to(rows.dtype)
+            found = _rms_norm(rows, weight, eps[0], added)
             if found.dtype == expected.dtype and torch.allclose(found, expected, rtol=tolerance, atol=0):
                 return eps[0], added
     return None

@@ -110,6 +110,15 @@ def test_a_copy_reads_its_own_weight(again):
     torch.testing.assert_close(other(rows), 3 * module(rows))
 
 
+def test_weights_may_come_later():
+    with torch.device("meta"):
+        module = LlamaRMSNorm(8)
+    assert norms.fuse(module) == 1
+    module.to_empty(device="cpu")
+    nn.init.constant_(module.weight, 2.0)
+    assert module(torch.ones(1, 8)).tolist() == [pytest.approx([2.0] * 8)]
+
+
 def test_a_weight_in_another_precision_is_the_classs_own_affair():
     """Of gpt-oss quantised: transformers keeps its norms in float32. torch would warn, and take its slow way."""
     module = GptOssRMSNorm(64)
