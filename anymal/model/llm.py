@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anymal.config.schema import LLMConfig, LoraConfig
 from anymal.data.packing import row_offsets
 from anymal.errors import UserError
-from anymal.model import attention
+from anymal.model import attention, norms
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.hub import unavailable
 
@@ -133,6 +133,8 @@ def load_llm(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
     attention.choose(llm, config.attention)
+    if device.type == "cuda":
+        norms.fuse(llm)
     llm.requires_grad_(False)
     set_checkpointing(llm, config.checkpointing)
     set_frozen_mode(llm, recompute=True)
