@@ -34,14 +34,14 @@ def run(scale: Scale, clock: Clock) -> dict[str, Any]:
     """The stage's figures."""
     figures: dict[str, Any] = {}
     for zero in (0, 1):
-        clock.within(figures, f"zero_{zero}", 90, lambda zero=zero: _loop(scale, zero, figures))
+        clock.within(figures, f"zero_{zero}", 90, lambda zero=zero: loop(scale, zero, figures))
     for wanted in (True, False):
         name = "resume_difference_deterministic" if wanted else "resume_difference"
         clock.within(figures, name, 60, lambda name=name, wanted=wanted: {name: resume_difference(wanted)})
     return figures
 
 
-def _loop(scale: Scale, zero: int, figures: dict[str, Any]) -> dict[str, Any]:
+def loop(scale: Scale, zero: int, figures: dict[str, Any]) -> dict[str, Any]:
     """A step's host reads, and steps with and without a stream that takes its time."""
     with tempfile.TemporaryDirectory() as folder, processes():
         steps = ACCUMULATED * scale.steps

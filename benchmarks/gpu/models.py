@@ -12,7 +12,7 @@ from anymal.checkpoints.build import build_projector
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.modality import Adapter, parts
-from anymal.model import attention
+from anymal.model import attention, norms
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.llm import compute_dtype, set_frozen_mode
 from anymal.model.multimodal import AnyMAL
@@ -78,6 +78,8 @@ def random_llm(folder: Path, device: torch.device) -> nn.Module:
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     llm.model.rotary_emb = type(llm.model.rotary_emb)(config=config).to(device)
     set_frozen_mode(llm.requires_grad_(False), recompute=True)
+    if device.type == "cuda":
+        norms.fuse(llm)
     return llm
 
 
