@@ -164,6 +164,15 @@ def test_what_is_missing_or_has_no_time_left_is_said(monkeypatch):
     assert said("probe")[0] == "stage=probe device=cpu skipped='not installed: no_such_package' goal=skipped"
 
 
+def test_a_stage_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    monkeypatch.setattr("gpu.probe.matmul_peak", lambda _: time.sleep(30))
+    monkeypatch.setattr(Clock, "left", lambda _: 100)
+    text, figures = said("probe", seconds=0)
+    assert text.endswith("failed='product' goal=missed")
+    assert "TimeoutError: it took more than 0 s" in figures["failures"]["product"]
+
+
 def test_a_part_that_fails_costs_the_others_nothing():
     figures: dict[str, Any] = {}
     Clock(60).within(figures, "one", 1, lambda: {"x": 1 / 0})

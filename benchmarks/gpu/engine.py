@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anymal.checkpoints.process import process_as_found
 from anymal.config.schema import Config
 from anymal.training.engine import engine_of, processes
 from anymal.training.loop import train
@@ -43,7 +44,7 @@ def run(scale: Scale, clock: Clock) -> dict[str, Any]:
 
 def loop(scale: Scale, zero: int, figures: dict[str, Any]) -> dict[str, Any]:
     """A step's host reads, and steps with and without a stream that takes its time."""
-    with tempfile.TemporaryDirectory() as folder, processes():
+    with process_as_found(), tempfile.TemporaryDirectory() as folder, processes():
         steps = ACCUMULATED * scale.steps
         more = [f"engine.zero={zero}", f"optim.gradient_accumulation={ACCUMULATED}", f"optim.steps={scale.steps + 2}"]
         config = settings("8b", Path(folder), replace(scale, llms={"8b": smaller(scale.llms["8b"])}), *more)
