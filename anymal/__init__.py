@@ -32,9 +32,10 @@ To read on: CONTRIBUTING.md follows one sample through the files; docs/glossary.
 them.
 """
 
-from anymal.environment import make_threads_yield, make_torchaudio_importable
+from anymal.environment import make_threads_yield, make_torchaudio_importable, put_cudnn_attention_last
 
 __version__ = "0.1.0"
 
 make_threads_yield()  # before the first import of torch
+put_cudnn_attention_last()  # before the first attention on a GPU
 make_torchaudio_importable()  # before the first import of transformers, which imports torchaudio unguarded

@@ -1,4 +1,6 @@
-"""What a machine without a GPU needs before the heavy libraries are imported.
+"""What a machine needs before the heavy libraries are imported.
+
+`make_threads_yield` is about CPUs, `put_cudnn_attention_last` about GPUs; the rest is for machines without a GPU.
 
 torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled extension cannot be loaded, so
 ``import torchaudio`` fails, and with it every import of a model from transformers. All that we use of it (resampling,
@@ -72,6 +74,17 @@ def make_threads_yield() -> None:
     spinning and 0.9 s sleeping (docs/log.md). OpenMP reads this once, when torch is first imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def put_cudnn_attention_last() -> None:
+    """Let torch's attention (SDPA) pass cuDNN by on a GPU, unless the environment says otherwise.
+
+    On an H100 torch takes cuDNN's kernels first, and cuDNN plans for 23 to 38 ms at each new shape: rows of ragged
+    lengths and growing answers are new shapes all the time. With this variable the order is torch's own: flash,
+    memory-efficient, plain, and cuDNN only where none of these can. 0 puts cuDNN first again. Read once, at the first
+    attention in the process (ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 @contextmanager

@@ -188,6 +188,9 @@ class Batch:
     """[1, T] int64 position ids, from zero again with every sample: transformers tells samples apart by them."""
     lengths: list[int]
     """Tokens of each sample, T in all: what `anymal.model.attention` tells them apart by."""
+    offsets: Tensor
+    """[B + 1] int32, where each sample begins, and T: the same for a GPU's kernels, so that nothing is made of the
+    lengths, or asked of the GPU, in a step."""
     answer_positions: Tensor
     """[A] int64, the positions (in T) whose next token is an answer token: the head is applied to these only."""
     targets: Tensor

@@ -1,4 +1,4 @@
-"""A machine without a GPU: torchaudio imports beside a CPU torch, and OpenMP's threads do not spin."""
+"""What is set before the heavy libraries: torchaudio imports beside a CPU torch, threads do not spin, cuDNN waits."""
 
 import importlib.metadata
 import os
@@ -43,11 +43,22 @@ import torchaudio, torch, os
 from transformers import AutoModelForCausalLM
 mel = torchaudio.transforms.MelSpectrogram(16000)(torch.randn(1, 16000))
 slower = torchaudio.functional.resample(torch.randn(1, 48000), 48000, 16000)
-print(tuple(mel.shape), tuple(slower.shape), os.environ["OMP_WAIT_POLICY"])
+print(tuple(mel.shape), tuple(slower.shape), *[os.environ[name] for name in %r])
 """
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.split("\n")[0] == "(1, 128, 81) (1, 16000) passive"
+    ours = ["OMP_WAIT_POLICY", "TORCH_CUDNN_SDPA_DEPRIORITIZED"]
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([sys.executable, "-c", program % ours], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.split("\n")[0] == "(1, 128, 81) (1, 16000) passive 1"
+
+
+@pytest.mark.parametrize(
+    ("set_here", "name"),
+    [("make_threads_yield", "OMP_WAIT_POLICY"), ("put_cudnn_attention_last", "TORCH_CUDNN_SDPA_DEPRIORITIZED")],
+)
+def test_what_the_user_set_stays(monkeypatch, set_here, name):
+    monkeypatch.setenv(name, "0")
+    getattr(environment, set_here)()
+    assert os.environ[name] == "0"
 
 
 def torchaudio_as_installed(folder: Path) -> Path:

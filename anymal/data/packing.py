@@ -123,6 +123,11 @@ class Packer:
         return len(tokens.ids) + sum(self.data.encoder_cost.get(modality, 0) for modality, _, _ in tokens.runs)
 
 
+def row_offsets(lengths: Iterable[int]) -> Tensor:
+    """Where each of B samples of a row begins, and where the last one ends: [B + 1] int32, as flash attention asks."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
 def _answered(sample: Tokens) -> list[int]:
     """The positions of its answer tokens. The first token of a sample has nothing before it to be predicted from."""
     return [t for t, label in enumerate(sample.labels) if label != IGNORED and t > 0]
@@ -154,6 +159,7 @@ def pack(samples: Sequence[Tokens], *, pinned: bool = False) -> Batch:
         ids=_long(token for sample in samples for token in sample.ids)[None],
         positions=_long(t for sample in samples for t in range(len(sample.ids)))[None],
         lengths=[len(sample.ids) for sample in samples],
+        offsets=row_offsets(len(sample.ids) for sample in samples),
         answer_positions=_long(answer_positions),
         targets=_long(targets),
         answer_groups=_long(answer_groups),

@@ -25,6 +25,7 @@ from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
 from anymal.estimation.memory import MemoryTracker, computing_on
 from anymal.modality import Adapter
+from anymal.model import norms
 from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import add_lora, base_model, output_layer, read_config, token_embedding
@@ -105,6 +106,8 @@ class FakeStep:
         settings, learns = self.config.model.llm, networks.llm_learns(self.config.train)
         settings = replace(settings, bits=32) if learns else settings  # as load_llm has it
         llm = make_llm(settings, with_layers(self._llm_config, depth), self._fake, dtype)
+        if self.gpu:
+            norms.fuse(llm)
         with computing_on(self._fake, gpu=self.gpu):
             if "lora" in self.config.train:
                 llm = add_lora(llm, self.config.model.lora)

@@ -5,7 +5,7 @@ checkpointing recomputes and the loss holds is seen as it happens; no formula st
 `anymal.estimation.fake_step`.
 
 Without CUDA, torch's autograd does not run on fake tensors of a GPU. So they are on the CPU, and `computing_on`
-replaces what a GPU does differently: attention kernels, 8-bit layers, autocast's rules.
+replaces what a GPU does differently: attention kernels, RMSNorm, 8-bit layers, autocast's rules.
 """
 
 import functools
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from anymal.environment import swapped
+from anymal.model import varlen
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
@@ -60,17 +61,15 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(leaf, Tensor) and (key := leaf.untyped_storage()._cdata) not in self._storages:
                 self._storages[key] = weakref.ref(leaf.untyped_storage(), functools.partial(self._forget, key))
         out = func(*args, **(kwargs or {}))
-        if str(func) == "bitsandbytes.gemm_4bit.default":
-            self._note_workspace(args)
+        if str(func) == "bitsandbytes.gemm_4bit.default":  # scales and matrix are dequantised inside
+            weights = math.prod(args[2])
+            self._update_peak({"dequantised": weights * args[0].element_size() + 4 * math.ceil(weights / BLOCK)})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
+        if str(func) == "torch_attn._varlen_attn_backward.default":
+            self._update_peak({"backward": _inside_flash_backward(*args[:7])})
         return out
-
-    def _note_workspace(self, args: tuple) -> None:
-        """The kernel dequantises scales and matrix inside: alive for a moment, unseen from outside."""
-        weights = math.prod(args[2])
-        self._update_peak({"dequantised": weights * args[0].element_size() + 4 * math.ceil(weights / BLOCK)})
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -113,6 +112,32 @@ class MemoryTracker(TorchDispatchMode):
         self._watched.append(module)
 
 
+def _inside_flash_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, offsets: Tensor
+) -> int:
+    """Bytes that the kernel allocates for itself (`mha_varlen_bwd` of ATen's flash_attn/flash_api.cpp)."""
+    tokens, heads, width = query.shape
+    rounded = math.ceil(width / 32) * 32 if width <= 128 else math.ceil(width / 64) * 64
+    sums = 4 * (tokens + 128 * (len(offsets) - 1)) * heads * (rounded + 1)  # of the queries' gradients, and of each row
+    unshared = 2 * query.nbytes if key.shape[1] != heads else 0  # gradients of keys and values before heads are summed
+    return sums + unshared + sum(x.nbytes for x in (grad, out) if not x.is_contiguous())
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """What torch's kernel for a GPU keeps: its input, 1 / RMS in float32, and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, _shape: Any, weight: Tensor, _eps: float) -> Tensor:
+        scale = torch.empty((*rows.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(rows, scale, weight)
+        return torch.empty_like(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, _, weight = ctx.saved_tensors
+        return torch.empty_like(rows), None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None, None
+
+
 @contextmanager
 def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Iterator[None]:
     """Inside, new tensors are fake, and modules choose what they would choose on a GPU (or on a CPU).
@@ -127,6 +152,8 @@ def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Ite
             from bitsandbytes.autograd import _functions
 
             stack.enter_context(swapped(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
+            stack.enter_context(swapped(varlen, "compute_capability", lambda _: (9, 0)))
+            stack.enter_context(swapped(F, "rms_norm", _FusedRMSNorm.apply))
             for name in IN_FLOAT32:
                 stack.enter_context(swapped(F, name, _in_float32(getattr(F, name))))
         # Not a TorchFunctionMode: torch suspends it in backward passes, and with it in what they recompute.

@@ -6,8 +6,8 @@
 1. `multimodal`: that figure. Mixed precision (autocast) is set there. Read it first.
 2. `trainable`: which parameters learn; all others are frozen there.
 3. `llm`: loading at 4, 8, 16 or 32 bits, LoRA, the table of token embeddings.
-4. `attention`: each packed sample by itself, without an attention mask. `cross_attention`: media between the LLM's
-   layers.
+4. `attention`: each packed sample by itself, without an attention mask; on a GPU by `varlen`, flash attention.
+   `cross_attention`: media between the LLM's layers. `norms`: RMSNorm in one kernel on a GPU.
 5. `activation_checkpointing`: what the backward pass keeps, and what it computes again.
 6. `loss`: cross-entropy, chunk by chunk; its gradient is computed in the forward pass.
 7. `generate`: answers, and how likely a given one is. `flops`: the arithmetic of a step.

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from anymal.config.schema import LLMConfig, LoraConfig
+from anymal.data.packing import row_offsets
 from anymal.errors import UserError
-from anymal.model import attention
+from anymal.model import attention, norms
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.hub import unavailable
 
@@ -132,6 +133,8 @@ def load_llm(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
     attention.choose(llm, config.attention)
+    if device.type == "cuda":
+        norms.fuse(llm)
     llm.requires_grad_(False)
     set_checkpointing(llm, config.checkpointing)
     set_frozen_mode(llm, recompute=True)
@@ -192,7 +195,9 @@ def isolates_packed_samples(llm: nn.Module) -> bool:
     def read(*samples: int) -> Tensor:
         positions = torch.arange(border, device=device).repeat(len(samples))[None]
         row = table(ids[list(samples)].to(device)).flatten(0, 1)[None]
-        packed = attention.arguments(base_model(llm), [border] * len(samples)) if len(samples) > 1 else {}
+        lengths = [border] * len(samples)
+        offsets = row_offsets(lengths).to(device)
+        packed = attention.arguments(base_model(llm), lengths, offsets) if len(samples) > 1 else {}
         return llm(inputs_embeds=row, position_ids=positions, use_cache=False, **packed).logits[0, -border:].float()
 
     with torch.no_grad():

@@ -161,7 +161,7 @@ class AnyMAL(nn.Module):
         return visible
 
     def _read(self, reader: nn.Module, row: Tensor, batch: Batch, features: dict[str, Tensor], **more: Any) -> Any:
-        more |= attention.arguments(base_model(self.llm), batch.lengths)
+        more |= attention.arguments(base_model(self.llm), batch.lengths, batch.offsets)
         with self.cross_attention.over(self.visible_media(batch, features)):
             return reader(inputs_embeds=row, position_ids=batch.positions, use_cache=False, **more)
 

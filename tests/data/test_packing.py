@@ -85,6 +85,13 @@ def test_what_was_pending_goes_into_the_same_rows_when_given_again(seed):
     assert max(seen.values()) == 1 and set(seen) | set(packer.pending()) == set(range(150))
 
 
+def test_a_row_says_where_its_samples_begin():
+    batch = pack([item(p, n).tokens for p, n in enumerate([3, 1, 4])])
+    assert batch.offsets.tolist() == [0, 3, 4, 8] and batch.offsets.dtype == torch.int32
+    assert batch.to("meta").offsets.device.type == "meta"  # it moves with the rest
+    assert [begin for begin, position in enumerate(batch.positions[0].tolist()) if position == 0] == [0, 3, 4]
+
+
 def test_a_row_must_hold_the_longest_sample():
     with pytest.raises(UserError, match=r"row_tokens is 100, but a sample may have data\.max_tokens = 2048"):
         DataConfig(row_tokens=100)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from anymal.data.packing import row_offsets
 from anymal.errors import UserError
 from anymal.model import attention
 from tiny_llms import ARCHITECTURES, SMALL, WIDTH
@@ -35,7 +36,7 @@ def logits_and_gradient(llm, row: torch.Tensor, lengths: list[int]) -> tuple[tor
     """Of samples in one row: [T, V] and [T, WIDTH]."""
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     row = row[None].clone().requires_grad_()
-    more = attention.arguments(llm, lengths)
+    more = attention.arguments(llm, lengths, row_offsets(lengths))
     out = llm(inputs_embeds=row, position_ids=positions, use_cache=False, **more).logits[0]
     (gradient,) = torch.autograd.grad(out.square().sum(), row)
     return out.detach(), gradient[0]
@@ -66,7 +67,7 @@ def test_architectures_that_cannot_have_it_keep_sdpa(name, more):
 def test_lengths_that_are_not_the_rows_are_refused():
     llm = make("Llama", "packed")
     with pytest.raises(ValueError, match="samples of 18 tokens in a row of 19"):
-        more = attention.arguments(llm, [5, 5, 7, 1])
+        more = attention.arguments(llm, [5, 5, 7, 1], row_offsets([5, 5, 7, 1]))
         llm(inputs_embeds=torch.randn(1, 19, WIDTH), use_cache=False, **more)
 
 
@@ -97,3 +98,16 @@ def test_windows_that_the_mask_alone_knows_keep_sdpa():
     sparse = {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     assert make("Qwen2Moe", "packed", **windowed, **sparse).config._attn_implementation == "sdpa"
     assert make("Qwen2Moe", "packed", num_experts=2, **sparse).config._attn_implementation == "packed"
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("softcap", True), ("softcap", False), ("s_aux", True), ("s_aux", False), ("sinks", True), ("indices", True)],
+)
+def test_what_the_kernels_leave_out_is_refused(name, packed):
+    """transformers' SDPA drops attention sinks without a word, and a packed row has no mask for sparse indices."""
+    x = torch.randn(1, 2, 5, 8)
+    lengths = {"sample_lengths": (3, 2), "sample_offsets": row_offsets([3, 2])} if packed else {}
+    with pytest.raises(UserError, match=rf"Linear attends with {name}, .* set model\.llm\.attention=eager"):
+        attention.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, **lengths, **{name: torch.ones(2)})
+    attention.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, **lengths, **{name: None})

@@ -86,7 +86,7 @@ def open_gates(model: AnyMAL, value: float) -> None:
 def without(model: AnyMAL, batch) -> torch.Tensor:
     """The logits of the LLM alone over the same row: its hooks are shut."""
     row = model.embed(batch, model.encode(batch.media))[0]
-    more = attention.arguments(model.llm, batch.lengths)
+    more = attention.arguments(model.llm, batch.lengths, batch.offsets)
     return model.llm(
         inputs_embeds=row, position_ids=batch.positions, use_cache=False, logits_to_keep=batch.answer_positions, **more
     ).logits[0]

@@ -27,6 +27,7 @@ def _batch(tokens: int, groups: list[str]) -> Batch:
         ids=row,
         positions=row,
         lengths=[tokens],
+        offsets=nothing,
         answer_positions=nothing,
         targets=nothing,
         answer_groups=nothing,
