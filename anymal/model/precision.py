@@ -19,7 +19,7 @@ BFLOAT16_SINCE = (8, 0)
 INT8_SINCE = (7, 5)
 """Of the first (Turing) on which bitsandbytes multiplies in 8 bits."""
 OVERFLOW = ("gemma",)
-"""Architectures (beginnings of their ``model_type``) that are known to overflow in float16."""
+"""Architectures (parts of their ``model_type``) that are known to overflow in float16."""
 _REMEDY = (
     "take a card from Ampere on (compute capability 8.0, such as an A100, an H100 or an RTX 30), or set "
     "model.llm.bits=32, which computes in float32"
@@ -81,7 +81,7 @@ def require_no_overflow(on: Hardware, architecture: str) -> None:
     Raises:
         UserError: It does.
     """
-    if architecture.startswith(OVERFLOW):
+    if any(part in architecture for part in OVERFLOW):
         raise UserError(f"{_card(on)} has no bfloat16, and {architecture} overflows in float16: {_REMEDY}")
 
 

@@ -8,8 +8,9 @@ of such an LLM. So what is quantised is counted, and refused if it is not what w
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -121,26 +122,32 @@ def require_quantisable(settings: LLMConfig, llm_config: "PreTrainedConfig", dty
         dtype: Of what is not quantised.
 
     Raises:
-        UserError: As there; or its weights are quantised on disk already, by something else than bitsandbytes.
+        UserError: As there; or its weights are quantised on disk already, otherwise than is asked.
     """
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoHfQuantizer
 
     config = quantization_config(settings, dtype)
-    if config is None:
-        return
     if on_disk := getattr(llm_config, "quantization_config", None):
-        method = on_disk.get("quant_method", "bitsandbytes")
-        if method != "bitsandbytes":
-            raise UserError(
-                f"model.llm.name={settings.name}: its weights are quantised on disk, by {method}; take that LLM in "
-                f"16 bits for model.llm.bits={settings.bits}"
-            )
+        _require_same_on_disk(on_disk, settings)
+        return
+    if config is None:
         return
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config, trust_remote_code=False)
     AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(llm, device_map=None)
     require_quantised(llm, settings, dtype)
+
+
+def _require_same_on_disk(on_disk: Mapping[str, Any], settings: LLMConfig) -> None:
+    """transformers takes weights as they are quantised on disk, whatever it is asked for."""
+    found, method = f"model.llm.name={settings.name}: its weights are quantised on disk", on_disk.get("quant_method")
+    if method == "bitsandbytes":
+        bits = 4 if on_disk.get("load_in_4bit") else 8
+        if settings.bits != bits:
+            raise UserError(f"{found} in {bits} bits; set model.llm.bits={bits}, or take that LLM in 16 bits")
+    elif settings.bits in (4, 8):
+        raise UserError(f"{found}, by {method}; for model.llm.bits={settings.bits} take that LLM in 16 bits")
 
 
 @cache

@@ -45,7 +45,7 @@ def test_what_the_llm_computes_in(on, trains, by_bits):
 def test_what_overflows_in_float16_is_refused_there():
     for architecture in ("llama", "qwen3", "mistral"):
         require_no_overflow(T4, architecture)
-    for architecture in ("gemma", "gemma2", "gemma3", "gemma3_text"):
+    for architecture in ("gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma"):
         with pytest.raises(UserError, match=rf"Tesla T4 .*{architecture} overflows in float16: .*model\.llm\.bits=32"):
             require_no_overflow(T4, architecture)
 

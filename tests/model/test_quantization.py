@@ -95,8 +95,20 @@ def test_all_of_a_dense_llm_is_quantised_and_nothing_random_is_drawn(folder):
 def test_weights_that_something_else_quantised_are_named(folder, tmp_path):
     config = json.loads((folder("Llama") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    with pytest.raises(UserError, match=r"quantised on disk, by mxfp4; take that LLM in 16 bits for model\.llm\.bits"):
+    with pytest.raises(UserError, match=r"on disk, by mxfp4; for model\.llm\.bits=4 take that LLM in 16 bits"):
         load_llm(settings(tmp_path, 4), CPU)
+
+
+def test_weights_that_bitsandbytes_quantised_before_are_taken_at_their_bits(folder, tmp_path):
+    llm, tokenizer = load_llm(settings(folder("Llama"), 4), CPU)
+    ids = torch.arange(3, 40)[None]
+    for part in (llm, tokenizer):
+        part.save_pretrained(tmp_path)
+    again, _ = load_llm(settings(tmp_path, 4), CPU)
+    assert torch.equal(again(input_ids=ids).logits, llm(input_ids=ids).logits)
+    for bits in (8, 16, 32):
+        with pytest.raises(UserError, match=r"quantised on disk in 4 bits; set model\.llm\.bits=4, or take"):
+            load_llm(settings(tmp_path, bits), CPU)
 
 
 def test_the_threshold_of_8_bits_is_set_and_plays_no_part_on_a_cpu(folder):
