@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,13 +74,17 @@ def toy_model(
     """A model with toy adapters on the tiny LLM, and its prompt."""
     llm, tokenizer = load_llm(LLMConfig(name=str(folder), bits=bits, attention=attention), torch.device(device))
     adapters = toy_adapters(llm.config.hidden_size, **tokens)
-    prompt = Prompt(
+    return AnyMAL(llm, adapters), prompt_of(tokenizer, adapters)
+
+
+def prompt_of(tokenizer: Any, adapters: dict[str, Adapter]) -> Prompt:
+    """How samples of these modalities become text."""
+    return Prompt(
         tokenizer=tokenizer,
         config=PromptConfig(),
         placeholder={name: adapter.modality.placeholder for name, adapter in adapters.items()},
         length={name: adapter.tokens for name, adapter in adapters.items()},
     )
-    return AnyMAL(llm, adapters), prompt
 
 
 def text(content: str) -> Part:

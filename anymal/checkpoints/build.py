@@ -21,7 +21,7 @@ from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors
 from anymal.model.hub import license_of
-from anymal.model.llm import base_model, load_llm, token_embedding
+from anymal.model.llm import base_model, embedding_std, load_llm, token_embedding
 from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Fit, Registry
 
@@ -49,10 +49,10 @@ def build(
     settings, fresh = config.model, start is None
     start = start_at(start) if isinstance(start, Path) else start or Start(modalities={}, llm=None)
     _say_other_precisions(settings.llm.bits, start)
-    llm, tokenizer = load_llm(networks.llm_of(settings.llm, start.llm), device, learns=networks.llm_learns(train))
+    chosen, learns = networks.llm_of(settings.llm, start.llm), networks.llm_learns(train)
+    llm, tokenizer = load_llm(chosen, device, learns=learns, trains=bool(train))
     llm = with_lora(llm, settings.lora, start.llm, train=config.train)
-    table = token_embedding(llm).weight
-    std, width = table.float().std().item(), table.shape[1]
+    std, width = embedding_std(llm), token_embedding(llm).weight.shape[1]
     layers = base_model(llm).config.get_text_config().num_hidden_layers
     modalities = networks.encoders_of(settings.modalities, start.modalities)
     adapters = build_adapters(registry, modalities, width, std, llm_layers=layers)
@@ -92,7 +92,7 @@ def build_adapters(
         registry: What the settings may name.
         modalities: ``model.modalities`` of a recipe.
         llm_width: D, the width of the LLM's token embeddings.
-        embedding_std: Standard deviation of the elements of the LLM's token embedding table; projected embeddings
+        embedding_std: Standard deviation of the elements of the LLM's token embeddings; projected embeddings
             start at about this scale (see `anymal.adapters.projectors`).
         llm_layers: Its decoder layers, for projectors that stand between them.
 

@@ -64,6 +64,13 @@ class LLMConfig:
     """Hub name or local folder of any causal LM of transformers."""
     bits: int = 4
     """4 (nf4, double quantisation), 8, 16 (bfloat16) or 32 (float32)."""
+    int8_threshold: float = 6.0
+    """At 8 bits on a GPU: inputs of a layer with a value beyond this are multiplied in 16 bits, all others in 8
+    (LLM.int8()). For that every layer waits for the host; 0 never waits, and multiplies all in 8 bits, which LLMs with
+    outliers do not bear (docs/memory.md). On a CPU weights alone are in 8 bits, and this plays no part."""
+    allow_unquantized: bool = False
+    """At 4 or 8 bits: whether weights may stay as they are that bitsandbytes cannot quantise, the experts of a mixture.
+    Without it an LLM of which they are more than 1% is refused."""
     attention: str = "packed"
     """packed (each sample of a row by itself; where the LLM's architecture does not let it, sdpa), or one of
     transformers' implementations: eager, sdpa, flash_attention_2, flex_attention."""
@@ -75,6 +82,9 @@ class LLMConfig:
 
     def __post_init__(self):
         _require(self.bits in (4, 8, 16, 32), f"model.llm.bits is {self.bits}; it can be 4, 8, 16 or 32")
+        _require(
+            self.int8_threshold >= 0, f"model.llm.int8_threshold is {self.int8_threshold}; it can be 0 (none) or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from anymal.doctor import libraries, machine
+from anymal.doctor import gpus, libraries, machine
 from anymal.doctor.rows import MISSING, NOTE, Row
 
 PATIENCE = 120.0  # seconds until a library is taken for hanging; a cold network file system takes long
@@ -22,7 +22,7 @@ CHECKS: dict[str, tuple[Callable[[], Iterator[Row]], str]] = {
     "anymal": (libraries.installation, ""),
     "packages": (libraries.packages, ""),
     "adapters": (libraries.other_adapters, ""),
-    "torch": (libraries.torch_and_gpus, "pip install --force-reinstall torch"),
+    "torch": (gpus.torch_and_gpus, "pip install --force-reinstall torch"),
     "NVIDIA driver": (machine.driver, ""),
     "bitsandbytes": (libraries.bitsandbytes_works, "install bitsandbytes anew, for this torch's CUDA"),
     "transformers": (libraries.transformers_works, "install transformers anew, and a torchaudio for this torch"),

@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import anymal
-from anymal.doctor.machine import driver_version
-from anymal.doctor.rows import GIB, MISSING, NOTE, OK, Row
+from anymal.doctor.rows import MISSING, NOTE, OK, Row
 from anymal.environment import installed_version
 
 CODECS = {"h264": ["h264"], "hevc": ["hevc"], "vp9": ["vp9", "libvpx-vp9"], "av1": ["libdav1d", "libaom-av1"]}
@@ -74,27 +73,6 @@ def other_adapters() -> Iterator[Row]:
     """AdapterHub's distribution: a folder of ours has the same name, but its import name is ``anymal.adapters``."""
     if version := installed_version("adapters"):
         yield Row("adapters", OK, f"{version}, of AdapterHub: it and AnyMAL do not mind one another")
-
-
-def torch_and_gpus() -> Iterator[Row]:
-    """torch, its GPUs, NCCL."""
-    import torch
-
-    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    kind = f"ROCm {torch.version.hip}" if torch.version.hip else kind
-    usable, todo = torch.cuda.is_available(), ""
-    if not usable and driver_version():
-        todo = "there is an NVIDIA driver, but this torch cannot use it: install a build for a CUDA that it supports"
-    yield Row("torch", NOTE if todo else OK, f"{torch.__version__}, built for {kind}", todo)
-    for i in range(torch.cuda.device_count() if usable else 0):
-        gpu, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
-        found = f"{gpu.name}, {total / GIB:.0f} GiB ({free / GIB:.0f} free), compute capability {gpu.major}.{gpu.minor}"
-        old = torch.version.cuda is not None and gpu.major < 8
-        yield Row(f"GPU {i}", NOTE if old else OK, found, "it has no bfloat16, so it will be slow" if old else "")
-    if not usable:
-        yield Row("GPU", NOTE, "none", "all is computed on the CPU, in float32: enough for the demo")
-    elif torch.distributed.is_nccl_available():
-        yield Row("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
 
 
 def bitsandbytes_works() -> Iterator[Row]:

@@ -14,6 +14,7 @@ from anymal.errors import UserError, nearest
 from anymal.model import attention
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.llm import set_frozen_mode
+from anymal.model.quantization import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,15 +91,25 @@ def make_llm(settings: LLMConfig, config: "PreTrainedConfig", fake: FakeTensorMo
 
 def quantise_shapes(llm: "CausalLM", bits: int, dtype: torch.dtype, fake: FakeTensorMode) -> None:
     """Put bitsandbytes' layers where transformers puts them when it loads an LLM at 4 or 8 bits, on fake tensors."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skipped = tuple(get_keys_to_not_convert(llm))
+    exempt = kept(llm)
     for name, module in list(llm.named_modules()):
-        if type(module) is nn.Linear and name not in skipped:
+        if should_convert_module(name, exempt) and (type(module) is nn.Linear or isinstance(module, Conv1D)):
             make = _linear4bit if bits == 4 else _linear8bit
-            llm.set_submodule(name, make(module, dtype, fake))
+            llm.set_submodule(name, make(_as_linear(module), dtype, fake))
     for attribute in (f"is_loaded_in_{bits}bit", "is_quantized"):  # what PEFT and transformers ask a quantised model
         setattr(llm, attribute, True)
+
+
+def _as_linear(layer: Any) -> nn.Linear:
+    """A layer as a linear one; that of GPT-2 (Conv1D) has its weight the other way round, until it is quantised."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.T, requires_grad=False), layer.bias
+    return linear
 
 
 def _linear4bit(linear: nn.Linear, dtype: torch.dtype, fake: FakeTensorMode) -> nn.Module:

@@ -30,6 +30,7 @@ from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import add_lora, base_model, output_layer, read_config, token_embedding
 from anymal.model.multimodal import AnyMAL
+from anymal.model.quantization import require_quantisable
 from anymal.model.registry import Registry
 from anymal.model.trainable import select_trainable, trainable
 from anymal.sample import IGNORED, Batch, Features, PartlyEncoded, Tokens
@@ -88,6 +89,7 @@ class FakeStep:
     def __init__(self, config: Config, registry: Registry, *, gpu: bool, llm_config: "PreTrainedConfig | None" = None):
         self.config, self.registry, self.gpu = config, registry, gpu
         self._llm_config = llm_config or read_config(config.model.llm.name)
+        require_quantisable(config.model.llm, self._llm_config, torch.bfloat16 if gpu else torch.float32)
         text = self._llm_config.get_text_config()
         self.layers: int = text.num_hidden_layers
         kinds = getattr(text, "layer_types", None) or ["alike"]

@@ -25,6 +25,7 @@ from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
 
 _log = logging.getLogger(__name__)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # in transformers' configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class LLMFlops:
     """What the LLM's FLOPs depend on."""
 
     body: int
-    """N: parameters of the decoder, without embeddings, head and LoRA. Each is one multiply-add for each token."""
+    """N: parameters of the decoder, without embeddings, head and LoRA. Each is one multiply-add for each token. Of a
+    mixture's experts, as many count as a token is sent to."""
     embeddings: int
     """Parameters of the embedding table. Looking up costs nothing."""
     head: int
@@ -80,9 +82,11 @@ def llm_flops(llm: nn.Module, checkpointing: str = "none") -> LLMFlops:
     config = base.config.get_text_config()
     table, head = token_embedding(llm).weight, output_layer(llm).weight
     counts = {"body": 0, "lora": 0}
+    used = _share_of_experts(config)
     for name, parameter in llm.named_parameters():
         if parameter is not table and parameter is not head:
-            counts["lora" if "lora_" in name else "body"] += numel(parameter)
+            share = used if ".experts." in name else 1
+            counts["lora" if "lora_" in name else "body"] += round(share * numel(parameter))
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LLMFlops(
@@ -94,6 +98,13 @@ def llm_flops(llm: nn.Module, checkpointing: str = "none") -> LLMFlops:
         recomputed=float(checkpointing == "full"),
         learns=head.requires_grad,
     )
+
+
+def _share_of_experts(config: Any) -> float:
+    """How many of a mixture's experts a token is sent to, of all that it could be sent to."""
+    every = next((getattr(config, name, None) for name in EXPERTS if getattr(config, name, None)), None)
+    each = getattr(config, "num_experts_per_tok", None)
+    return each / every if each and every else 1.0
 
 
 def numel(parameter: Tensor) -> int:

@@ -1,8 +1,8 @@
 """The language model: loading at 4, 8, 16 or 32 bits, freezing, LoRA.
 
-Weights are quantised by bitsandbytes while transformers loads them. Mixed precision: arithmetic is in bfloat16 on a GPU
-(autocast, in `anymal.model.multimodal.AnyMAL.autocast`) and in float32 on a CPU, where bfloat16 is many times slower;
-the code is the same. What is trained is float32 on both.
+Weights are quantised by bitsandbytes while transformers loads them (`anymal.model.quantization`). Mixed precision:
+arithmetic is in bfloat16 on a GPU (autocast, in `anymal.model.multimodal.AnyMAL.autocast`; what older ones do is in
+`anymal.model.precision`) and in float32 on a CPU; the code is the same. What is trained is float32 on both.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from anymal.config.schema import LLMConfig, LoraConfig
 from anymal.data.packing import row_offsets
 from anymal.errors import UserError
-from anymal.model import attention, norms
+from anymal.model import attention, norms, precision
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.hub import unavailable
+from anymal.model.quantization import quantization_config, require_quantisable, require_quantised
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,8 +43,8 @@ def on_gpu() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, bfloat16 elsewhere."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """What frozen encoders compute in there (`anymal.model.precision`): float32 on a CPU, bfloat16 on a GPU."""
+    return precision.encoder_dtype(precision.hardware(device))
 
 
 def base_model(llm: Any) -> "CausalLM":
@@ -55,6 +56,12 @@ def token_embedding(llm: nn.Module) -> nn.Embedding:
     """The table of token embeddings, with or without LoRA: [B, T] ids → [B, T, D]."""
     embedding: Any = base_model(llm).get_input_embeddings()  # transformers promises no more than a module
     return embedding
+
+
+def embedding_std(llm: nn.Module) -> float:
+    """Standard deviation of the elements of token embeddings as they are looked up: Gemma's table scales them by √D."""
+    table = token_embedding(llm)
+    return table.weight.float().std().item() * float(getattr(table, "embed_scale", 1.0))
 
 
 def output_layer(llm: nn.Module) -> nn.Linear:
@@ -88,7 +95,7 @@ def bars_on_terminals_only() -> Iterator[None]:
 
 @bars_on_terminals_only()
 def load_llm(
-    config: LLMConfig, device: torch.device, *, learns: bool = False
+    config: LLMConfig, device: torch.device, *, learns: bool = False, trains: bool = False
 ) -> "tuple[CausalLM, PreTrainedTokenizerBase]":
     """Load a causal LM of transformers, frozen and in eval mode, and its tokenizer.
 
@@ -97,41 +104,43 @@ def load_llm(
         device: Where to.
         learns: Whether it is to be trained itself. Its weights are then float32 whatever `config.bits` says, since
             steps of the size of a learning rate are lost in bfloat16; the arithmetic is that of `config.bits`.
+        trains: Whether anything is to be trained beside it: gradients then pass through it.
 
     Raises:
-        UserError: There is no such model, it is not a causal LM, or it is to learn in 4 or 8 bits.
+        UserError: There is no such model, it is not a causal LM, it is to learn in 4 or 8 bits, much of it cannot be
+            quantised, or the device cannot compute what is asked.
     """
     if learns and config.bits not in (16, 32):
         raise UserError(
             f"train lists llm, but model.llm.bits is {config.bits}, and quantised weights cannot learn: set "
             "model.llm.bits to 16 or 32, or train lora instead"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     require_llm(config.name)
-    dtype = {16: torch.bfloat16, 32: torch.float32}.get(32 if learns else config.bits, compute_dtype(device))
-    quantization = None
-    if config.bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif config.bits == 8:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    on = precision.hardware(device)
+    dtype = precision.llm_dtype(on, config.bits, trains=trains or learns)
     try:
+        llm_config = AutoConfig.from_pretrained(config.name, trust_remote_code=False)
+        require_quantisable(config, llm_config, dtype)
+        if dtype == torch.float16:
+            precision.require_no_overflow(on, llm_config.model_type)
+        dtype = torch.float32 if learns else dtype
         tokenizer: Any = AutoTokenizer.from_pretrained(config.name, trust_remote_code=False)
         llm = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=dtype,
-            quantization_config=quantization,
+            quantization_config=quantization_config(config, dtype),
             attn_implementation=attention.at_loading(config.attention),
             device_map={"": device},
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"model.llm.name={config.name}: transformers cannot load it as a causal LM: {error}") from error
+        reason = f"transformers cannot load it as a causal LM: {error}"
+        if "scaled_dot_product_attention" in str(error):  # gpt-oss, whose heads have an attention sink
+            reason = "its attention is not one that SDPA knows; set model.llm.attention=eager"
+        raise UserError(f"model.llm.name={config.name}: {reason}") from error
+    require_quantised(llm, config, dtype)
     attention.choose(llm, config.attention)
     if device.type == "cuda":
         norms.fuse(llm)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anymal.config.schema import encoder_learns
 from anymal.modality import Adapter, Encoder
-from anymal.model import attention
+from anymal.model import attention, precision
 from anymal.model.cross_attention import CrossAttention, VisibleMedia, media_spans
 from anymal.model.llm import base_model, compute_dtype, set_frozen_mode, token_embedding
 from anymal.model.loss import chunked_loss, find_head, plain_loss, sums_per_group
@@ -35,7 +35,8 @@ class AnyMAL(nn.Module):
         llm: A causal LM of transformers, on its device (with or without LoRA).
         adapters: By modality name, in the order in which every rank runs them.
         train: As for `select_trainable`. An encoder that is to learn stays in float32 and is registered.
-        low_precision: Whether the arithmetic on a GPU is bfloat16; by default, where the LLM's weights are.
+        low_precision: Whether the arithmetic on a GPU is bfloat16 (`anymal.model.precision`); by default, where the
+            LLM's weights are.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class AnyMAL(nn.Module):
         # Read once: under ZeRO-3 reading a weight gathers it, and ranks must gather the same in the same order.
         table = token_embedding(llm).weight
         self.device = table.device
+        self._low_dtype = precision.low_dtype(precision.hardware(self.device))
         self._low_precision = table.is_cuda and (
-            table.dtype == torch.bfloat16 if low_precision is None else low_precision
+            table.dtype == self._low_dtype if low_precision is None else low_precision
         )
         projectors = {name: adapter.projector for name, adapter in adapters.items()}
         self.projectors = nn.ModuleDict(projectors)
@@ -70,7 +72,7 @@ class AnyMAL(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """Mixed precision: the arithmetic is bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._low_precision)
+        return torch.autocast(self.device.type, self._low_dtype, enabled=self._low_precision)
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """LLM, encoders and projectors by name, the frozen ones included."""

@@ -52,11 +52,16 @@ def _forward(module: nn.Module, eps: float, added: float, hidden_states: Tensor)
 
 
 def _rms_norm(rows: Tensor, weight: Tensor, eps: float, added: float) -> Tensor:
-    """By torch's kernel, with a weight of ``added + weight``."""
-    if not added:
-        return F.rms_norm(rows, weight.shape, weight, eps)
-    # In float32, as the modules have it: in bfloat16 1 + w loses what is small in w.
-    return F.rms_norm(rows.float(), weight.shape, weight.float() + added, eps).type_as(rows)
+    """By torch's kernel, with a weight of ``added + weight``.
+
+    Without autocast, on whose list of what is computed in float32 rms_norm stands: the kernel sums in float32 anyway,
+    and all that follows would be float32 as well.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        if not added:
+            return F.rms_norm(rows, weight.shape, weight, eps)
+        # In float32, as the modules have it: in bfloat16 1 + w loses what is small in w.
+        return F.rms_norm(rows.float(), weight.shape, weight.float() + added, eps).type_as(rows)
 
 
 def _match(module: nn.Module) -> tuple[float, float] | None:

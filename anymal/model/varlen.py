@@ -155,7 +155,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 def arithmetic(query: Tensor) -> torch.dtype:
     """What torch's SDPA would compute in: autocast's dtype, else the queries'."""
     device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else query.dtype
 
 
 def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:

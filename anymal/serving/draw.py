@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from anymal.errors import UserError
+from anymal.model.llm import compute_dtype
 
 _PROMPT = re.compile(r"<h>((?:(?!<h>).)*?)</h>", re.DOTALL)  # the innermost tags: a prompt holds no tag
 
@@ -39,7 +40,7 @@ class Painter:
     name: str
     """Hub name or local folder, such as stabilityai/stable-diffusion-xl-base-1.0."""
     device: torch.device
-    """Where it runs: in bfloat16 on a GPU, else in float32."""
+    """Where it runs: on a GPU in bfloat16 (`anymal.model.precision`), else in float32."""
     steps: int = 0
     """Denoising steps; 0 takes the pipeline's default."""
     size: int = 0
@@ -88,10 +89,9 @@ class Painter:
     def _load(self) -> Any:
         from diffusers import AutoPipelineForText2Image
 
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:  # safetensors only: other weights are pickles
             pipeline: Any = AutoPipelineForText2Image.from_pretrained(
-                self.name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                self.name, dtype=compute_dtype(self.device), use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise UserError(f"draw={self.name} does not load as a text-to-image pipeline: {error}") from error

@@ -20,7 +20,7 @@ FREE = (
     *("run.dir", "run.resume", "run.save_every", "run.keep", "run.log_every", "run.peak_tflops", "run.wandb"),
     *("run.project", "run.group", "run.data_license", "run.samples", "run.samples_from"),
     *("data.cache", "data.cache_gb", "data.workers", "data.timeout", "data.max_bad_in_a_row", "data.max_bad_share"),
-    *("model.llm.checkpointing", "model.llm.license"),
+    *("model.llm.checkpointing", "model.llm.license", "model.llm.allow_unquantized"),
     "train",  # what is trainable is compared with the optimizer's state, parameter by parameter
 )
 """Settings that change nothing of what is trained."""

@@ -29,6 +29,7 @@ def change(*overrides: str, base: tuple[str, ...] = (), processes: tuple[int, in
         ("model.modalities.image.encoder={name: clip, size: 448}", r"image\.encoder was clip, is {\"name\": \"clip\""),
         ("model.modalities.audio.encoder=whisper", r"modalities\.audio\.encoder was null, is whisper"),
         ("model.llm.bits=8", r"model\.llm\.bits was 4, is 8"),
+        ("model.llm.int8_threshold=0", r"model\.llm\.int8_threshold was 6\.0, is 0\.0"),
         ("model.llm.name=y", r"model\.llm\.name was x, is y"),
         ("model.lora.alpha=32", r"model\.lora\.alpha was 16\.0, is 32\.0"),
         ("optim.lr=1e-3", r"optim\.lr was 0\.0002, is 0\.001"),
@@ -61,7 +62,15 @@ def test_all_that_is_refused_is_named_at_once():
 
 @pytest.mark.parametrize(
     "override",
-    ["data.workers=0", "run.save_every=3", "run.keep=1", "run.wandb=offline", "run.dir=moved", "run.samples=0"],
+    [
+        "data.workers=0",
+        "run.save_every=3",
+        "run.keep=1",
+        "run.wandb=offline",
+        "run.dir=moved",
+        "run.samples=0",
+        "model.llm.allow_unquantized=true",
+    ],
 )
 def test_what_changes_nothing_may_change_freely(override):
     assert change(override) == []

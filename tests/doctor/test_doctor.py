@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import anymal
-from anymal.doctor import examine
+from anymal.doctor import examine, gpus
 from anymal.doctor.rows import Row
 from distributions import distribution
 from small_runs import ROOT, environment
@@ -146,3 +146,58 @@ def test_it_needs_no_library_to_start_and_refuses_what_it_does_not_know():
     assert "json=true" in run("--help").stdout
     done = run("jsn=true")
     assert done.returncode == 2 and done.stderr.startswith("error: jsn=true: ")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "todo"),
+    [
+        (
+            "13.0",
+            "550.54.15",
+            "CUDA 13 wants driver 580 or later, this is 550: update the driver, or pip install --force-reinstall "
+            "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126",
+        ),
+        (
+            "13.0",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024",
+            "CUDA 13 wants driver 580 or later, this is 535: ",
+        ),
+        ("13.0", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release", "new enough for it"),
+        ("12.6", "550.54.15", "is a GPU visible (nvidia-smi -L, CUDA_VISIBLE_DEVICES)?"),
+        ("12.6", "470.256.02", "driver 470 is too old for any build of torch: install driver 580 or later"),
+        (None, "580.95.05", "built without CUDA: pip install --force-reinstall torch==2.13.0 --index-url https://"),
+        (None, "550.54.15", "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"),
+        ("13.0", "no number", "install a build for a CUDA that it supports"),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_says_what_fits(cuda, driver, todo):
+    assert todo in gpus.driver_remedy("2.13.0+cpu", cuda, driver)
+
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "compiled", "todo"),
+    [
+        ("13.0", (9, 0), CUDA_13, ""),
+        ("13.0", (8, 9), CUDA_13, ""),  # by what is for 8.6
+        ("13.0", (8, 0), CUDA_13, ""),
+        ("13.0", (7, 5), CUDA_13, "it has no bfloat16: it answers in float16, and trains with model.llm.bits=32 alone"),
+        (
+            "13.0",
+            (7, 0),
+            CUDA_13,
+            "this torch (CUDA 13.0) has no kernels for it: pip install --force-reinstall torch==2.13.0 --index-url "
+            "https://download.pytorch.org/whl/cu126 (driver 525 or later)",
+        ),
+        ("12.6", (7, 0), CUDA_12, "it has no bfloat16: it answers in float16, and not with model.llm.bits=8, and "),
+        ("12.6", (12, 0), CUDA_12, "has no kernels for it: pip install --force-reinstall torch==2.13.0 --index-url "),
+        ("12.6", (12, 0), [*CUDA_12, "compute_90"], ""),
+        ("13.0", (9, 0), ["sm_90a"], ""),
+    ],
+)
+def test_a_card_says_what_it_cannot_do(cuda, capability, compiled, todo):
+    said = gpus.gpu_remedy("2.13.0", cuda, capability, compiled)
+    assert todo in said and bool(todo) == bool(said)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stand_ins
 import tiny_encoders
+import tiny_llms
 from anymal.adapters import REGISTRY
 from anymal.checkpoints.build import load_encoder
 from anymal.config.schema import LLMConfig, LoraConfig, ModalityConfig, ProjectorConfig
@@ -46,6 +47,17 @@ def test_the_llms_flops_are_those_that_torch_counts(tiny_llm, checkpointing, tok
     if checkpointing == "full":  # recomputing a layer stops before its last product, whose output nothing needs
         ours -= 2 * tokens * sum(p.numel() for name, p in llm.named_parameters() if "down_proj" in name)
     assert ours == _counted(llm, tokens, answers)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
+def test_of_a_mixtures_experts_those_count_that_a_token_is_sent_to(name, tiny_llm, tmp_path):
+    llm = _llm(tiny_llms.save(name, tmp_path / name, tiny_llm))
+    llm.set_experts_implementation("eager")  # torch does not count grouped products
+    experts = sum(p.numel() for path, p in llm.named_parameters() if ".experts." in path)
+    whole = 2 * 24**2
+    norms = sum(p.numel() for path, p in llm.model.named_parameters() if "norm" in path)
+    ours = llm_flops(llm).model_flops(24, 5, whole) - 4 * 24 * norms
+    assert ours == pytest.approx(_counted(llm, 24, 5), rel=0.02) and experts > 0.3 * llm_flops(llm).body
 
 
 def test_lora_takes_six_flops_a_parameter_and_token(tiny_llm):

@@ -156,3 +156,20 @@ def test_with_lora_the_norms_stay_frozen(tiny_llm):
     llm(torch.arange(7)[None]).logits.sum().backward()
     learnt = {name for name, parameter in llm.named_parameters() if parameter.grad is not None}
     assert learnt and all("lora_" in name for name in learnt)
+
+
+def test_the_kernel_runs_outside_of_autocast(monkeypatch):
+    """rms_norm is on the list of what autocast computes in float32 on a GPU: the row would be float32 from there on."""
+    module = LlamaRMSNorm(8).to(torch.bfloat16)
+    norms.fuse(module)
+    kernel, seen = F.rms_norm, []
+
+    def watched(*arguments, **more):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return kernel(*arguments, **more)
+
+    monkeypatch.setattr(F, "rms_norm", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(torch.randn(2, 8).to(torch.bfloat16))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]

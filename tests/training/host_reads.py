@@ -1,4 +1,4 @@
-"""Watches a training run for whatever would make the host wait for a GPU, between a step's forward pass and its optimizer.
+"""Watches a run for whatever would make the host wait for a GPU, between a step's forward pass and its optimizer.
 
 On a GPU kernels run behind the host, which queues them. What needs a number of a tensor's content waits until all that
 was queued is done, and then the GPU has nothing to do. On a CPU the same operations are called, and are seen here.

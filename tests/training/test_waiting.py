@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_reads import HostReads, watched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,6 @@ from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import select_trainable
 from anymal.training import loop
 from anymal.training.run import run_stage
-from host_reads import HostReads, watched
 from small_runs import make_encoders, settings, write_pairs
 from toys import medium, sample, text, toy_model
 
@@ -72,7 +72,7 @@ def test_host_reads_are_noticed(tiny_llm, encoders, shards, tmp_path, monkeypatc
 
 
 class Copies(TorchDispatchMode):
-    """Notes what is copied from this host to where the model is, or the other way, without having been queued before."""
+    """Notes what is copied from the host to where the model is, or the other way, within a step."""
 
     def __init__(self) -> None:
         super().__init__()
