@@ -9,13 +9,17 @@ Random weights, no network. Each stage ends in one line `stage=… device=… fi
 measured goes to benchmarks/results/. What a stage has no time for is noted as skipped, and a stage whose packages are
 missing says which, `goal=skipped`.
 
-On a machine without registries carry the wheels of what is missing, for its Python:
+On a machine without registries carry the wheels of what is missing, for its Python; packages without a wheel are built:
 
-    pip download --no-deps -d wheels bitsandbytes deepspeed omegaconf antlr4-python3-runtime pyyaml webdataset ...
-    pip install --no-deps --no-index wheels/*.whl           # there
+    pip wheel --no-deps -w wheels omegaconf pyyaml                                   # attention
+    pip wheel --no-deps -w wheels bitsandbytes webdataset braceexpand                # nf4, 8b, 70b
+    pip wheel --no-deps -w wheels peft accelerate pillow pydantic pydantic-core \\
+        annotated-types typing-inspection einops hjson msgpack py-cpuinfo psutil     # engine, programs, with the next
+    DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed
+    pip install --no-deps --no-index wheels/*.whl                                    # there
 
-Of bitsandbytes' wheel the libraries for one CUDA and the CPU are enough (libbitsandbytes_cuda130.so, _cpu.so): the
-others can be deleted from it (`zip -d`), which makes a few tens of MB of it.
+Of bitsandbytes' wheel the libraries of the card's CUDA and of the CPU are enough (libbitsandbytes_cuda130.so and
+_cpu.so, 4 MB of more than 100): delete the others with `zip -d`.
 """
 
 import argparse
