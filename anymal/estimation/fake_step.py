@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from anymal.checkpoints import networks
 from anymal.checkpoints.build import build_adapters
-from anymal.config.schema import Checkpointing, Config
+from anymal.config.schema import Checkpointing, Config, encoder_learns
 from anymal.data.packing import pack
 from anymal.data.view_budget import degrade
 from anymal.environment import swapped
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
 from anymal.estimation.memory import MemoryTracker, computing_on
-from anymal.modality import Adapter
+from anymal.modality import Adapter, media_dtype
 from anymal.model import multimodal, norms
 from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
@@ -199,12 +199,16 @@ class FakeStep:
             return pack(tokens)
 
     def _medium(self, kind: str, *, real: bool, cached: bool) -> Tensor | Features:
-        """Noise, or zeros that take no memory."""
+        """A medium as it travels, or its features: noise if it is `real`, else its shape and dtype."""
         encoder = self.adapters[kind].encoder
-        shape, dtype = encoder.shape, torch.float32
+        shape, dtype = encoder.shape, media_dtype(encoder)
         if cached:
             shape, dtype = (encoder.tokens, encoder.width), torch.bfloat16
-        medium = torch.randn(shape).to(dtype) if real else torch.zeros((), dtype=dtype).expand(shape)
+        elif self.gpu and dtype.is_floating_point and not encoder_learns(kind, self.config.train):
+            dtype = torch.bfloat16  # see `anymal.data.prepare.Prepare.dtypes`
+        medium = torch.zeros((), dtype=dtype).expand(shape)
+        if real:
+            medium = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(256, shape, dtype=dtype)
         return Features(tensor=medium) if cached else medium
 
     def media_sizes(self, work: Workload, samples: int) -> Counter[str]:

@@ -23,7 +23,7 @@ from anymal.training.prefetch import Prefetcher
 from gpu import programs
 from gpu.measure import Clock, Scale
 from gpu.models import random_model, settings
-from gpu.steps import RaggedRows, media_dtype
+from gpu.steps import RaggedRows, travelling
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item")
 """Operations for which the host waits until the GPU has done all that it was given."""
@@ -50,7 +50,7 @@ def loop(scale: Scale, zero: int, figures: dict[str, Any]) -> dict[str, Any]:
         config = settings("8b", Path(folder), replace(scale, llms={"8b": smaller(scale.llms["8b"])}), *more)
         model = random_model(config, scale)
         encoder = model.encoders["image"]
-        stream = RaggedRows(scale, scale.rows[-1], tuple(encoder.shape), media_dtype(encoder), cached=False)
+        stream = RaggedRows(scale, scale.rows[-1], tuple(encoder.shape), travelling(encoder, scale), cached=False)
         with engine_of(model, config) as engine:
             reads = count_reads(engine, stream, config)
         with engine_of(model, config) as engine:

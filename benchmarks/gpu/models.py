@@ -92,6 +92,7 @@ def random_model(config: Config, scale: Scale) -> AnyMAL:
     network = CLIPVisionModel(CLIPVisionConfig.from_pretrained(image.encoder)).eval()
     processor = AutoImageProcessor.from_pretrained(image.encoder, backend="pil")
     encoder = ImageEncoder(network, ImageDecoder(processor=processor, max_pixels=10**6), 0, "random weights")
+    encoder.encoder_batch_size = image.encoder_batch_size
     llm = random_llm(Path(config.model.llm.name), scale.device)
     set_checkpointing(llm, config.model.llm.checkpointing)
     projector = build_projector(

@@ -22,6 +22,7 @@ from anymal.data.order import PENDING
 from anymal.data.packing import Item, Packer, Row
 from anymal.estimation.fake_step import FakeStep, Workload
 from anymal.estimation.peak import Prediction, predict
+from anymal.modality import Encoder, media_dtype
 from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.trainable import trainable
 from anymal.sample import IGNORED, Features, Tokens
@@ -141,7 +142,7 @@ class _Bench:
         """Packed rows of ragged samples."""
         encoder = self.model.encoders["image"]
         shape = (encoder.tokens, encoder.width) if cached else tuple(encoder.shape)
-        stream = RaggedRows(self.scale, row_tokens, shape, media_dtype(encoder), cached=cached)
+        stream = RaggedRows(self.scale, row_tokens, shape, travelling(encoder, self.scale), cached=cached)
         found = self._measure(stream, cached=cached)
         self.figures["rows"].append({"row_tokens": row_tokens, "cached": cached, **found})
         if row_tokens != self.scale.rows[0]:
@@ -151,7 +152,7 @@ class _Bench:
     def whole(self) -> dict[str, Any]:
         """The row of `Scale.whole`; whether it fits."""
         encoder = self.model.encoders["image"]
-        stream = SameRow(self.scale, *self.scale.whole, tuple(encoder.shape), media_dtype(encoder))
+        stream = SameRow(self.scale, *self.scale.whole, tuple(encoder.shape), travelling(encoder, self.scale))
         found = self._measure(stream, cached=False)
         self.figures["rows"].append(found)
         names = ("hardware_share", "model_share", "tokens_per_s", "reserved_gb")
@@ -217,9 +218,10 @@ class _Bench:
         return seconds, tokens, largest
 
 
-def media_dtype(encoder: Any) -> torch.dtype:
-    """What a decoded medium travels in."""
-    return getattr(encoder, "media_dtype", torch.float32)
+def travelling(encoder: Encoder, scale: Scale) -> torch.dtype:
+    """In which a decoded medium travels: floating ones in what their frozen encoder computes in."""
+    dtype = media_dtype(encoder)
+    return scale.dtype if dtype.is_floating_point else dtype
 
 
 def compared(predicted: Prediction, peak: dict[str, float], *, rehearsed: bool) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def _config(folders, *more: str, zero: int = 0, llm: Path | None = None) -> Conf
     return load(Config, None, [*given, "model.modalities.imu.options.rate=50", *more])
 
 
+@pytest.mark.parametrize("real", [False, True])
+def test_media_are_of_the_dtype_in_which_they_travel(folders, real):
+    config = _config(folders, "train=[projectors,encoders.image]")
+    for gpu, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        media = FakeStep(config, REGISTRY, gpu=gpu).batch(WORK, 2, real=real).media
+        assert {kind: medium.dtype for kind, medium in media.items()} == {"image": torch.uint8, "imu": dtype}
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 96), (300, 512)])
 def test_bytes_of_a_quantised_matrix(rows, columns):
     """4 bits: half a byte a weight, a scale of a byte for each 64, a float32 scale for each 256 of those, tables.
@@ -172,7 +180,7 @@ def test_host_memory_is_a_step_of_media_and_one_micro_batch_and_what_workers_are
     fake_step = FakeStep(_config(folders, *settings), REGISTRY, gpu=True)
     work = Workload(tokens=48, answers=12, media=["image"])
     medium = fake_step.media_sizes(work, 1)["image"]
-    assert medium == math.prod(fake_step.adapters["image"].encoder.shape) * 4
+    assert medium == math.prod(fake_step.adapters["image"].encoder.shape), "a byte a pixel and channel"
     waiting = media_on_host(fake_step, work, 4, fake_step.config)
     chunk, prefetch = prefetched(fake_step.config.data)
     assert (chunk, prefetch) == (2, 2)
@@ -184,6 +192,14 @@ def test_host_memory_is_a_step_of_media_and_one_micro_batch_and_what_workers_are
     packed = replace(fake_step.config.data, row_tokens=2048, packing_buffer=16, workers=0)
     later = media_on_host(fake_step, work, 4, replace(fake_step.config, data=packed))
     assert later["workers' results and packing"] == (1 + 16) * medium
+
+
+def test_encoding_takes_a_chunk_at_a_time(folders):
+    def encode(*more: str) -> int:
+        fake_step = FakeStep(_config(folders, "model.llm.bits=32", *more), REGISTRY, gpu=True)
+        return fake_step.peaks(Workload(tokens=16, answers=12, media=["image"]), 64)["encode"].total()
+
+    assert encode("model.modalities.image.encoder_batch_size=4") < 0.5 * encode()
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(folders):
