@@ -42,7 +42,9 @@ def as_found(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
 
 
 @pytest.mark.parametrize("stage", ["probe", "attention", "nf4", "70b", "8b"])
