@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anymal.sample import Noted, Viewable
@@ -27,7 +28,8 @@ class Encoder(nn.Module):
     tokens: int
     """Features of one medium, before the projector."""
     shape: tuple[int, ...]
-    """Of one decoded medium, without N. Asked for by ``anymal estimate``, and where the encoder learns."""
+    """Of one decoded medium, without N. Asked for by ``anymal estimate``, where the encoder learns, and
+    to count FLOPs."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
     decode: Callable[[bytes], Tensor | Noted | Viewable]
@@ -43,6 +45,15 @@ class Encoder(nn.Module):
     """(tokens, width) of each kind of its features, where there are several. See `parts`."""
     skips: bool
     """Whether some views of a medium may be skipped, since there is nothing to see."""
+    media_dtype: torch.dtype = torch.float32
+    """Of a decoded medium, as it travels from the worker to the device. An encoder of uint8 media takes floating ones,
+    too, as its network takes them."""
+    inputs_per_medium: int = 1
+    """How many inputs of its network a medium is: the frames of a clip."""
+    encoder_batch_size: int = 0
+    """Most inputs of its network that are encoded at once while no gradient is wanted; 0: any number. The recipe says
+    so (`anymal.checkpoints.build.load_encoder` sets it), and `anymal.model.multimodal.run_encoder` keeps to it; an
+    encoder itself need not, unless a single medium may hold more."""
 
     @property
     def savable(self) -> bool:
@@ -81,6 +92,30 @@ def parts(encoder: Encoder) -> tuple[tuple[int, int], ...]:
     are filled up with zeros to its width. A projector that takes several tells them apart by these numbers.
     """
     return getattr(encoder, "parts", ((encoder.tokens, encoder.width),))
+
+
+def media_dtype(encoder: Encoder) -> torch.dtype:
+    """Of the media of an encoder: float32, if it lacks `Encoder.media_dtype`."""
+    return getattr(encoder, "media_dtype", torch.float32)
+
+
+def zero_media(encoder: Encoder, count: int, device: torch.device) -> Tensor:
+    """[count, ...] media of all zeros, as they travel: for who needs some medium, whichever."""
+    return torch.zeros(count, *encoder.shape, dtype=media_dtype(encoder), device=device)
+
+
+def in_chunks(encode: Callable[[Tensor], Tensor], media: Tensor, most: int) -> Tensor:
+    """What `encode` makes of [N, ...] media, at most so many of them at a time (0: all at once). Without gradient."""
+    if not 0 < most < len(media):
+        return encode(media)
+    joined: Tensor | None = None
+    for start in range(0, len(media), most):
+        chunk = encode(media[start : start + most])
+        if joined is None:
+            joined = chunk.new_empty(len(media), *chunk.shape[1:])
+        joined[start : start + most] = chunk
+    assert joined is not None
+    return joined
 
 
 def placeholder(name: str) -> str:

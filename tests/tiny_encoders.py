@@ -305,6 +305,14 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (48, 40), kind: str = "PN
     return stream.getvalue()
 
 
+def processed(folder: str, *pictures) -> torch.Tensor:
+    """What the image processor in a folder makes of pictures, as transformers has it: ``pixel_values``, float32."""
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return torch.as_tensor(processor(images=list(pictures), return_tensors="pt")["pixel_values"]).float()
+
+
 def opened(data: bytes):
     """The picture that `picture` encoded."""
     from PIL import Image

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from omegaconf import MISSING
 from torch import Tensor, nn
 
+from anymal.adapters.image.layers import find_exit, leave_out_head, output_of
 from anymal.adapters.image.pictures import BILINEAR, Pixels, pixels_for
 from anymal.adapters.pretrained import load_config, load_image_processor, load_network
 from anymal.errors import UserError
@@ -60,7 +61,7 @@ class Leaf(nn.Module):
     """A frozen network that gives a map of each picture, or tokens that form none.
 
     Args:
-        network: Takes ``pixel_values``, see `output_of`.
+        network: Takes ``pixel_values``, see `anymal.adapters.image.layers.output_of`.
         processor: Its image processor, for whoever saves it.
         pixels: What it takes.
         config: Its settings.
@@ -92,6 +93,8 @@ class Leaf(nn.Module):
         accepted = inspect.signature(network.forward).parameters
         self.resampled = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         self.size, self.prefix, self.side, self.parts = pixels.size, 0, None, ()
+        leave_out_head(network)
+        self._exit = None
         with on_shapes():
             self._measure(where)
 
@@ -100,7 +103,10 @@ class Leaf(nn.Module):
         if isinstance(self.network, Queries) and not plain:
             raise UserError(f"{where}: a Q-Former's queries form no map; layer, stages and the like do not apply")
         try:
-            first = self._features(torch.zeros(1, 3, self.size, self.size))
+            black = torch.zeros(1, 3, self.size, self.size)
+            if not self.stages:
+                self._exit = find_exit(self.network, self.layer, **self._inputs(black))
+            first = self._features(black)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         except (ValueError, RuntimeError) as error:
@@ -150,16 +156,19 @@ class Leaf(nn.Module):
         return maps, features[:, 0] if has_class_token else maps.mean((2, 3))
 
     def _features(self, pictures: Tensor) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
-        inputs = {"pixel_values": self.pixels(pictures).to(dtype), **self.resampled}
+        inputs = self._inputs(pictures)
         if not self.stages:
-            return output_of(self.network, self.layer, **inputs)
+            return output_of(self.network, self.layer, self._exit, **inputs)
         depths = getattr(self.network.config, "depths", ())
         states = self.network(output_hidden_states=True, **inputs).hidden_states if depths else ()
         if not states or states[-1].ndim != 4:
             raise UserError("stages is set, but the encoder has no stages that give maps, as a ConvNeXt has")
         stages = states[-len(depths) :]  # before them stands what the first one gets
         return torch.cat([resized(m, stages[0].shape[-1], BILINEAR) for m in stages], 1)
+
+    def _inputs(self, pictures: Tensor) -> dict[str, Any]:
+        dtype = next(self.network.parameters()).dtype
+        return {"pixel_values": self.pixels(pictures).to(dtype), **self.resampled}
 
 
 def as_tokens(maps: Tensor, whole: Tensor, keep_global: bool) -> Tensor:
@@ -250,17 +259,3 @@ def _load(name: str) -> "PreTrainedModel | Patches | Queries":
 def default_layer(network: "PreTrainedModel | Patches | Queries") -> int:
     """Whose output is used where a recipe does not say: see `anymal.adapters.image.modality.ImageOptions`."""
     return -2 if network.config.model_type.startswith("clip") else -1
-
-
-def output_of(network: nn.Module, layer: int, **inputs: Any) -> Tensor:
-    """What a layer, counted from the end, makes of the inputs: [N, tokens, width], or a map [N, width, h, w].
-
-    Raises:
-        UserError: The network has fewer layers.
-    """
-    if layer == -1:
-        return network(**inputs).last_hidden_state
-    states = network(output_hidden_states=True, **inputs).hidden_states
-    if len(states) < -layer:
-        raise UserError(f"layer is {layer}, but the encoder has only {len(states) - 1} layers")
-    return states[layer]

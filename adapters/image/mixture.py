@@ -118,7 +118,7 @@ class Mixture(Encoder):
         self.decode = self._images = decode
         self.tokens, self.width, self.parts = tree.tokens, tree.width, tree.parts
         self.grid = (tree.side, tree.side) if tree.side and tree.tokens == tree.side**2 else None
-        self.shape = (3, decode.size, decode.size)
+        self.shape, self.media_dtype = (3, decode.size, decode.size), torch.uint8
         self.eval()
 
     @property

@@ -10,7 +10,7 @@ so that results do not depend on whether torchvision is installed). Several enco
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anymal.adapters.image.backbone import default_layer, output_of
+from anymal.adapters.image.backbone import default_layer
+from anymal.adapters.image.layers import find_exit, leave_out_head, output_of
+from anymal.adapters.image.lookup import AS_BYTES, look_up, lookup_table
 from anymal.adapters.image.mixture import Mixture, load_mixture
 from anymal.adapters.image.pictures import SquareDecoder
 from anymal.adapters.image.read import read_image
@@ -64,7 +66,7 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDecoder:
-    """bytes → [3, H, W] float32 (or what else the encoder's processor makes of one picture)."""
+    """bytes → [3, H, W] float32 or uint8 (or what else the encoder's processor makes of one picture)."""
 
     processor: "BaseImageProcessor"
     """The encoder's image processor."""
@@ -72,19 +74,31 @@ class ImageDecoder:
     """As in `ImageOptions`."""
     square: bool = False
     """Squash pictures to squares first: for processors whose output would otherwise vary in shape."""
+    as_bytes: bool = False
+    """Whether pixels stay uint8, since the encoder looks up what the processor would have made of them."""
 
     def __call__(self, data: bytes) -> Tensor:
         """Raises `BadSample`."""
         return self.prepare([read_image(data, self.max_pixels)])["pixel_values"][0]
 
     def prepare(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Images of mode RGB → the processor's tensors, stacked over the pictures; ``pixel_values`` as float32."""
+        """Images of mode RGB → the processor's tensors, stacked over the pictures.
+
+        ``pixel_values`` are float32, or uint8 where they are to be looked up.
+        """
         if self.square:
             side = max(max(picture.size) for picture in pictures)
             pictures = [picture.resize((side, side)) for picture in pictures]
-        outputs = self.processor(images=list(pictures), return_tensors="pt")
+        arguments: dict[str, Any] = AS_BYTES if self.as_bytes else {}
+        outputs = self.processor(images=list(pictures), return_tensors="pt", **arguments)
         tensors = {key: torch.as_tensor(value) for key, value in outputs.items()}
-        return tensors | {"pixel_values": tensors["pixel_values"].float()}
+        return tensors if self.as_bytes else tensors | {"pixel_values": tensors["pixel_values"].float()}
+
+
+def with_lookup(images: ImageDecoder) -> tuple[ImageDecoder, Tensor | None]:
+    """The decoder with pixels as uint8 and the table of what they stand for, if its processor allows it to the bit."""
+    table = lookup_table(images.processor)
+    return replace(images, as_bytes=table is not None), table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +144,22 @@ class ImageEncoder(Encoder):
     Args:
         network: [N, 3, H, W] → an output with ``last_hidden_state`` [N, patches (+ others), width], or a feature map
             [N, width, h, w], which becomes h·w tokens in reading order.
-        decode: Its decoding.
+        decode: Its decoding. What is kept of it gives pixels as uint8 where its processor allows that.
         layer: As in `ImageOptions`.
         license: The weights' licence.
     """
 
     savable = True
+    pixel_table: Tensor | None
+    """[3, 256], what each byte of each channel stands for (`anymal.adapters.image.lookup`)."""
 
     def __init__(self, network: "PreTrainedModel", decode: ImageDecoder, layer: int, license: str):
         super().__init__()
         self.network, self.license = network, license
+        decode, table = with_lookup(decode)
         self.decode = self._images = decode
+        self.register_buffer("pixel_table", table, persistent=False)
+        self.media_dtype = torch.float32 if table is None else torch.uint8
         self.layer = layer or default_layer(network)
         self.constants: list[str] = []
         sample = decode.prepare([Image.new("RGB", (256, 256))])
@@ -151,7 +170,10 @@ class ImageEncoder(Encoder):
                 self.constants.append(key)
         self.prefix = 0
         self.grid: tuple[int, int] | None = None
+        leave_out_head(network)
+        self._exit = None
         with torch.no_grad():
+            self._exit = find_exit(network, self.layer, **self._inputs(sample["pixel_values"]))
             first = self._network(sample["pixel_values"])
         if first.ndim == 4:
             self.grid = (first.shape[2], first.shape[3])
@@ -164,7 +186,7 @@ class ImageEncoder(Encoder):
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] → [N, tokens, width]."""
+        """[N, 3, H, W] → [N, tokens, width]: of uint8 as `decode` gives it, or of pixels as the network takes them."""
         return self._tokens(self._network(pixels))
 
     @property
@@ -177,11 +199,16 @@ class ImageEncoder(Encoder):
         save_network(self.network, self.images.processor, folder, weights, self.license)
 
     def _network(self, pixels: Tensor) -> Tensor:
-        constants = {}
+        return output_of(self.network, self.layer, self._exit, **self._inputs(pixels))
+
+    def _inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        if pixels.dtype == torch.uint8 and self.pixel_table is not None:
+            pixels = look_up(self.pixel_table, pixels)
+        inputs = {"pixel_values": pixels}
         for key in self.constants:
             value = getattr(self, f"constant_{key}")
-            constants[key] = value.expand(len(pixels), *value.shape[1:])
-        return output_of(self.network, self.layer, pixel_values=pixels, **constants)
+            inputs[key] = value.expand(len(pixels), *value.shape[1:])
+        return inputs
 
     def _tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features[:, self.prefix :]

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from anymal.adapters.image.lookup import look_up
 from anymal.adapters.image.mixture import Mixture
-from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder
+from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder, with_lookup
 from anymal.adapters.image.pictures import SquareDecoder
 from anymal.adapters.pretrained import load_config, load_image_processor, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
-from anymal.modality import Encoder, Modality, parts
+from anymal.modality import Encoder, Modality, in_chunks, parts
 from anymal.model.hub import license_of
 from anymal.sample import Viewable, Views
 
@@ -61,7 +62,7 @@ class VideoOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDecoder:
-    """bytes → [F, 3, H, W] float32."""
+    """bytes → [F, 3, H, W] float32 or uint8, as `images` prepares them."""
 
     images: ImageDecoder | SquareDecoder
     """Prepares frames as the encoder wants them."""
@@ -113,13 +114,17 @@ class FramesEncoder(Encoder):
             _check_pool(pool, encoder.grid)
         self.tokens, self.width = decode.frames * (pool or encoder.tokens), encoder.width
         self.shape = (decode.frames, *encoder.shape)
+        self.media_dtype, self.inputs_per_medium = encoder.media_dtype, decode.frames
         self.eval()
 
     def forward(self, clips: Tensor) -> Tensor:
         """[N, F, 3, H, W] → [N, F · tokens of a frame, width]."""
-        features = self.encoder(clips.flatten(0, 1))
-        features = _pool(features, self.encoder.grid, self.pool)
+        most = 0 if torch.is_grad_enabled() else self.encoder_batch_size
+        features = in_chunks(self._frames, clips.flatten(0, 1), most)
         return features.unflatten(0, clips.shape[:2]).flatten(1, 2)
+
+    def _frames(self, frames: Tensor) -> Tensor:
+        return _pool(self.encoder(frames), self.encoder.grid, self.pool)
 
     @property
     def savable(self) -> bool:
@@ -135,11 +140,22 @@ class ClipEncoder(Encoder):
     """A frozen video network such as VideoMAE: features [N, time · rows · columns, width]."""
 
     savable = True
+    pixel_table: Tensor | None
+    """As `anymal.adapters.image.modality.ImageEncoder.pixel_table`."""
 
-    def __init__(self, network: "PreTrainedModel", images: ImageDecoder, decode: VideoDecoder, pool: int, license: str):
+    def __init__(
+        self,
+        network: "PreTrainedModel",
+        images: ImageDecoder,
+        table: Tensor | None,
+        decode: VideoDecoder,
+        pool: int,
+        license: str,
+    ):
         super().__init__()
         self.network, self.decode, self.license, self.pool = network, decode, license, pool
         self._images = images
+        self.register_buffer("pixel_table", table, persistent=False)
         config = network.config
         self.times, side = config.num_frames // config.tubelet_size, config.image_size // config.patch_size
         self.grid = (side, side)
@@ -147,10 +163,14 @@ class ClipEncoder(Encoder):
             _check_pool(pool, self.grid)
         self.tokens, self.width = self.times * (pool or side * side), config.hidden_size
         self.shape = (config.num_frames, config.num_channels, config.image_size, config.image_size)
+        self.media_dtype = torch.float32 if table is None else torch.uint8
+        self.inputs_per_medium = config.num_frames
         self.eval()
 
     def forward(self, clips: Tensor) -> Tensor:
         """[N, F, 3, H, W] → [N, tokens, width]."""
+        if clips.dtype == torch.uint8 and self.pixel_table is not None:
+            clips = look_up(self.pixel_table, clips)
         features = self.network(pixel_values=clips).last_hidden_state
         features = _pool(features.unflatten(1, (self.times, -1)).flatten(0, 1), self.grid, self.pool)
         return features.unflatten(0, (len(clips), self.times)).flatten(1, 2)
@@ -205,9 +225,9 @@ def _load_clip_encoder(name: str, config: "PreTrainedConfig", options: VideoOpti
     if options.frames not in (0, config.num_frames):
         raise UserError(f"frames is {options.frames}, but {name!r} takes {config.num_frames}")
     network = load_network(name)
-    images = ImageDecoder(processor=load_image_processor(name), max_pixels=options.max_pixels)
+    images, table = with_lookup(ImageDecoder(processor=load_image_processor(name), max_pixels=options.max_pixels))
     decode = VideoDecoder(images=images, frames=config.num_frames, max_seconds=options.max_seconds)
-    return ClipEncoder(network, images, decode, options.pool, license_of(name))
+    return ClipEncoder(network, images, table, decode, options.pool, license_of(name))
 
 
 MODALITY = Modality(

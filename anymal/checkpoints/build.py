@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from anymal.checkpoints.built import Built
 from anymal.checkpoints.checkpoint import recipe, start_at
 from anymal.checkpoints.load import load_projectors, with_lora
 from anymal.checkpoints.networks import Start
-from anymal.config.schema import Config, ModalityConfig, ProjectorConfig
+from anymal.config.schema import Config, ModalityConfig, ProjectorConfig, encoder_learns
 from anymal.config.settings import options
 from anymal.config.stages import encoder_names
 from anymal.data.prepare import prepare
@@ -21,7 +21,7 @@ from anymal.errors import UserError
 from anymal.modality import Adapter, Encoder, Projector, parts
 from anymal.model.fake_tensors import new_tensors
 from anymal.model.hub import license_of
-from anymal.model.llm import base_model, embedding_std, load_llm, token_embedding
+from anymal.model.llm import base_model, compute_dtype, embedding_std, load_llm, token_embedding
 from anymal.model.multimodal import AnyMAL
 from anymal.model.registry import Fit, Registry
 
@@ -56,6 +56,7 @@ def build(
     layers = base_model(llm).config.get_text_config().num_hidden_layers
     modalities = networks.encoders_of(settings.modalities, start.modalities)
     adapters = build_adapters(registry, modalities, width, std, llm_layers=layers)
+    dtypes = _travelling(adapters, train, device)
     networks.load_bare({name: adapter.encoder for name, adapter in adapters.items()}, start.modalities)
     model = AnyMAL(llm, adapters, train, low_precision=settings.llm.bits != 32)
     if not fresh:
@@ -64,9 +65,15 @@ def build(
         model=model,
         adapters=adapters,
         tokenizer=tokenizer,
-        prepare=prepare(tokenizer, adapters, config.prompt, config.data.max_tokens),
+        prepare=prepare(tokenizer, adapters, config.prompt, config.data.max_tokens, dtypes),
         llm_license=settings.llm.license or license_of(settings.llm.name),
     )
+
+
+def _travelling(adapters: Iterable[str], train: Sequence[str], device: torch.device) -> dict[str, torch.dtype]:
+    """In which floating media travel, where their encoder is frozen and computes in less than float32."""
+    dtype = compute_dtype(device)
+    return {} if dtype == torch.float32 else {name: dtype for name in adapters if not encoder_learns(name, train)}
 
 
 def _say_other_precisions(bits: int, start: Start) -> None:
@@ -129,9 +136,11 @@ def load_encoder(registry: Registry, name: str, config: ModalityConfig) -> Encod
                 f"model.modalities.{name}.encoder=FOLDER"
             )
     try:
-        return modality.load(config.encoder, resolved)
+        encoder = modality.load(config.encoder, resolved)
     except UserError as error:
         raise UserError(f"model.modalities.{name}: {error}") from error
+    encoder.encoder_batch_size = config.encoder_batch_size
+    return encoder
 
 
 def build_projector(registry: Registry, config: ProjectorConfig, fit: Fit) -> Projector:

@@ -54,6 +54,13 @@ class ModalityConfig:
     """What is trained between the encoder and the LLM."""
     options: dict[str, Any] = field(default_factory=dict)
     """Decoding settings of this modality (listed by --help under its name)."""
+    encoder_batch_size: int = 64
+    """Most pictures, frames, sounds or windows that the frozen encoder takes at once, which bounds its memory whatever
+    the micro-batch holds. A clip counts as its frames. 0: all at once, as always in training where it learns."""
+
+    def __post_init__(self):
+        size = self.encoder_batch_size
+        _require(size >= 0, f"encoder_batch_size is {size}; it is at least 1, or 0 for all at once")
 
 
 @dataclass(frozen=True, kw_only=True)

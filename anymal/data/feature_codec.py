@@ -31,7 +31,10 @@ LARGEST = 1e9  # of a feature, or of what is decoded: beyond any encoder's; sums
 _LONGEST_REASON = 2000  # bytes
 _OVERHEAD = 1 << 16  # bytes beside the tensors: safetensors' header
 _DTYPES = {torch.float32, torch.bfloat16, torch.int8}
-_PASSING = ("training", "license", "name_or_path", "transformers_version")  # no features depend on these
+_PASSING = (  # no features depend on these, but for the last bits on the size of a batch
+    *("training", "license", "name_or_path", "transformers_version"),
+    *("as_bytes", "media_dtype", "inputs_per_medium", "encoder_batch_size"),
+)
 
 
 class Stored(bytes):

@@ -1,9 +1,10 @@
 """What a loader worker does with one sample: decode its media, then tokenise it. Between `parse` and `packing`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from anymal.config.schema import PromptConfig
@@ -11,7 +12,7 @@ from anymal.data import feature_codec
 from anymal.data.prompt import Prompt
 from anymal.errors import BadSample
 from anymal.modality import Adapter
-from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, with_note
+from anymal.sample import TEXT, Features, Message, Noted, Part, Sample, Tokens, Viewable, Views, with_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,9 @@ class Prepare:
     """How the bytes of each modality become what its encoder takes."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """[tokens, width] of each modality's features, for those that are read in place of media."""
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """In which floating media of a modality travel, where that is not the decoder's float32: what their frozen encoder
+    computes in, to which they would be cast on the device in any case."""
 
     def __call__(self, sample: Sample) -> Tokens:
         """Encoded media and texts → what the packing takes.
@@ -77,15 +81,38 @@ class Prepare:
         if isinstance(part.content, feature_codec.Stored):
             return Features(tensor=feature_codec.load(part.content, *self.shapes[part.kind])), ""
         content, note = with_note(self.decoders[part.kind](part.content))
-        if not isinstance(content, Viewable):
-            feature_codec.check(content, f"the {part.kind} {part.member}, once decoded,")
-        return content, note
+        dtype = self.dtypes.get(part.kind)
+        if isinstance(content, Viewable):
+            return replace(content, views=_ViewsIn(content.views, dtype)), note
+        feature_codec.check(content, f"the {part.kind} {part.member}, once decoded,")
+        return _in(dtype, content), note
+
+
+@dataclass(frozen=True)
+class _ViewsIn:
+    """Views of a medium in another dtype."""
+
+    views: Callable[[int], Views]
+    dtype: torch.dtype | None
+
+    def __call__(self, count: int) -> Views:
+        views = self.views(count)
+        return replace(views, tensor=_in(self.dtype, views.tensor))
+
+
+def _in(dtype: torch.dtype | None, medium: Tensor) -> Tensor:
+    """A medium of floating numbers in that dtype; any other as it is."""
+    return medium.to(dtype) if dtype is not None and medium.is_floating_point() else medium
 
 
 def prepare(
-    tokenizer: "PreTrainedTokenizerBase", adapters: dict[str, Adapter], config: PromptConfig, max_tokens: int
+    tokenizer: "PreTrainedTokenizerBase",
+    adapters: dict[str, Adapter],
+    config: PromptConfig,
+    max_tokens: int,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Prepare:
-    """Build the worker's function for a model's adapters."""
+    """Build the worker's function for a model's adapters; `dtypes` as in `Prepare`."""
     names = {name: adapter.modality.placeholder for name, adapter in adapters.items()}
     length = {name: adapter.tokens for name, adapter in adapters.items()}
     prompt = Prompt(tokenizer=tokenizer, config=config, placeholder=names, length=length, max_tokens=max_tokens)
@@ -93,4 +120,5 @@ def prepare(
         prompt=prompt,
         decoders={name: adapter.decode for name, adapter in adapters.items()},
         shapes={name: (adapter.encoder.tokens, adapter.encoder.width) for name, adapter in adapters.items()},
+        dtypes=dtypes or {},
     )

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from anymal.checkpoints import networks
 from anymal.checkpoints.build import build_adapters
-from anymal.config.schema import Checkpointing, Config
+from anymal.config.schema import Checkpointing, Config, encoder_learns
 from anymal.data.packing import pack
 from anymal.data.view_budget import degrade
 from anymal.environment import swapped
 from anymal.errors import UserError
 from anymal.estimation.fake_llm import make_llm, stored_bytes, with_layers
 from anymal.estimation.memory import MemoryTracker, computing_on
-from anymal.modality import Adapter
+from anymal.modality import Adapter, media_dtype
 from anymal.model import norms
 from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
@@ -183,14 +183,23 @@ class FakeStep:
         for i, (length, kinds) in enumerate(self.rows(work, samples)):
             sizes = [self.adapters[kind].tokens for kind in kinds]
             runs = [(kind, sum(sizes[:n]), sizes[n]) for n, kind in enumerate(kinds)]
-            shapes = [self.adapters[kind].encoder.shape for kind in kinds]
-            media: list[Tensor | Features] = [
-                torch.randn(shape) if real else torch.zeros(()).expand(shape) for shape in shapes
-            ]
+            media: list[Tensor | Features] = [self._medium(kind, real=real) for kind in kinds]
             labels = [IGNORED] * (length - work.answers) + [0] * work.answers
             packed.append(Tokens(key=str(i), ids=[0] * length, labels=labels, runs=runs, media=media))
         with nullcontext() if real else self._fake:
             return pack(packed)
+
+    def _medium(self, kind: str, *, real: bool) -> Tensor:
+        """A medium as it travels: noise if it is `real`, else its shape and dtype."""
+        encoder = self.adapters[kind].encoder
+        dtype = media_dtype(encoder)
+        if self.gpu and dtype.is_floating_point and not encoder_learns(kind, self.config.train):
+            dtype = torch.bfloat16  # see `anymal.data.prepare.Prepare.dtypes`
+        if not real:
+            return torch.zeros((), dtype=dtype).expand(encoder.shape)
+        if dtype.is_floating_point:
+            return torch.randn(encoder.shape).to(dtype)
+        return torch.randint(256, encoder.shape, dtype=dtype)
 
     def flops(self, work: Workload, samples: int) -> tuple[Counter[str], float]:
         """FLOPs of a micro-batch by part, and those recomputed on top."""

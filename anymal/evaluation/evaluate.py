@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from anymal.data.prepare import Prepare
 from anymal.errors import BadSample
 from anymal.evaluation.scores import BLANK, OWN, SHUFFLED, Option, Record
+from anymal.modality import media_dtype
 from anymal.model.generate import Answer, embed_prompt, generate, log_likelihoods
 from anymal.model.multimodal import AnyMAL
 from anymal.sample import TEXT, Features, Sample, Tokens
@@ -171,7 +172,7 @@ def _encoded(
             if name == modality and isinstance(medium, Tensor)
         ]
         if media and modality not in blanks:
-            (blanks[modality],) = _features(model, modality, [torch.zeros_like(media[0][1])])
+            (blanks[modality],) = _features(model, modality, [_blank(model, modality, media[0][1])])
         for batch in _batches(media, batch_size):
             encoded = _features(model, modality, [medium for _, medium in batch])
             for (i, _), features in zip(batch, encoded, strict=True):
@@ -179,6 +180,12 @@ def _encoded(
     for sample, of_sample in zip(window, by_sample, strict=True):
         sample.tokens = replace(sample.tokens, media=[])
         yield sample, of_sample, {name: [blanks[name]] * len(several) for name, several in of_sample.items()}
+
+
+def _blank(model: AnyMAL, modality: str, medium: Tensor) -> Tensor:
+    """A medium of which the encoder's network sees zeros alone: not a zero byte, which stands for black."""
+    as_bytes = media_dtype(model.encoders[modality]) == torch.uint8
+    return torch.zeros_like(medium, dtype=torch.float32 if as_bytes else medium.dtype)
 
 
 def _features(model: AnyMAL, modality: str, media: Sequence[Tensor]) -> list[Features]:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from anymal.modality import Projector
+from anymal.modality import Projector, media_dtype
 from anymal.model.cross_attention import MediaSpan, media_spans
 from anymal.model.llm import base_model, output_layer, token_embedding
 from anymal.model.multimodal import AnyMAL
@@ -195,9 +195,15 @@ class StepFlops:
         """FLOPs of an encoder for one medium."""
         if name not in self.encoder:
             encoder = self._encoders[name]
-            shape, floating = encoder.shape, next((p.dtype for p in encoder.parameters()), torch.float32)
+            shape, dtype = getattr(encoder, "shape", None), media_dtype(encoder)
+            if shape is None:
+                _log.warning("encoder of %s: its FLOPs are left out of the figures, since it has no shape", name)
+                self.encoder[name] = 0
+                return 0
+            if dtype.is_floating_point:  # as `anymal.model.multimodal.run_encoder` casts them
+                dtype = next((p.dtype for p in encoder.parameters()), dtype)
             passes = 3 if any(p.requires_grad for p in encoder.parameters()) else 1
-            self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), floating)
+            self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), dtype)
         return self.encoder[name]
 
     def count(self, batch: Batch) -> tuple[float, float]:

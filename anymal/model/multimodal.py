@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.config.schema import encoder_learns
-from anymal.modality import Adapter, Encoder
+from anymal.modality import Adapter, Encoder, in_chunks, zero_media
 from anymal.model import attention, precision
 from anymal.model.cross_attention import CrossAttention, VisibleMedia, media_spans
 from anymal.model.llm import base_model, compute_dtype, set_frozen_mode, token_embedding
@@ -103,7 +103,7 @@ class AnyMAL(nn.Module):
         learnt = {}
         for name in self.trained_encoders:
             encoder, media = self.encoders[name], batch.media.get(name)
-            learnt[name] = encoder(torch.zeros(1, *encoder.shape, device=self.device) if media is None else media)
+            learnt[name] = encoder(zero_media(encoder, 1, self.device) if media is None else media)
         return features | learnt
 
     def embed(self, batch: Batch, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,17 @@ def freeze_encoder(encoder: Encoder, device: torch.device) -> None:
 
 @torch.no_grad()
 def run_encoder(encoder: Encoder, media: Tensor, device: torch.device) -> Tensor:
-    """Decoded media [N, ...] → features [N, tokens, width], on the encoder's device."""
+    """Decoded media [N, ...] → features [N, tokens, width], on the encoder's device.
+
+    The one way through an encoder that does not learn, in every program: in the dtype of its weights, never under
+    autocast, at most ``encoder_batch_size`` inputs of its network at a time. So equal chunks give equal features.
+    """
     media = media.to(device)
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), compute_dtype(device))
-    return encoder(media.to(dtype) if media.is_floating_point() else media)
+
+    def encode(chunk: Tensor) -> Tensor:
+        return encoder(chunk.to(dtype) if chunk.is_floating_point() else chunk)
+
+    most = getattr(encoder, "encoder_batch_size", 0)
+    with precision.without_autocast(device):
+        return in_chunks(encode, media, most and max(1, most // getattr(encoder, "inputs_per_medium", 1)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.errors import UserError
-from anymal.modality import Encoder
+from anymal.modality import Encoder, zero_media
 from anymal.model.flops import numel
 from anymal.model.multimodal import AnyMAL
 
@@ -64,7 +64,7 @@ def _used(encoder: Encoder, device: torch.device) -> list[nn.Parameter]:
     Others would never get a gradient: neither ZeRO nor AdamW without it can save a state for such.
     """
     parameters = list(encoder.requires_grad_(True).parameters())
-    features = encoder(torch.zeros(1, *encoder.shape, device=device))
+    features = encoder(zero_media(encoder, 1, device))
     gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     encoder.requires_grad_(False)
     return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

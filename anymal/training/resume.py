@@ -29,7 +29,7 @@ _ROUNDING = "results are rounded otherwise"
 NOTED = {
     r"data\.shards|data\.datasets\.[^.]+\.shards": _SHARDS,
     r"data\.features": "features of another precision differ by rounding",
-    r"engine\.(zero|deepspeed)|model\.llm\.attention": _ROUNDING,
+    r"engine\.(zero|deepspeed)|model\.llm\.attention|model\.modalities\.[^.]+\.encoder_batch_size": _ROUNDING,
     r"model\.checkpoint(\..+)?": "it has begun, and goes on from its own checkpoint (a new one takes another run.dir)",
     r"optim\.steps": "from here on the learning rate follows the schedule of a run of that length",
     r"model\.modalities\.[^.]+\.encoder": "the weights there are compared with those it was trained on",

@@ -83,12 +83,12 @@ def test_clip_gives_the_patches_of_the_last_layer_but_one(tmp_path):
     from transformers import CLIPModel
 
     encoder = load_image_encoder(tiny.clip(tmp_path), ImageOptions())
-    pixels = encoder.decode(picture())[None]
+    pixels = tiny.processed(str(tmp_path), tiny.opened(picture()))
     with torch.no_grad():
         states = CLIPModel.from_pretrained(tmp_path).vision_model(pixels, output_hidden_states=True).hidden_states
-    assert torch.allclose(encoder(pixels), states[-2][:, 1:], atol=1e-6)
+    assert torch.allclose(encoder(encoder.decode(picture())[None]), states[-2][:, 1:], atol=1e-6)
     last = load_image_encoder(str(tmp_path), ImageOptions(layer=-1))
-    assert torch.allclose(last(pixels), states[-1][:, 1:], atol=1e-6)
+    assert torch.allclose(last(last.decode(picture())[None]), states[-1][:, 1:], atol=1e-6)
     assert not any("text" in name for name, _ in encoder.named_parameters())
     with pytest.raises(UserError, match="only 3 layers"):
         load_image_encoder(str(tmp_path), ImageOptions(layer=-9))
@@ -99,11 +99,11 @@ def test_dinov2_and_siglip_give_their_patches(tmp_path):
 
     for make, cls, skip in ((tiny.dinov2, Dinov2Model, 1), (tiny.siglip, SiglipVisionModel, 0)):
         encoder = load_image_encoder(make(tmp_path / cls.__name__), ImageOptions())
-        pixels = encoder.decode(picture())[None]
+        pixels = tiny.processed(str(tmp_path / cls.__name__), tiny.opened(picture()))
         with torch.no_grad():
             expected = cls.from_pretrained(tmp_path / cls.__name__)(pixels).last_hidden_state[:, skip:]
         assert encoder.tokens == 16
-        assert torch.allclose(encoder(pixels), expected, atol=1e-6)
+        assert torch.allclose(encoder(encoder.decode(picture())[None]), expected, atol=1e-6)
     encoder = load_image_encoder(tiny.siglip2(tmp_path / "naflex"), ImageOptions())
     made = encoder.decode.processor(images=read_image(picture(size=(40, 40)), 10_000), return_tensors="pt")
     with torch.no_grad():

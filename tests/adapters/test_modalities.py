@@ -39,7 +39,7 @@ def test_features_have_the_stated_shape(loaded):
     name, encoder = loaded
     medium = decoded(encoder.decode, MEDIA[name]())
     assert medium.dtype in (torch.float32, torch.uint8)
-    other = medium.flip(-1) * 0.5  # a plain half would be the same to an encoder that normalises
+    other = (medium.flip(-1) * 0.5).to(medium.dtype)  # a plain half would be the same to an encoder that normalises
     features = encoder(torch.stack([medium, other]))
     assert features.shape == (2, encoder.tokens, encoder.width)
     assert features.isfinite().all()
@@ -76,7 +76,7 @@ def test_encoder_runs_in_bf16(loaded):
     medium = decoded(encoder.decode, MEDIA[name]())[None]
     exact = encoder(medium)
     try:
-        rounded = encoder.to(torch.bfloat16)(medium.bfloat16())
+        rounded = encoder.to(torch.bfloat16)(medium.bfloat16() if medium.is_floating_point() else medium)
     finally:
         encoder.float()
     assert rounded.dtype == torch.bfloat16

@@ -84,6 +84,7 @@ def test_what_changes_nothing_may_change_freely(override):
         ("model.modalities.image.encoder=/models/clip", "image.encoder was clip, is /models/clip: the weights there"),
         ("model.llm.attention=sdpa", "model.llm.attention was packed, is sdpa: results are rounded otherwise"),
         ("engine.zero=3", "engine.zero was 1, is 3: results are rounded otherwise"),
+        ("model.modalities.image.encoder_batch_size=8", "batch_size was 64, is 8: results are rounded otherwise"),
         ("model.checkpoint=b", "model.checkpoint was null, is b: it has begun, and goes on from its own checkpoint"),
     ],
 )

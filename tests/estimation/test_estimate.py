@@ -45,6 +45,14 @@ def _config(folders, *more: str, zero: int = 0) -> Config:
     return load(Config, None, [*given, "model.modalities.imu.options.rate=50", *more])
 
 
+@pytest.mark.parametrize("real", [False, True])
+def test_media_are_of_the_dtype_in_which_they_travel(folders, real):
+    config = _config(folders, "train=[projectors,encoders.image]")
+    for gpu, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        media = FakeStep(config, REGISTRY, gpu=gpu).batch(WORK, 2, real=real).media
+        assert {kind: medium.dtype for kind, medium in media.items()} == {"image": torch.uint8, "imu": dtype}
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 96), (300, 512)])
 def test_bytes_of_a_quantised_matrix(rows, columns):
     """4 bits: half a byte a weight, a scale of a byte for each 64, a float32 scale for each 256 of those, tables.
