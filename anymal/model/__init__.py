@@ -5,7 +5,7 @@
 
 1. `multimodal`: that figure. Mixed precision (autocast) is set there. Read it first.
 2. `trainable`: which parameters learn; all others are frozen there.
-3. `llm`: loading at 4, 8, 16 or 32 bits, LoRA, the table of token embeddings.
+3. `llm`: loading at 4, 8, 16 or 32 bits, the table of token embeddings. `lora`: what of PEFT's LoRA and its kin.
 4. `attention`: each packed sample by itself, without an attention mask. `cross_attention`: media between the LLM's
    layers.
 5. `activation_checkpointing`: what the backward pass keeps, and what it computes again.

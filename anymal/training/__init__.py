@@ -4,8 +4,8 @@
 
 1. `run`: from settings to the last checkpoint. Read it first, then `loop`. `restore`: all that a run stands on, made or
    restored by one function. `resume`: which settings may change between two starts.
-2. `engine`: DeepSpeed: data parallel ranks, ZeRO, AdamW, gradient clipping, the learning rate schedule.
-   `optimizer_state`: out of the engine and back, whatever the number of ranks.
+2. `engine`: DeepSpeed: data parallel ranks, ZeRO, gradient clipping. `optimizer`: AdamW, parameter groups, the learning
+   rate schedule. `optimizer_state`: out of the engine and back, whatever the number of ranks.
 3. `loop`: micro-batches, gradient accumulation, the loss divided by the answer tokens of all ranks.
 4. `prefetch`: the next micro-batch is copied to the GPU and encoded while the LLM is busy with this one.
 5. `recovery`: a loss or gradient that is not finite (NaN): which sample it was, and on without it.

@@ -2,8 +2,9 @@
 
     stream ──micro-batches──▶ prefetch ──▶ forward, backward: gradient accumulation ──▶ optimizer step ──▶ checkpoint
 
-Where the rest of a step is: the learning rate schedule, data parallel ranks and ZeRO in `anymal.training.engine`;
-gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a GPU) is the model's autocast.
+Where the rest of a step is: AdamW and the learning rate schedule in `anymal.training.optimizer`, data parallel ranks
+and ZeRO in `anymal.training.engine`; gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a
+GPU) is the model's autocast.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from anymal.config.schema import Config
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.model.flops import StepFlops
 from anymal.sample import Batch
-from anymal.training.engine import Engine, gather, learning_rate, scale_of, set_learning_rate, step, sum_over_ranks
+from anymal.training.engine import Engine, gather, scale_of, step, sum_over_ranks
 from anymal.training.meter import Meter
+from anymal.training.optimizer import set_learning_rate
 from anymal.training.prefetch import Prefetcher
 from anymal.training.recovery import refuse_nonfinite
 from anymal.training.tracking import Tracker
@@ -71,8 +73,7 @@ def train(
     micro_batches = fetch() if done < last else []
     while done < last:
         _seed(config.run.seed, done, rank)
-        rate = learning_rate(done, config.optim)
-        set_learning_rate(engine, rate)
+        rates = set_learning_rate(engine.optimizer.param_groups, done, config.optim)
         fetch_next = fetch if done + 1 < last else None
         applied, losses, following = _optimizer_step(engine, micro_batches, prefetcher, fetch_next)
         if not applied:
@@ -87,7 +88,7 @@ def train(
         micro_batches = following
         stop = sum_over_ranks(torch.tensor(int(signals.stop_requested()), device=model.device)).item() > 0
         if done % config.run.log_every == 0 or done == last:
-            tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
+            tracker.log(done, meter.figures(**rates, **_norm(engine)))
         if done % config.run.save_every == 0 or done == last or stop:
             save(done, merge_bookmarks(gather(bookmark)))
         if stop and done < last:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.checkpoints.networks import MASTER
+from anymal.model.lora import is_lora
 from anymal.model.trainable import trainable
 from anymal.training.engine import Engine
 
@@ -30,7 +31,7 @@ def portable_parameters(engine: Engine) -> dict[str, Tensor]:
 
     parameters = {}
     for name, parameter in engine.module.named_parameters():
-        if name.startswith(("projectors.", "trained_encoders.")) or "lora_" in name or parameter.requires_grad:
+        if name.startswith(("projectors.", "trained_encoders.")) or is_lora(name) or parameter.requires_grad:
             with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
                 if engine.global_rank == 0:
                     parameters[name] = parameter.detach().float().cpu().clone()
