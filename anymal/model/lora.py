@@ -118,7 +118,7 @@ def copies_in_float32(wrapped: nn.Module) -> bool:
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         if dtype != torch.float32:
             rounded = True
-            module.float()
+            module.to(torch.float32)
             module.register_forward_pre_hook(_inputs_in_float32, with_kwargs=True)
             module.register_forward_hook(partial(_output_in, dtype))
     return rounded
@@ -176,7 +176,7 @@ def begin_at_quantisation_error(wrapped: nn.Module, llm: str) -> None:
         if layer.lora_magnitude_vector:  # DoRA's are the lengths of the rows of what it begins with
             magnitude: Any = layer.lora_magnitude_vector["default"]
             magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=scaling)
-            magnitude.float()
+            magnitude.to(torch.float32)
 
 
 def _whole_weights(llm: str) -> Callable[[str], Tensor]:
