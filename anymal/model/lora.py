@@ -190,10 +190,6 @@ def _whole_weights(llm: str) -> Callable[[str], Tensor]:
     def find(file: str) -> str | None:
         return cached_file(llm, file, _raise_exceptions_for_missing_entries=False)
 
-    refused = UserError(
-        f"model.lora.init=loftq reads the whole weights of {llm}, and finds no {{}} there in .safetensors; set "
-        "model.lora.init=default"
-    )
     index = find(SAFE_WEIGHTS_INDEX_NAME)
     file_of = json.loads(Path(index).read_text())["weight_map"] if index else {}
 
@@ -203,6 +199,9 @@ def _whole_weights(llm: str) -> Callable[[str], Tensor]:
             with safe_open(path, "pt") as file:
                 if name in file.keys():  # noqa: SIM118  it is no dict
                     return file.get_tensor(name)
-        raise UserError(str(refused).format(name))
+        raise UserError(
+            f"model.lora.init=loftq reads the whole weights of {llm}, and finds no {name} there in .safetensors; set "
+            "model.lora.init=default"
+        )
 
     return read
