@@ -28,7 +28,8 @@ class Encoder(nn.Module):
     tokens: int
     """Features of one medium, before the projector."""
     shape: tuple[int, ...]
-    """Of one decoded medium, without N. Asked for by ``anymal estimate``, and where the encoder learns."""
+    """Of one decoded medium, without N. Asked for by ``anymal estimate``, where the encoder learns, and
+    to count FLOPs."""
     license: str
     """The licence of the weights as far as it is known, for the model card; ``"unknown"`` otherwise."""
     decode: Callable[[bytes], Tensor | Noted | Viewable]

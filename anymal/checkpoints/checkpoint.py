@@ -40,6 +40,7 @@ from anymal.config.schema import Config, RunConfig
 from anymal.errors import UserError
 from anymal.files import writing
 from anymal.modality import Adapter
+from anymal.model.lora import is_lora
 
 LATEST = retention.LATEST
 _log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _save_adapters(built: Built, parameters: Mapping[str, Tensor], config: Confi
 
 
 def _save_lora(built: Built, parameters: Mapping[str, Tensor], folder: Path) -> None:
-    lora = {name: tensor for name, tensor in below(parameters, "llm.").items() if "lora_" in name}
+    lora = {name: tensor for name, tensor in below(parameters, "llm.").items() if is_lora(name)}
     if not lora:
         return
     from peft import PeftModel, get_peft_model_state_dict

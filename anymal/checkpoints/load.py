@@ -18,6 +18,7 @@ from anymal.config.schema import LoraConfig, ModalityConfig, ProjectorConfig
 from anymal.errors import UserError
 from anymal.modality import Adapter
 from anymal.model.llm import add_lora, load_lora
+from anymal.model.lora import is_lora
 from anymal.model.multimodal import AnyMAL
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ def _require_whole_lora(llm: nn.Module, path: Path) -> None:
     """PEFT only warns of tensors that are missing: half an update would be used as if it were the whole."""
     from peft import get_peft_model_state_dict
 
-    of_llm = {name: parameter for name, parameter in llm.named_parameters() if "lora_" in name}
+    of_llm = {name: parameter for name, parameter in llm.named_parameters() if is_lora(name)}
     wanted = set(get_peft_model_state_dict(llm, state_dict=of_llm, save_embedding_layers=False))
     try:
         with safe_open(path, "pt") as file:
-            saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118  it is no dict
+            saved = set(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is missing or damaged: {error}; use an older checkpoint") from error
     if wanted != saved:

@@ -28,7 +28,10 @@ NAMES = ("_name_or_path", "transformers_version")
 """What may differ between the configs of two LLMs."""
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")
 """What an LLM's folder holds beside its weights, as far as it is no code."""
-LORA_OWN = ("r", "lora_alpha", "lora_dropout", "inference_mode", "base_model_name_or_path", "peft_version")
+LORA_OWN = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
+    *("inference_mode", "base_model_name_or_path", "peft_version"),
+)
 """What may differ between two LoRAs: the mix takes care of rank and scale, and the rest leaves the update as it is."""
 
 
@@ -111,7 +114,7 @@ def mix_checkpoints(mix: Mix) -> None:
             mix_projectors(a / part, b / part, out / part, mix.beta, moved(mix, name))
         if (a / "lora").is_dir():
             rank, alpha = mix_lora(config.model.llm.name, a / "lora", b / "lora", out / "lora", mix.beta)
-            lora = replace(config.model.lora, rank=rank, alpha=alpha)
+            lora = replace(config.model.lora, rank=rank, alpha=alpha, rslora=False)
             config = replace(config, model=replace(config.model, lora=lora))
         for network in trained_networks(a, b):
             mix_llms(replace(mix, a=str(a / network), b=str(b / network), out=str(out / network)))
@@ -171,7 +174,8 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
     fit into it.
 
     Returns:
-        Rank and alpha of the result; alpha is the rank, since PEFT puts beta and both scales into the matrices.
+        Rank and alpha of the result; alpha is the rank, since PEFT puts beta and both scales into the matrices, and
+        those of rsLoRA too.
     """
     from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict
 
@@ -180,6 +184,12 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
         {k: sorted(v) if isinstance(v, list) else v for k, v in one.items() if k not in LORA_OWN} for one in described
     ]
     require_alike(*kept, where="lora")
+    for setting, key in (("dora", "use_dora"), ("modules_to_save", "modules_to_save")):
+        if described[0].get(key):
+            raise UserError(
+                f"the LoRAs {a} and {b} were trained with model.lora.{setting}: what that makes of a layer is no sum "
+                "of updates, so they cannot be mixed"
+            )
     try:
         both = PeftModel.from_pretrained(hollow_llm(llm), str(a), adapter_name="a", torch_device="cpu")
         both.load_adapter(str(b), "b", torch_device="cpu")
@@ -192,6 +202,7 @@ def mix_lora(llm: str, a: Path, b: Path, out: Path, beta: float) -> tuple[int, f
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
     mix = both.peft_config["mix"]
     assert isinstance(mix, LoraConfig)
+    mix.use_rslora = False  # as for alpha
     mix.save_pretrained(str(out))
     return mix.r, float(mix.lora_alpha)
 

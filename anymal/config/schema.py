@@ -10,9 +10,18 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from anymal.errors import UserError, nearest
+from anymal.errors import UserError, alternatives, nearest
 
 Checkpointing = Literal["none", "selective", "full"]
+Schedule = Literal["cosine", "linear", "constant"]
+LORA_INIT = ("default", "gaussian", "loftq")
+_MOVES_BASE = "it changes the LLM's own weights, which a checkpoint does not hold: loaded again, the LoRA would not fit"
+_WANTS_DATA = "it is computed from the LLM's activations or gradients on data, which are not there when a run begins"
+LORA_INIT_REFUSED = {
+    **dict.fromkeys(("pissa", "olora"), _MOVES_BASE),
+    **dict.fromkeys(("corda", "eva", "lora_ga"), _WANTS_DATA),
+}
+"""What PEFT offers as ``init_lora_weights`` and ``model.lora.init`` does not, with the reason."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -106,10 +115,27 @@ class LoraConfig:
     """Dropout on the update's input."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an update, or [all-linear]."""
+    exclude: list[str] = field(default_factory=list)
+    """Names of layers among the targets that get none."""
+    rslora: bool = False
+    """Scale the update by alpha / √rank (PEFT's use_rslora), so that high ranks learn as fast as low ones."""
+    dora: bool = False
+    """Learn the length of each row of the updated weights as well (PEFT's use_dora). It takes more time and memory; not
+    with engine.zero 3."""
+    init: str = "default"
+    """How the update begins: default (A random, B zero), gaussian (A from a normal distribution, B zero), or loftq (the
+    best approximation of what 4 bits take from the weights; model.llm.bits 4)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules of the LLM of which a copy is trained beside the update and saved with it, all of their weights,
+    in float32: [embed_tokens, lm_head]. Not modules that are quantised."""
 
     def __post_init__(self):
         _require(self.rank > 0, f"model.lora.rank is {self.rank}; it must be at least 1")
         _require(0 <= self.dropout < 1, f"model.lora.dropout is {self.dropout}; it is a share below 1")
+        kind = self.init.split("_niter_")[0]
+        if reason := LORA_INIT_REFUSED.get(kind):
+            raise UserError(f"model.lora.init={self.init}: {reason}; set it to {alternatives(LORA_INIT)}")
+        _require(self.init in LORA_INIT, f"model.lora.init is {self.init!r}; it can be {alternatives(LORA_INIT)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +161,11 @@ class ModelConfig:
         elif isinstance(start, list):
             fits = all(isinstance(folder, str) for folder in start)
         _require(fits, f"model.checkpoint is {start!r}; it can be a folder, a list of folders, or one by modality")
+        _require(
+            not (self.lora.dora and self.llm.bits == 8),
+            "model.lora.dora does not go with model.llm.bits=8: PEFT cannot read back weights at 8 bits without harm; "
+            "set model.llm.bits to 4, 16 or 32",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,17 +259,40 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimGroup:
+    """What AdamW does otherwise with some of the parameters that learn."""
+
+    lr: float | None = None
+    """Peak learning rate of these parameters; null takes optim.lr."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of these parameters; null takes optim.weight_decay."""
+
+    def __post_init__(self):
+        _require(min(self.lr or 0, self.weight_decay or 0) >= 0, "a group's lr and weight_decay cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW; the learning rate rises linearly to its peak, then follows a schedule."""
 
     lr: float = 2e-4
     """Peak learning rate (AnyMAL: 2e-4 for images, 1e-4 for the others, 1e-5 for instruction tuning)."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of all that learns alike: biases and norms are not left out."""
+    groups: dict[str, OptimGroup] = field(default_factory=dict)
+    """Learning rate and weight decay of some parameters, by a name that train may list: projectors, projectors.NAME,
+    encoders, encoders.NAME, lora, llm. Each takes a value from the most specific name that sets it. Every rate follows
+    the same schedule. On the command line: optim.groups.lora.lr=2e-4, 'optim.groups={projectors.NAME: {lr: 1e-3}}'."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Adam's decay rates of the first and second moment."""
+    schedule: Schedule = "cosine"
+    """What the learning rate does after warm-up: half a cosine or a line down to the end, or nothing."""
     warmup: float = 0.03
     """Share of the steps over which the learning rate rises."""
+    warmup_steps: int | None = None
+    """In place of warmup: the number of these steps."""
+    min_lr_rate: float = 0.0
+    """Where a cosine or linear schedule ends, as a share of the peak."""
     steps: int = 1000
     """Optimizer steps of the run."""
     gradient_accumulation: int = 1
@@ -249,10 +303,26 @@ class OptimConfig:
     def __post_init__(self):
         least = min(self.steps, self.gradient_accumulation)
         _require(least > 0, "optim.steps and optim.gradient_accumulation must be at least 1")
-        _require(self.lr >= 0 and self.clip >= 0, "optim.lr and optim.clip cannot be negative")
+        least = min(self.lr, self.weight_decay, self.clip)
+        _require(least >= 0, "optim.lr, optim.weight_decay and optim.clip cannot be negative")
         _require(0 <= self.warmup <= 1, f"optim.warmup is {self.warmup}; it is a share from 0 to 1")
         decays = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(decays, f"optim.betas is {self.betas}; it takes two numbers from 0 to below 1")
+        _require(0 <= self.min_lr_rate <= 1, f"optim.min_lr_rate is {self.min_lr_rate}; it is a share from 0 to 1")
+        _require(
+            not self.min_lr_rate or self.schedule != "constant",
+            f"optim.min_lr_rate is {self.min_lr_rate}, but optim.schedule=constant does not fall; set it to 0",
+        )
+        if self.warmup_steps is not None:
+            _require(
+                self.warmup in (0, OptimConfig.warmup),
+                f"optim.warmup is {self.warmup} and optim.warmup_steps {self.warmup_steps}; to count steps, set "
+                "optim.warmup=0; for a share, optim.warmup_steps=null",
+            )
+            _require(
+                0 <= self.warmup_steps <= self.steps,
+                f"optim.warmup_steps is {self.warmup_steps}; it is a number from 0 to optim.steps = {self.steps}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +379,13 @@ class RunConfig:
         _require(self.samples >= 0, f"run.samples is {self.samples}; it cannot be negative")
 
 
+def trainable_names(modalities: Iterable[str]) -> list[str]:
+    """What `train` may list, and ``optim.groups`` may name, for a model of these modalities."""
+    names = list(modalities)
+    of_modalities = [[group, *(f"{group}.{name}" for name in names)] for group in ("projectors", "encoders")]
+    return [*of_modalities[0], *of_modalities[1], "lora", "llm"]
+
+
 def encoder_learns(modality: str, train: Sequence[str]) -> bool:
     """Whether `train`, as in a recipe, names the encoder of a modality."""
     return "encoders" in train or f"encoders.{modality}" in train
@@ -338,6 +415,14 @@ class Config:
         self.require_modalities("data.encoder_cost", self.data.encoder_cost)
         if isinstance(self.model.checkpoint, dict):
             self.require_modalities("model.checkpoint", self.model.checkpoint)
+        known = trainable_names(self.model.modalities)
+        for name in self.optim.groups:
+            _require(name in known, f"optim.groups has no {name!r}; {nearest(name, known)}")
+        _require(
+            not (self.model.lora.dora and self.engine.zero == 3),
+            "model.lora.dora does not go with engine.zero=3: it needs the whole of a layer's frozen weights, of which "
+            "ZeRO 3 leaves each process a part; set engine.zero to 2 or less",
+        )
 
     def require_modalities(self, setting: str, names: Iterable[str]) -> None:
         """Refuse a setting that speaks of a modality that the model does not have, and name the nearest."""

@@ -29,6 +29,7 @@ from anymal.model import multimodal, norms
 from anymal.model.fake_tensors import shapes_only
 from anymal.model.flops import StepFlops, llm_flops
 from anymal.model.llm import add_lora, base_model, output_layer, read_config, token_embedding
+from anymal.model.lora import is_lora
 from anymal.model.multimodal import AnyMAL
 from anymal.model.quantization import require_quantisable
 from anymal.model.registry import Registry
@@ -138,8 +139,10 @@ class FakeStep:
             return round(self._extrapolated({depth: measure(model) for depth, model in self._models.items()}))
 
         model = self._models[self._depths[-1]]
-        outside = stored_bytes(nn.ModuleList([token_embedding(model.llm), output_layer(model.llm)]))
-        lora = at_depth(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if "lora_" in n))
+        ends: list[nn.Module] = [token_embedding(model.llm), output_layer(model.llm)]
+        # Of those that are trained beside the LoRA, what they were copied from: the copies are among its parameters.
+        outside = stored_bytes(nn.ModuleList([getattr(module, "original_module", module) for module in ends]))
+        lora = at_depth(lambda m: sum(p.numel() for n, p in m.llm.named_parameters() if is_lora(n)))
         trained = at_depth(lambda m: sum(p.numel() for p in trainable(m).values()))
         whole = at_depth(lambda m: stored_bytes(m.llm))
         body = whole - outside - 4 * lora
@@ -227,7 +230,7 @@ class FakeStep:
         counter, llm, needed = self.step_flops, self.step_flops.llm, Counter()
         needed[f"LLM body ({llm.per_weight}N)"] = llm.per_weight * llm.body * tokens
         needed["its attention"] = 6 * llm.attention * squares
-        needed["head at answers"] = llm.per_weight * llm.head * work.answers * samples
+        needed["head at answers"] = llm.per_head_weight * llm.head * work.answers * samples
         needed["LoRA"] = 6 * llm.lora * tokens
         for kind in (kind for _, kinds in rows for kind in kinds):
             needed["encoders"] += counter.encoder_flops(kind)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -157,6 +157,8 @@ def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Ite
         gpu: Which.
         packed: Whether a row holds several samples: attention then takes an attention mask.
     """
+    from peft.tuners.lora import dora
+
     with ExitStack() as stack:
         if gpu:
             from bitsandbytes.autograd import _functions
@@ -169,6 +171,8 @@ def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Ite
         # Not a TorchFunctionMode: torch suspends it in backward passes, and with it in what they recompute.
         stack.enter_context(swapped(F, "scaled_dot_product_attention", functools.partial(_attention, gpu)))
         stack.enter_context(swapped(nn.Module, "to", _to))
+        stack.enter_context(swapped(dora, "dequantize_module_weight", _dequantised))
+        stack.enter_context(swapped(FakeTensor, "__deepcopy__", _copied))
         if not packed:  # transformers looks at the positions' values
             from transformers import masking_utils
 
@@ -190,6 +194,24 @@ def _to(module: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
             else:
                 part._buffers[name] = new
     return module
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """``copy.deepcopy`` of a fake tensor, as PEFT does it. Torch's own copies a storage that is not there."""
+    new = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    for name, value in vars(tensor).items():  # bitsandbytes keeps the quantisation in a weight's attributes
+        vars(new).setdefault(name, value)
+    memo[id(tensor)] = new
+    return new
+
+
+def _dequantised(module: nn.Module) -> Tensor:
+    """A layer's weight for DoRA. PEFT knows a quantised one by its class, which fake tensors do not have."""
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else torch.empty(state.shape, dtype=state.dtype)
 
 
 def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

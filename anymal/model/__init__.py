@@ -5,8 +5,8 @@
 
 1. `multimodal`: that figure. Mixed precision (autocast) is set there. Read it first.
 2. `trainable`: which parameters learn; all others are frozen there.
-3. `llm`: loading at 4, 8, 16 or 32 bits, LoRA, the table of token embeddings. `quantization`: what bitsandbytes makes
-   of it, and what not. `precision`: what is computed in, by what a device can do.
+3. `llm`: loading at 4, 8, 16 or 32 bits, the table of token embeddings. `quantization`: what bitsandbytes makes of it,
+   and what not. `precision`: what is computed in, by what a device can do. `lora`: what of PEFT's LoRA and its kin.
 4. `attention`: each packed sample by itself, without an attention mask; on a GPU by `varlen`, flash attention.
    `cross_attention`: media between the LLM's layers. `norms`: RMSNorm in one kernel on a GPU.
 5. `activation_checkpointing`: what the backward pass keeps, and what it computes again.

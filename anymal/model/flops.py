@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anymal.modality import Projector, media_dtype
 from anymal.model.cross_attention import MediaSpan, media_spans
 from anymal.model.llm import base_model, output_layer, token_embedding
+from anymal.model.lora import is_lora
 from anymal.model.multimodal import AnyMAL
 from anymal.sample import Batch
 
@@ -40,18 +41,25 @@ class LLMFlops:
     head: int
     """V·D, whether or not its weights are the embedding table's."""
     lora: int
-    """Parameters of LoRA, trainable or not."""
+    """Parameters of LoRA, trainable or not, with the copies that are trained beside it, but for table and head."""
     attention: int
     """Layers × heads × width of a head: multiply-adds of a pair of tokens for scores, and as many for values."""
     recomputed: float
     """Share of the body's forward pass that is computed again in the backward pass: 1 with full checkpointing."""
     learns: bool = False
-    """Whether body and head are trained: the gradients to their weights then take as much as those to the inputs."""
+    """Whether the body is trained: the gradients to its weights then take as much as those to the inputs."""
+    head_learns: bool = False
+    """Whether the head is: with the LLM, or as one of ``model.lora.modules_to_save``."""
 
     @property
     def per_weight(self) -> int:
-        """FLOPs of a training step for a weight of the body (a token) or head (an answer): 4, or 6 if it learns."""
+        """FLOPs of a training step for a weight of the body and a token: 4, or 6 if it learns."""
         return 6 if self.learns else 4
+
+    @property
+    def per_head_weight(self) -> int:
+        """FLOPs of a training step for a weight of the head and an answer: likewise."""
+        return 6 if self.head_learns else 4
 
     def model_flops(self, tokens: float, answers: float, squares: float) -> float:
         """FLOPs that a training step needs: 4N·T + 6·LoRA·T + 4·V·D·A + 6·attention·Σt²; 6 for 4 if the LLM learns.
@@ -63,7 +71,7 @@ class LLMFlops:
                 2 + 2 FLOPs forward and twice that backward for each unit of `attention`.
         """
         body = (self.per_weight * self.body + 6 * self.lora) * tokens
-        return body + self.per_weight * self.head * answers + 6 * self.attention * squares
+        return body + self.per_head_weight * self.head * answers + 6 * self.attention * squares
 
     def recomputed_flops(self, tokens: float, squares: float) -> float:
         """FLOPs of activation checkpointing on top: 2N·T, LoRA's and attention's forward pass, times `recomputed`."""
@@ -81,12 +89,12 @@ def llm_flops(llm: nn.Module, checkpointing: str = "none") -> LLMFlops:
     base = base_model(llm)
     config = base.config.get_text_config()
     table, head = token_embedding(llm).weight, output_layer(llm).weight
-    counts = {"body": 0, "lora": 0}
-    used = _share_of_experts(config)
+    counts, learns, used = {"body": 0, "lora": 0}, False, _share_of_experts(config)
     for name, parameter in llm.named_parameters():
-        if parameter is not table and parameter is not head:
+        if parameter is not table and parameter is not head and ".original_module." not in name:
             share = used if ".experts." in name else 1
-            counts["lora" if "lora_" in name else "body"] += round(share * numel(parameter))
+            counts["lora" if is_lora(name) else "body"] += round(share * numel(parameter))
+            learns = learns or (parameter.requires_grad and not is_lora(name))
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LLMFlops(
@@ -96,7 +104,8 @@ def llm_flops(llm: nn.Module, checkpointing: str = "none") -> LLMFlops:
         head=numel(head),
         attention=config.num_hidden_layers * heads * width,
         recomputed=float(checkpointing == "full"),
-        learns=head.requires_grad,
+        learns=learns,
+        head_learns=head.requires_grad,
     )
 
 
@@ -195,11 +204,15 @@ class StepFlops:
         """FLOPs of an encoder for one medium."""
         if name not in self.encoder:
             encoder = self._encoders[name]
-            dtype = media_dtype(encoder)
+            shape, dtype = getattr(encoder, "shape", None), media_dtype(encoder)
+            if shape is None:
+                _log.warning("encoder of %s: its FLOPs are left out of the figures, since it has no shape", name)
+                self.encoder[name] = 0
+                return 0
             if dtype.is_floating_point:  # as `anymal.model.multimodal.run_encoder` casts them
                 dtype = next((p.dtype for p in encoder.parameters()), dtype)
             passes = 3 if any(p.requires_grad for p in encoder.parameters()) else 1
-            self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *encoder.shape), dtype)
+            self.encoder[name] = passes * _counted(f"encoder of {name}", encoder, (1, *shape), dtype)
         return self.encoder[name]
 
     def count(self, batch: Batch) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anymal.config.schema import LLMConfig, LoraConfig
 from anymal.data.packing import row_offsets
 from anymal.errors import UserError
-from anymal.model import attention, norms, precision
+from anymal.model import attention, lora, norms, precision
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.hub import unavailable
 from anymal.model.quantization import quantization_config, require_quantisable, require_quantised
@@ -221,48 +221,37 @@ def add_lora(llm: "CausalLM", config: LoraConfig) -> nn.Module:
     """Wrap the LLM in PEFT's LoRA, trainable and in float32; the base stays as it is.
 
     Raises:
-        UserError: No layer has one of the names in `config.targets`.
+        UserError: No layer has one of the names in `config`, or the LLM's precision does not go with it.
     """
-    from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    targets = config.targets[0] if config.targets == ["all-linear"] else config.targets
-    alpha: Any = config.alpha  # PEFT's annotation says int, but any number will do
-    settings = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    lora.require_fit(llm, config)
     try:
-        return get_peft_model(llm, settings)
-    except ValueError as error:
+        wrapped = get_peft_model(llm, lora.peft_config(config))
+    except (ValueError, TypeError) as error:
         raise UserError(f"model.lora.targets={config.targets}: {error}") from error
+    lora.copies_in_float32(wrapped)
+    if config.init == "loftq":
+        lora.begin_at_quantisation_error(wrapped, str(llm.name_or_path))
+    return wrapped
 
 
 def load_lora(llm: "CausalLM", folder: Path, config: LoraConfig) -> nn.Module:
     """Wrap the LLM in a LoRA saved in PEFT's own layout.
 
     Raises:
-        UserError: It is damaged, fits another LLM, or has another rank or alpha than the recipe says.
+        UserError: It is damaged, fits another LLM, or is of another kind, rank or alpha than the recipe says.
     """
-    from peft import LoraConfig as PeftLoraConfig
     from peft import PeftModel
 
     device = str(token_embedding(llm).weight.device)
     try:
         wrapped = PeftModel.from_pretrained(llm, str(folder), is_trainable=True, torch_device=device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if lora.copies_in_float32(wrapped):  # they were rounded as they were loaded
+            wrapped.load_adapter(str(folder), "default", is_trainable=True, torch_device=device)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded into this LLM: {error}") from error
-    saved = wrapped.peft_config["default"]
-    if not isinstance(saved, PeftLoraConfig):
-        raise UserError(f"{folder} holds no LoRA, but PEFT's {saved.peft_type}")
-    if (saved.r, saved.lora_alpha) != (config.rank, config.alpha):
-        raise UserError(
-            f"{folder} has rank {saved.r} and alpha {saved.lora_alpha:g}, the recipe says "
-            f"model.lora.rank={config.rank} and model.lora.alpha={config.alpha:g}; set them alike"
-        )
+    lora.require_same_kind(wrapped.peft_config["default"], folder, config)
     return wrapped
 
 

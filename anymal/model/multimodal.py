@@ -22,6 +22,7 @@ from anymal.modality import Adapter, Encoder, in_chunks, zero_media
 from anymal.model import attention, precision
 from anymal.model.cross_attention import CrossAttention, VisibleMedia, media_spans
 from anymal.model.llm import base_model, compute_dtype, set_frozen_mode, token_embedding
+from anymal.model.lora import is_lora
 from anymal.model.loss import chunked_loss, find_head, plain_loss, sums_per_group
 from anymal.sample import Batch, PartlyEncoded
 
@@ -205,12 +206,14 @@ class AnyMAL(nn.Module):
         for module in self.trained_encoders.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        if any(p.requires_grad and "lora_" not in name for name, p in self.llm.named_parameters()):
+        if any(p.requires_grad and not is_lora(name) for name, p in self.llm.named_parameters()):
             return self
         set_frozen_mode(self.llm, recompute=mode)
         for name, module in self.llm.named_modules():
-            if "lora_" in name:
+            if is_lora(name):
                 module.train(mode)
+            elif hasattr(module, "lora_dropout"):  # DoRA asks the flag of the layer that it wraps whether to drop
+                module.training = mode
         return self
 
 
@@ -233,5 +236,5 @@ def run_encoder(encoder: Encoder, media: Tensor, device: torch.device) -> Tensor
         return encoder(chunk.to(dtype) if chunk.is_floating_point() else chunk)
 
     most = getattr(encoder, "encoder_batch_size", 0)
-    with torch.autocast(device.type, enabled=False):
+    with precision.without_autocast(device):
         return in_chunks(encode, media, most and max(1, most // getattr(encoder, "inputs_per_medium", 1)))

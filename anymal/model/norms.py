@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymal.model.precision import without_autocast
+
 LEAST_TOLERANCE = 1e-5
 """Relative, for float32: a row's sum is taken in another order."""
 
@@ -57,7 +59,7 @@ def _rms_norm(rows: Tensor, weight: Tensor, eps: float, added: float) -> Tensor:
     Without autocast, on whose list of what is computed in float32 rms_norm stands: the kernel sums in float32 anyway,
     and all that follows would be float32 as well.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         if not added:
             return F.rms_norm(rows, weight.shape, weight, eps)
         # In float32, as the modules have it: in bfloat16 1 + w loses what is small in w.

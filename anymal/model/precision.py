@@ -8,6 +8,7 @@ float16 ends at 65,504, and what is smaller than 6e-8 is zero in it: gradients w
 here, and some LLMs overflow in it. At 32 bits the LLM's arithmetic is float32 everywhere.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,12 @@ def low_dtype(on: Hardware) -> torch.dtype:
 def encoder_dtype(on: Hardware) -> torch.dtype:
     """What frozen encoders compute in: float32 on a CPU, else `low_dtype`."""
     return torch.float32 if on.kind == "cpu" else low_dtype(on)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which every operation computes in the dtype that it is given. Not all devices know autocast."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def llm_dtype(on: Hardware, bits: int, *, trains: bool) -> torch.dtype:

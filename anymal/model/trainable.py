@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anymal.config.schema import trainable_names
 from anymal.errors import UserError
 from anymal.modality import Encoder, zero_media
 from anymal.model.flops import numel
+from anymal.model.lora import is_lora
 from anymal.model.multimodal import AnyMAL
 
 
@@ -26,12 +28,7 @@ def select_trainable(model: AnyMAL, train: Sequence[str]) -> None:
     model.requires_grad_(False)
     for encoder in model.encoders.values():
         encoder.requires_grad_(False)
-    several = [
-        group if name is None else f"{group}.{name}"
-        for group in ("projectors", "encoders")
-        for name in [None, *model.encoders]
-    ]
-    known = [*several, "lora", "llm"]
+    known = trainable_names(model.encoders)
     for name in train:
         if name not in known:
             raise UserError(f"train lists {name!r}; this model has {', '.join(known)}")
@@ -51,10 +48,10 @@ def _chosen(model: AnyMAL, name: str) -> Iterator[nn.Parameter]:
             if modality in ("", trained):
                 yield from _used(model.encoders[trained], model.device)
         return
-    if group == "llm" and any("lora_" in path for path, _ in model.llm.named_parameters()):
+    if group == "llm" and any(is_lora(path) for path, _ in model.llm.named_parameters()):
         raise UserError("train lists 'llm', but the LLM has a LoRA: train one or the other, or start without the LoRA")
     for path, parameter in model.named_parameters():
-        if path.startswith(f"{name}.") or (name == "lora" and "lora_" in path):
+        if path.startswith(f"{name}.") or (name == "lora" and is_lora(path)):
             yield parameter
 
 
@@ -91,7 +88,7 @@ def table(model: AnyMAL) -> list[Row]:
     rows: dict[tuple, int] = {}
     for name, network in model.networks():
         for path, parameter in network.named_parameters():
-            module = f"{name}.lora" if "lora_" in path else name
+            module = f"{name}.lora" if is_lora(path) else name
             bits = 8 if parameter.dtype == torch.int8 else parameter.element_size() * 8
             if getattr(parameter, "quant_state", None) is not None:  # bitsandbytes packs two 4-bit weights into a byte
                 bits = 4

@@ -4,8 +4,9 @@
 
 1. `run`: from settings to the last checkpoint. Read it first, then `loop`. `restore`: all that a run stands on, made or
    restored by one function. `resume`: which settings may change between two starts.
-2. `engine`: DeepSpeed: data parallel processes, ZeRO, AdamW, gradient clipping, the learning rate schedule.
-   `optimizer_state`: out of the engine and back, whatever the number of ranks. `ranks`: what these tell one another.
+2. `engine`: DeepSpeed: data parallel processes, ZeRO, gradient clipping. `optimizer`: AdamW, parameter groups, the
+   learning rate schedule. `optimizer_state`: out of the engine and back, whatever the number of ranks. `ranks`: what
+   these tell one another.
 3. `loop`: micro-batches, gradient accumulation, the loss divided by the answer tokens of all ranks.
 4. `prefetch`: a step's samples are read while the step before it runs; the next micro-batch is copied to the GPU and
    encoded while the LLM is busy with this one.

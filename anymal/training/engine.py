@@ -7,7 +7,6 @@ half-precision modes stay off.
 
 import gc
 import json
-import math
 import os
 import socket
 from collections.abc import Iterator
@@ -19,13 +18,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anymal.config.schema import Config, OptimConfig
+from anymal.config.schema import Config
 from anymal.errors import UserError
 from anymal.model.llm import on_gpu
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import trainable
 from anymal.sample import Batch
 from anymal.training import ranks
+from anymal.training.optimizer import make_optimizer
 
 BUCKET = 500_000_000
 """Most numbers in ZeRO's buffer for gradients: DeepSpeed's own default."""
@@ -161,16 +161,10 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str
 
 
 def make_engine(model: AnyMAL, config: Config) -> Engine:
-    """Wrap the model in a DeepSpeed engine with AdamW over what is trainable."""
+    """Wrap the model in a DeepSpeed engine with AdamW over what is trainable (`anymal.training.optimizer`)."""
     import deepspeed
 
-    first, second = config.optim.betas
-    optimizer = torch.optim.AdamW(
-        list(trainable(model).values()),
-        lr=config.optim.lr,
-        betas=(first, second),
-        weight_decay=config.optim.weight_decay,
-    )
+    optimizer = make_optimizer(model, config.optim)
     settings = deepspeed_config(config)
     # ZeRO's buffer for gradients would be 2 GB, however little is trained.
     learns = sum(parameter.numel() for parameter in trainable(model).values())
@@ -203,24 +197,6 @@ def _forget_modules() -> None:
     for cached in gc.get_objects():
         if type(cached) is _lru_cache_wrapper and str(cached.__module__).startswith("deepspeed."):
             cached.cache_clear()
-
-
-def learning_rate(step: int, optim: OptimConfig) -> float:
-    """The rate of the step that follows `step` finished ones: linear warm-up, then half a cosine down to zero.
-
-    A pure function of the step, so that there is no scheduler whose state could be lost.
-    """
-    warmup = max(1, round(optim.warmup * optim.steps))
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, optim.steps - warmup)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_learning_rate(engine: Engine, rate: float) -> None:
-    """Set the rate of the next optimizer step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
 
 
 def scale_of(total: Tensor, answers: int, world: int) -> Tensor:

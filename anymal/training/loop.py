@@ -5,8 +5,9 @@
 Between the first forward pass of a step and the optimizer's the host reads nothing off the GPU, and so runs ahead of
 it. In the time that this leaves it reads and starts what comes next.
 
-Where the rest of a step is: the learning rate schedule, data parallel ranks and ZeRO in `anymal.training.engine`;
-gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a GPU) is the model's autocast.
+Where the rest of a step is: AdamW and the learning rate schedule in `anymal.training.optimizer`, data parallel ranks
+and ZeRO in `anymal.training.engine`; gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a
+GPU) is the model's autocast.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from anymal.config.schema import Config
 from anymal.data.stream import Stream, merge_bookmarks
 from anymal.model.flops import StepFlops
 from anymal.sample import Batch
-from anymal.training.engine import Engine, learning_rate, scale_of, set_learning_rate, step
+from anymal.training.engine import Engine, scale_of, step
 from anymal.training.meter import Meter
+from anymal.training.optimizer import set_learning_rate
 from anymal.training.prefetch import Feed, Prefetcher
 from anymal.training.ranks import gather, sum_over_ranks
 from anymal.training.recovery import refuse_nonfinite
@@ -73,8 +75,7 @@ def train(
     answers, _ = _over_ranks(feed)
     while done < last:
         _seed(config.run.seed, done, rank)
-        rate = learning_rate(done, config.optim)
-        set_learning_rate(engine, rate)
+        rates = set_learning_rate(engine.optimizer.param_groups, done, config.optim)
         following = feed.bookmark
         applied, trained = _optimizer_step(engine, feed, answers, read=done + 1 < last)
         if not applied:
@@ -88,7 +89,7 @@ def train(
             meter.add(batch, per_group)
         answers, stop = _over_ranks(feed)
         if done % config.run.log_every == 0 or done == last:
-            tracker.log(done, meter.figures(lr=rate, **_norm(engine)))
+            tracker.log(done, meter.figures(**rates, **_norm(engine)))
         if done % config.run.save_every == 0 or done == last or stop:
             save(done, merge_bookmarks(gather(bookmark)))
         if stop and done < last:

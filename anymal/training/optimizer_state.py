@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.checkpoints.networks import MASTER
+from anymal.model.lora import is_lora
 from anymal.model.trainable import trainable
 from anymal.training.engine import Engine
 
@@ -30,7 +31,7 @@ def portable_parameters(engine: Engine) -> dict[str, Tensor]:
 
     parameters = {}
     for name, parameter in engine.module.named_parameters():
-        if name.startswith(("projectors.", "trained_encoders.")) or "lora_" in name or parameter.requires_grad:
+        if name.startswith(("projectors.", "trained_encoders.")) or is_lora(name) or parameter.requires_grad:
             with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
                 if engine.global_rank == 0:
                     parameters[name] = parameter.detach().float().cpu().clone()
@@ -48,6 +49,8 @@ def full_moments(engine: Engine) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     sharded = engine.zero_optimization()
+    if engine.zero_optimization_stage() in (1, 2):
+        _link_moments(engine)
     moments = {}
     for name, parameter in trainable(engine.module).items():
         for key in MOMENTS:
@@ -113,8 +116,17 @@ def _fresh_moments(engine: Engine, step: int) -> None:
     for piece in pieces:
         inner.state[piece] = {key: torch.zeros_like(piece) for key in MOMENTS} | {"step": torch.tensor(float(step))}
     if stage in (1, 2):
-        # Stages 1 and 2 find a parameter's piece of the flat state only once linked, which the first step would do.
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+        _link_moments(engine)
+
+
+def _link_moments(engine: Engine) -> None:
+    """Let stages 1 and 2 find each parameter's piece of the flat state.
+
+    DeepSpeed does so once, after its first step for the first group: the others have no state yet, and would not be
+    found later either.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _set_moment(engine: Engine, parameter: nn.Parameter, key: str, whole: Tensor) -> None:

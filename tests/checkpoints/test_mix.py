@@ -72,6 +72,23 @@ def test_checkpoints_are_mixed(pair, beta, tmp_path):
     assert f"{beta:g} · a + {1 - beta:g} · b" in (out / "README.md").read_text()
 
 
+def test_loras_that_scale_otherwise_are_mixed(pair, tiny_llm, encoders, tmp_path):
+    b = make_checkpoint(tiny_llm, encoders, tmp_path / "b", 1, "model.lora.rslora=true", "model.lora.init=gaussian")
+    mix_checkpoints(Mix(a=str(b), b=str(pair[0]), beta=0.25, out=str(tmp_path / "mixed")))
+    assert not checkpoint.recipe(tmp_path / "mixed").model.lora.rslora
+    first, second, mixed = (updates(checkpoint.existing(folder)) for folder in (b, pair[0], tmp_path / "mixed"))
+    for name, update in mixed.items():
+        expected = 0.25 * first[name] + 0.75 * second[name]
+        assert (update - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "value"), [("dora", "true"), ("modules_to_save", "[lm_head]")])
+def test_loras_that_are_more_than_an_update_are_not_mixed(name, value, tiny_llm, encoders, tmp_path):
+    a, b = (make_checkpoint(tiny_llm, encoders, tmp_path / n, 0, f"model.lora.{name}={value}") for n in "ab")
+    with pytest.raises(UserError, match=rf"were trained with model\.lora\.{name}: .* cannot be mixed"):
+        mix_checkpoints(Mix(a=str(a), b=str(b), out=str(tmp_path / "out")))
+
+
 def test_checkpoints_without_lora_are_mixed(tiny_llm, encoders, tmp_path):
     made = [
         make_checkpoint(tiny_llm, encoders, tmp_path / name, seed, "train=[projectors]", kinds=["imu"])

@@ -101,7 +101,17 @@ def _measured(config: Config, tokens) -> int:
     return resident + most
 
 
-@pytest.mark.parametrize("overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"]])
+DORA = [
+    "model.llm.bits=4",
+    "train=[projectors,lora]",
+    "model.lora.dora=true",
+    "model.lora.modules_to_save=[embed_tokens]",
+]
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model.llm.bits=4"], ["model.llm.bits=32", "model.llm.checkpointing=full"], DORA]
+)
 def test_the_estimate_is_what_is_allocated(folders, overrides):
     config = _config(folders, *overrides)
     fake_step = FakeStep(config, REGISTRY, gpu=False)

@@ -14,7 +14,7 @@ from anymal.checkpoints.built import Built
 from anymal.config.schema import Config, ModalityConfig
 from anymal.config.settings import load
 from anymal.data import shards
-from anymal.data.packing import pack
+from anymal.data.packing import Item, Row
 from anymal.data.parse import parse
 from anymal.errors import UserError
 from anymal.estimation.memory import MemoryTracker
@@ -162,7 +162,7 @@ def test_training_evaluation_chat_and_the_cache_give_the_same_features(run, dtyp
 
     def train() -> None:
         prefetcher = Prefetcher(model)
-        prefetcher.start(pack([prepare(sample) for sample in samples]))
+        prefetcher.start(Row(items=[Item(position=0, dataset="", tokens=prepare(sample)) for sample in samples]))
         assert torch.equal(prefetcher.take()[1]["image"], expected)
 
     def chat() -> None:

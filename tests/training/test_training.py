@@ -24,7 +24,8 @@ from anymal.data.stream import Stream
 from anymal.errors import UserError
 from anymal.model.trainable import fingerprint, select_trainable, trainable
 from anymal.sample import Sample, Tokens
-from anymal.training.engine import deepspeed_config, learning_rate
+from anymal.training.engine import deepspeed_config
+from anymal.training.optimizer import learning_rate
 from anymal.training.run import run_stage
 from small_runs import (
     ROOT,
