@@ -34,6 +34,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
 import anymal  # noqa: F401  (settles torch's allocator and attention; imports nothing heavy)
 
 # isort: split

@@ -32,6 +32,7 @@ SCALE = replace(REHEARSAL, rows=(64,), steps=1, matrix=64, tokens=(64,), goals=C
 def said(stage: str, seconds: float = 300) -> tuple[str, dict[str, Any]]:
     """The line of a stage, as a GPU's would be judged; and its figures."""
     figures, goal = gpu_check.measured(stage, SCALE, seconds)
+    print(*figures.get("failures", {}).values())
     return line(stage, "cpu", figures, SCALE.goals[stage], goal), figures
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from host_reads import HostReads, watched
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data.packing import pack
+from anymal.model import norms, precision, varlen
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import select_trainable
@@ -105,3 +107,38 @@ def test_a_step_needs_neither_numbers_nor_copies(tiny_llm, checkpointing, monkey
     assert all(p.grad is not None for p in model.projectors.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         total.item()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing is tried on it")
+def test_a_forward_pass_runs_on_a_gpus_tensors_without_data(tiny_llm, monkeypatch):
+    """What a build of torch for CUDA allows without a GPU: shapes and devices of all kernels, and no number read."""
+    monkeypatch.setattr(precision, "hardware", lambda device: precision.Hardware(kind="cuda", capability=(9, 0)))
+    monkeypatch.setattr(varlen, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)  # they are there; torch cannot exchange fake ones
+    model, prompt = toy_model(tiny_llm, bits=16, eye=3, ear=2)
+    assert norms.fuse(model.llm) > 0
+    asked = [[medium("eye", 1.0), text("what?")], [text("who?")], [medium("eye", 2.0), medium("ear", 3.0)]]
+    batch = pack([prompt.sample(sample(*parts)) for parts in asked])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in [model.llm, *model.encoders.values(), *model.projectors.values()]:
+            _on_fake_gpu(module)
+        model = AnyMAL(model.llm, model.adapters)
+        assert model.device.type == "cuda"
+        moved = batch.to(model.device)
+        with HostReads() as watch, Copies() as copies:
+            total, per_group = model(moved, model.encode(moved.media))
+    assert total.device.type == "cuda" and per_group.shape == (len(batch.groups), 2)
+    assert watch.seen["_varlen_attn"] == model.llm.config.num_hidden_layers and not watch.found and not copies.found
+
+
+def _on_fake_gpu(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
