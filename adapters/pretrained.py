@@ -81,7 +81,8 @@ def load_image_processor(name: str) -> "BaseImageProcessor":
     Raises:
         UserError: It has none.
     """
-    from transformers import AutoImageProcessor
+    # Some versions (5.17) hide it at the top where torchvision is missing, which its processors of PIL do not need.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     load = AutoImageProcessor.from_pretrained
     return call("image processor", name, load, backend="pil", trust_remote_code=False)

@@ -85,7 +85,8 @@ def random_llm(folder: Path, device: torch.device) -> nn.Module:
 
 def random_model(config: Config, scale: Scale) -> AnyMAL:
     """AnyMAL around it: CLIP and a resampler that learns."""
-    from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     torch.manual_seed(0)
     image = config.model.modalities["image"]
