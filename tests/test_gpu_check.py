@@ -4,6 +4,7 @@ What is judged here are a CPU's figures, by goals of a CPU. A rehearsal that peo
 """
 
 import json
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +27,7 @@ CPU_GOALS: dict[str, measure.Goals] = GOALS | {
     "70b": {"fits": (">=", 1), "hardware_share": (">=", 1e-6), "estimate_error": ("<=", 0.06)},
     "engine": {"host_reads": ("<=", 0), "wait_share": ("<=", 0.9), "resume_difference_deterministic": ("<=", 0)},
 }
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 SCALE = replace(REHEARSAL, rows=(64,), steps=1, matrix=64, tokens=(64,), goals=CPU_GOALS)
 
 
@@ -38,7 +40,8 @@ def said(stage: str, seconds: float = 300) -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def as_found(monkeypatch):
-    """A CPU, and no ranks of an earlier test."""
+    """A CPU, and no ranks of an earlier test; signal handlers, which programs leave behind, as before."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -46,6 +49,9 @@ def as_found(monkeypatch):
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("stage", ["probe", "attention", "nf4", "70b", "8b"])
