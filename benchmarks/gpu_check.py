@@ -9,7 +9,7 @@ Random weights, no network. Each stage ends in one line `stage=… device=… fi
 measured goes to benchmarks/results/. What a stage has no time for is noted as skipped, and a stage whose packages are
 missing says which, `goal=skipped`.
 
-On a machine without registries carry the wheels of what is missing, for its Python; packages without a wheel are built:
+On a machine without a network carry the wheels of what is missing, for its Python; packages without a wheel are built:
 
     pip wheel --no-deps -w wheels omegaconf pyyaml                                   # attention
     pip wheel --no-deps -w wheels bitsandbytes webdataset braceexpand                # nf4, 8b, 70b

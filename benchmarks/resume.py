@@ -33,7 +33,7 @@ def first_batch(side: str, folder: Path, position: int) -> float:
     bookmark = json.loads((folder / "bookmark.json").read_text()) | {"next": position}
     begun = time.perf_counter()
     if side == "ours":
-        next(iter(ours(folder, WORKERS, bookmark)))
+        next(iter(ours(folder, WORKERS, bookmark))).collate()
     else:
         next(theirs(folder, WORKERS, position))
     return time.perf_counter() - begun

@@ -103,11 +103,16 @@ def their_sample(sample: dict[str, Any]) -> Tokens:
 
 
 def ours(folder: Path, workers: int, bookmark: dict | None = None) -> Stream:
-    """Endless batches of ours."""
+    """Endless rows of ours."""
     data = DataConfig(shards=str(folder), batch_size=BATCH, workers=workers)
     quarantine = Quarantine(None, max_in_a_row=0, max_share=0)
     parts = {"suffixes": {"jpg": "image"}, "prepare": our_sample, "quarantine": quarantine}
     return Stream(data, **parts, seed=0, bookmark=bookmark)
+
+
+def our_batches(folder: Path, workers: int) -> Iterator[Any]:
+    """The same, collated."""
+    return (row.collate() for row in ours(folder, workers))
 
 
 def theirs(folder: Path, workers: int, skip: int = 0) -> Iterator[Any]:
@@ -159,7 +164,7 @@ def rate(batches: Iterator[Any]) -> float:
 
 def compare(name: str, folder: Path, workers: int) -> dict[str, float]:
     """The median rates of one row of the table, and the median ratio of turns that followed one another."""
-    makers = {"ours": ours, "webdataset": theirs}
+    makers = {"ours": our_batches, "webdataset": theirs}
     if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.energon"):
         makers["energon"] = energon
     sides = {side: iter(make(folder, workers)) for side, make in makers.items()}

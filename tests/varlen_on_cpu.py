@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from anymal.environment import swapped
-from anymal.model import varlen
+from anymal.model import precision
 
 calls: Counter[str] = Counter()
 """How often each of the two ran."""
@@ -90,5 +90,5 @@ torch_varlen._varlen_attn_backward.register_kernel("cpu")(_backward)
 def as_on_a_gpu() -> Iterator[None]:
     """Inside, attention chooses its kernel as on an H100; `calls` begins at zero."""
     calls.clear()
-    with swapped(varlen, "compute_capability", lambda _: (9, 0)):
+    with swapped(precision, "hardware", lambda _: precision.Hardware(kind="cuda", capability=(9, 0))):
         yield

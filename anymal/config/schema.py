@@ -81,12 +81,12 @@ class LLMConfig:
     bits: int = 4
     """4 (nf4, double quantisation), 8, 16 (bfloat16) or 32 (float32)."""
     int8_threshold: float = 6.0
-    """At 8 bits on a GPU: inputs of a layer with a value beyond this are multiplied in 16 bits, all others in 8
-    (LLM.int8()). For that every layer waits for the host; 0 never waits, and multiplies all in 8 bits, which LLMs with
-    outliers do not bear (docs/memory.md). On a CPU weights alone are in 8 bits, and this plays no part."""
+    """At 8 bits on a GPU: columns of a layer's input that hold a value of at least this are multiplied in 16 bits, the
+    rest in 8 (LLM.int8()). To find them every layer waits for the host; 0 never waits, and multiplies all in 8 bits,
+    which LLMs with outliers do not bear (docs/memory.md). On a CPU weights alone are in 8 bits: it plays no part."""
     allow_unquantized: bool = False
-    """At 4 or 8 bits: whether weights may stay as they are that bitsandbytes cannot quantise, the experts of a mixture.
-    Without it an LLM of which they are more than 1% is refused."""
+    """At 4 or 8 bits: take an LLM although bitsandbytes cannot quantise more than 1% of its weights (the experts of a
+    mixture), which then stay in 16 or 32 bits. Otherwise it is refused."""
     attention: str = "packed"
     """packed (each sample of a row by itself; where the LLM's architecture does not let it, sdpa), or one of
     transformers' implementations: eager, sdpa, flash_attention_2, flex_attention."""

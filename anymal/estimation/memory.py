@@ -25,11 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from anymal.environment import swapped
-from anymal.model import varlen
+from anymal.model import precision
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 IN_FLOAT32 = ("layer_norm", "group_norm", "softmax")
 """What autocast computes in float32 on a GPU but not on a CPU, as far as our modules use it."""
+H100 = precision.Hardware(kind="cuda", capability=(9, 0))
+"""Whose kernels a GPU is taken to run."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -164,7 +166,7 @@ def computing_on(fake: FakeTensorMode, *, gpu: bool, packed: bool = True) -> Ite
             from bitsandbytes.autograd import _functions
 
             stack.enter_context(swapped(_functions, "MatMul8bitFp", _functions.MatMul8bitLt))
-            stack.enter_context(swapped(varlen, "compute_capability", lambda _: (9, 0)))
+            stack.enter_context(swapped(precision, "hardware", lambda _: H100))
             stack.enter_context(swapped(F, "rms_norm", _FusedRMSNorm.apply))
             for name in IN_FLOAT32:
                 stack.enter_context(swapped(F, name, _in_float32(getattr(F, name))))

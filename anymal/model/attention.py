@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anymal.errors import UserError
-from anymal.model import varlen
+from anymal.model import precision, varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def packed_attention(
         raise ValueError(f"samples of {sum(sample_lengths)} tokens in a row of {query.shape[2]}")
     causal = more.get("is_causal")
     chosen = varlen.kernel(
-        capability=varlen.compute_capability(query.device),
+        capability=precision.hardware(query.device).capability,
         dtype=varlen.arithmetic(query),
         widths=[x.shape[-1] for x in (query, key, value)],
         dropout=more.get("dropout") or 0.0,
@@ -132,7 +132,7 @@ def packed_attention(
 
 def _refuse_left_out(module: nn.Module, more: dict[str, Any], *, packed: bool) -> None:
     """Raises `UserError` where an architecture attends with what SDPA drops, most of it without a word."""
-    for name in _BEYOND_SDPA + _IN_THE_MASK * packed:
+    for name in (*_BEYOND_SDPA, *(_IN_THE_MASK if packed else ())):
         if more.get(name) is not None:
             raise UserError(
                 f"{type(module).__name__} attends with {name}, which model.llm.attention=packed (or sdpa) leaves out; "

@@ -72,7 +72,7 @@ class AnyMAL(nn.Module):
                 freeze_encoder(encoder, self.device)
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision: the arithmetic is bfloat16 on a GPU, unless the LLM was asked for at 32 bits."""
+        """Mixed precision on a GPU: bfloat16 (float16 before Ampere), unless the LLM was asked for at 32 bits."""
         return torch.autocast(self.device.type, self._low_dtype, enabled=self._low_precision)
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:

@@ -10,6 +10,7 @@ here, and some LLMs overflow in it. At 32 bits the LLM's arithmetic is float32 e
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -39,8 +40,9 @@ class Hardware:
     """The card's name, for messages."""
 
 
+@cache
 def hardware(device: torch.device) -> Hardware:
-    """What a device is."""
+    """What a device is. Each layer's attention asks."""
     if device.type != "cuda":
         return Hardware(kind=device.type)
     capability = None if torch.version.hip else torch.cuda.get_device_capability(device)

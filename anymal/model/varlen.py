@@ -24,6 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from anymal.model.precision import BFLOAT16_SINCE
+
 Kernel = Literal["varlen", "flash_attn", "loop"]
 
 # At every call it says which backend it uses.
@@ -53,7 +55,7 @@ def kernel(
     """
     fits = (
         capability is not None
-        and capability >= (8, 0)
+        and capability >= BFLOAT16_SINCE
         and dtype in (torch.bfloat16, torch.float16)
         and len(set(widths)) == 1
         and widths[0] <= 256
@@ -144,12 +146,6 @@ def arguments(
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return {"query": q, "key": k, "value": v, **given}
-
-
-@functools.cache
-def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a GPU, such as (9, 0) for an H100; None on a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def arithmetic(query: Tensor) -> torch.dtype:

@@ -69,7 +69,9 @@ class Prefetcher:
 
 
 class Feed:
-    """The micro-batches of one rank, a whole optimizer step ahead of the model. The first one has been started.
+    """The micro-batches of one rank, read a whole optimizer step ahead of the model.
+
+    After `begin`, and after each `advance`, the next one is being copied to the device and encoded.
 
     Args:
         stream: This rank's rows; they are read from its bookmark on.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymal.checkpoints.process import process_as_found
 from anymal.config.schema import Config
@@ -24,9 +23,8 @@ from gpu import programs
 from gpu.measure import Clock, Scale
 from gpu.models import random_model, settings
 from gpu.steps import RaggedRows, travelling
+from host_reads import HostReads
 
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item")
-"""Operations for which the host waits until the GPU has done all that it was given."""
 ACCUMULATED = 4
 DECODING = 0.5  # share of a micro-batch's time that the stream takes for a row
 
@@ -156,13 +154,7 @@ def count_reads(engine: Any, stream: Any, config: Config) -> int:
 def reads_counted(device: torch.device) -> Iterator[dict[str, int]]:
     """Inside, ``reads`` are counted: what torch is asked to do, and on a GPU what torch itself warns of."""
     found = {"reads": 0}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-            found["reads"] += func.overloadpacket.__name__ in READS
-            return func(*args, **kwargs or {})
-
-    with warnings.catch_warnings(record=True) as caught, Count():
+    with warnings.catch_warnings(record=True) as caught, HostReads() as asked:
         warnings.simplefilter("always")
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
@@ -172,7 +164,7 @@ def reads_counted(device: torch.device) -> Iterator[dict[str, int]]:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
-    found["reads"] = max(found["reads"], waits)  # most are seen twice
+    found["reads"] = max(sum(asked.found.values()), waits)  # most are seen twice
 
 
 def resume_difference(deterministic: bool) -> float:

@@ -181,7 +181,7 @@ def missing(stage: str) -> list[str]:
     return [name for name in NEEDS[stage] if importlib.util.find_spec(name) is None]
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -191,11 +191,11 @@ def timed(run: Callable[[], Any], device: torch.device, times: int = 10) -> floa
     """Seconds of one `run`, the device's work included: the mean of several after two that do not count."""
     for _ in range(2):
         run()
-    settle(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(times):
         run()
-    settle(device)
+    synchronize(device)
     return (time.perf_counter() - began) / times
 
 

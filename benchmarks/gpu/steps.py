@@ -28,7 +28,7 @@ from anymal.model.trainable import trainable
 from anymal.sample import IGNORED, Features, Tokens
 from anymal.training.meter import Meter, memory_figures
 from anymal.training.prefetch import Feed, Prefetcher
-from gpu.measure import Clock, Scale, matmul_peak, settle
+from gpu.measure import Clock, Scale, matmul_peak, synchronize
 from gpu.models import random_model, settings
 
 GIVEN = 8  # tokens of a sample that are neither medium nor answer
@@ -135,7 +135,7 @@ class _Bench:
         self.model = random_model(self.config, scale)
         self.step_flops = StepFlops(self.model, llm_flops(self.model.llm, self.config.model.llm.checkpointing))
         self.fake_step = FakeStep(self.config, REGISTRY, gpu=not scale.rehearsed)
-        settle(scale.device)
+        synchronize(scale.device)
         figures |= {"matmul_tflops": self.peak / 1e12, "seconds_to_build": time.monotonic() - began}
 
     def rows_of(self, row_tokens: int, *, cached: bool) -> dict[str, Any]:
@@ -192,12 +192,12 @@ class _Bench:
             Seconds and tokens of all steps but the first; of the longest row its samples, tokens and answers.
         """
         optimizer = torch.optim.AdamW(trainable(self.model).values(), lr=1e-4)
-        feed: Any = Feed(stream, Prefetcher(self.model), 1, meter)  # ty: it takes the stream's place
+        feed: Any = Feed(stream, Prefetcher(self.model), 1, meter)
         feed.begin()
         began, tokens, largest = 0.0, 0, (1, 0, 0)
         for number in range(1 + self.scale.steps):
             if number == 1:
-                settle(self.scale.device)
+                synchronize(self.scale.device)
                 meter.figures()  # the first step's are forgotten: it warms up
                 began = time.perf_counter()
             batch, features = feed.take()
@@ -212,7 +212,7 @@ class _Bench:
             if number:
                 meter.add(batch, per_group.detach())
                 tokens += sum(batch.lengths)
-        settle(self.scale.device)
+        synchronize(self.scale.device)
         seconds = time.perf_counter() - began
         feed.end()
         return seconds, tokens, largest

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_reads import HostReads, watched
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,12 +14,13 @@ from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
 from anymal.data.packing import pack
-from anymal.model import norms, precision, varlen
+from anymal.model import norms, precision
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.multimodal import AnyMAL
 from anymal.model.trainable import select_trainable
 from anymal.training import loop
 from anymal.training.run import run_stage
+from host_reads import HostReads, watched
 from small_runs import make_encoders, settings, write_pairs
 from toys import medium, sample, text, toy_model
 
@@ -110,11 +110,10 @@ def test_a_step_needs_neither_numbers_nor_copies(tiny_llm, checkpointing, monkey
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the real thing is tried on it")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: benchmarks/gpu_check.py tries the real thing")
 def test_a_forward_pass_runs_on_a_gpus_tensors_without_data(tiny_llm, monkeypatch):
     """What a build of torch for CUDA allows without a GPU: shapes and devices of all kernels, and no number read."""
     monkeypatch.setattr(precision, "hardware", lambda device: precision.Hardware(kind="cuda", capability=(9, 0)))
-    monkeypatch.setattr(varlen, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)  # they are there; torch cannot exchange fake ones
     model, prompt = toy_model(tiny_llm, bits=16, eye=3, ear=2)
