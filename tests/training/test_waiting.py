@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from anymal.adapters import REGISTRY
 from anymal.config.schema import Config
 from anymal.config.settings import load
-from anymal.data.packing import pack
+from anymal.data.packing import Item, Row, pack
 from anymal.model import norms, precision
 from anymal.model.activation_checkpointing import set_checkpointing
 from anymal.model.multimodal import AnyMAL
@@ -119,8 +119,9 @@ def test_a_forward_pass_runs_on_a_gpus_tensors_without_data(tiny_llm, monkeypatc
     model, prompt = toy_model(tiny_llm, bits=16, eye=3, ear=2)
     assert norms.fuse(model.llm) > 0
     asked = [[medium("eye", 1.0), text("what?")], [text("who?")], [medium("eye", 2.0), medium("ear", 3.0)]]
-    batch = pack([prompt.sample(sample(*parts)) for parts in asked])
+    row = Row(items=[Item(position=0, dataset="", tokens=prompt.sample(sample(*parts))) for parts in asked])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        batch = row.collate(pinned=True)
         for module in [model.llm, *model.encoders.values(), *model.projectors.values()]:
             _on_fake_gpu(module)
         model = AnyMAL(model.llm, model.adapters)
