@@ -7,7 +7,7 @@
 3. `projectors`: a file for each family. They know nothing of modalities.
 4. `pretrained`: loads and saves encoders through transformers. `architectures`: networks that transformers lacks.
    `state_dicts`: weights under their authors' names, without unpickling.
-5. `signals`: resampling and cropping, for audio and IMU.
+5. `signals`: resampling and cropping, for audio and IMU. `pooling`: averages over features, of clips and projectors.
 
 `REGISTRY` is what `anymal.launch` hands the core, with what other distributions add.
 

@@ -1,6 +1,6 @@
 """What must be settled before the heavy libraries are imported.
 
-On a machine without a GPU: torchaudio's wheel on PyPI is built for CUDA. Beside a CPU build of torch its compiled
+torchaudio's wheel on PyPI is built for CUDA 13. Beside a build of torch for a CPU, or another CUDA, its compiled
 extension cannot be loaded, so ``import torchaudio`` fails, and with it every import of a model from transformers. All
 that we use of it (resampling, mel and Kaldi filter banks) is pure torch. There are two ways around, and both cost
 ``forced_align`` and ``rnnt_loss`` alone, which raise torchaudio's own error:
@@ -33,9 +33,13 @@ def installed_version(distribution: str) -> str:
 
 
 def versions_differ() -> bool:
-    """Whether torch is a CPU build (its version ends in ``+cpu``) and torchaudio is not. Imports neither."""
+    """Whether torch says what it is built for (``+cpu``, ``+cu126``) and torchaudio is not built for that.
+
+    Wheels of PyPI say nothing: both are for the same CUDA. Neither is imported.
+    """
     torch_version, torchaudio_version = installed_version("torch"), installed_version("torchaudio")
-    return torch_version.endswith("+cpu") and torchaudio_version != "" and not torchaudio_version.endswith("+cpu")
+    built_for, other = (version.partition("+")[2] for version in (torch_version, torchaudio_version))
+    return bool(built_for) and torchaudio_version != "" and other != built_for
 
 
 def make_torchaudio_importable() -> bool:
@@ -94,7 +98,7 @@ def let_segments_grow() -> None:
 def put_cudnn_attention_last() -> None:
     """Let torch's attention (SDPA) pass cuDNN by on a GPU, unless the environment says otherwise.
 
-    On an H100 torch takes cuDNN's kernels first, and cuDNN plans for 23 to 38 ms at each new shape: rows of ragged
+    On an H100 torch takes cuDNN's kernels first, and cuDNN plans anew at each new shape: rows of ragged
     lengths and growing answers are new shapes all the time. With this variable the order is torch's own: flash,
     memory-efficient, plain, and cuDNN only where none of these can. 0 puts cuDNN first again. Read once, at the first
     attention in the process (ATen/native/transformers/cuda/sdp_utils.cpp).
@@ -118,4 +122,4 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 if __name__ == "__main__":
     for removed in remove_extension():
-        print(f"removed {removed}: it is for CUDA, and beside this CPU build of torch nothing could import torchaudio")
+        print(f"removed {removed}: it is for CUDA 13, and beside this build of torch nothing could import torchaudio")

@@ -1,7 +1,7 @@
 """A GPU's first hour: what it is, what our kernels, steps and programs do there; the estimate beside every figure.
 
     python benchmarks/gpu_check.py probe                    # needs torch alone
-    python benchmarks/gpu_check.py attention nf4 engine     # 8 minutes a stage at most, 25 in all
+    python benchmarks/gpu_check.py attention nf4 engine     # 8 minutes a stage at most, 25 a command
     python benchmarks/gpu_check.py 70b 8b programs
     python benchmarks/gpu_check.py all --rehearse           # tiny shapes on the CPU; what happens without a GPU
 
@@ -11,12 +11,16 @@ missing says which, `goal=skipped`.
 
 On a machine without a network carry the wheels of what is missing, for its Python; packages without a wheel are built:
 
-    pip wheel --no-deps -w wheels omegaconf pyyaml                                   # attention
-    pip wheel --no-deps -w wheels bitsandbytes webdataset braceexpand                # nf4, 8b, 70b
-    pip wheel --no-deps -w wheels peft accelerate pillow pydantic pydantic-core \\
-        annotated-types typing-inspection einops hjson msgpack py-cpuinfo psutil     # engine, programs, with the next
-    DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed
-    pip install --no-deps --no-index wheels/*.whl                                    # there
+    wheel="pip wheel -c constraints.txt --no-deps -w wheels"
+    $wheel omegaconf pyyaml                                                    # attention
+    $wheel bitsandbytes webdataset braceexpand                                 # nf4, 8b, 70b
+    $wheel peft accelerate pillow pydantic pydantic-core annotated-types \\
+        typing-inspection einops hjson msgpack py-cpuinfo psutil               # engine, programs, with the next
+    DS_BUILD_OPS=0 $wheel deepspeed
+    pip install --no-deps --no-index wheels/*.whl                              # there
+
+From a bare checkout it runs with torch 2.11 and transformers 5.17, too; an installed AnyMAL wants what pyproject.toml
+says.
 
 Of bitsandbytes' wheel the libraries of the card's CUDA and of the CPU are enough (libbitsandbytes_cuda130.so and
 _cpu.so, 4 MB of more than 100): delete the others with `zip -d`.

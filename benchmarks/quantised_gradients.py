@@ -69,7 +69,7 @@ def compare(bits: int) -> tuple[float, bool]:
 
 def main() -> None:
     """Measure both precisions and print one line of figures."""
-    if not (cache_folder() / "models" / "imu").is_dir():
+    if not (cache_folder() / "data" / "imu-encoder").is_dir():
         sys.exit("the demo's models are not there; run make demo first")
     four, same_four = compare(4)
     eight, same_eight = compare(8)

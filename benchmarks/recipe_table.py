@@ -239,7 +239,7 @@ def line(row: Row) -> str:
 def main() -> None:
     """Print the table."""
     cache = cache_folder()
-    if not (cache / "models" / "imu").is_dir():
+    if not (cache / "data" / "imu-encoder").is_dir():
         sys.exit("the demo's models are not there; run make demo first")
     asked = sys.argv[1:] or recipes()
     for name in asked:

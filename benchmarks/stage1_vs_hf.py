@@ -200,7 +200,7 @@ def compare(ways: dict[str, Way]) -> tuple[dict[str, list[float]], dict[str, flo
 
 def main() -> None:
     """Compare, and print one line of figures."""
-    if not (cache_folder() / "models" / "imu").is_dir():
+    if not (cache_folder() / "data" / "imu-encoder").is_dir():
         sys.exit("the demo's models are not there; run make demo first")
     fixed = ["train=[projectors]", "model.checkpoint=null", "data.workers=0"]
     config = load(Config, RECIPE, [*fixed, *(sys.argv[1:] or ["data.batch_size=64"])])

@@ -22,7 +22,12 @@ def versions(monkeypatch, **found):
 
 @pytest.mark.parametrize(
     ("torch", "torchaudio", "needed"),
-    [("2.13.0+cpu", "2.11.0", True), ("2.13.0", "2.11.0", False), ("2.13.0+cpu", "2.13.0+cpu", False)],
+    [
+        ("2.13.0+cpu", "2.11.0", True),
+        ("2.13.0+cu126", "2.11.0", True),
+        ("2.13.0", "2.11.0", False),
+        ("2.13.0+cpu", "2.13.0+cpu", False),
+    ],
 )
 def test_the_stand_in_is_used_only_where_the_extension_cannot_load(monkeypatch, torch, torchaudio, needed):
     versions(monkeypatch, torch=torch, torchaudio=torchaudio)

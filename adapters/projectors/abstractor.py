@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymal.adapters.pooling import pool_map
 from anymal.adapters.projectors.fit import asked_tokens, grid_side, scaled_mlp
 from anymal.config.schema import ProjectorConfig
 from anymal.errors import UserError
@@ -87,23 +88,6 @@ class ResidualBlock(nn.Module):
         return F.silu(self.layers(x) + self.shortcut(x))
 
 
-def pool(maps: Tensor, side: int) -> Tensor:
-    """Average pooling, [N, C, h, h] → [N, C, side, side], as ``adaptive_avg_pool2d`` takes its areas.
-
-    Its backward pass adds up in any order on a GPU. Where torch is to do nothing of that kind (``run.deterministic``),
-    two matrix products do the same but for rounding.
-    """
-    if not torch.are_deterministic_algorithms_enabled():
-        return F.adaptive_avg_pool2d(maps, side)
-    size = maps.shape[-1]
-    area = torch.zeros(side, size)
-    for i in range(side):
-        begin, end = i * size // side, -(-(i + 1) * size // side)
-        area[i, begin:end] = 1 / (end - begin)
-    area = area.to(maps.device, maps.dtype)
-    return area @ maps @ area.T
-
-
 class Abstractor(Projector):
     """Residual convolutions over the grid, average pooling to √K x √K, residual convolutions, an mlp.
 
@@ -144,7 +128,7 @@ class Abstractor(Projector):
         """[N, S · S, W] → [N, K, D]."""
         features = self.norm_in(features.to(self.positions.dtype)) + self.positions
         maps = features.transpose(1, 2).unflatten(2, (self.side, self.side))
-        maps = self.after(pool(self.before(maps), self.pooled))
+        maps = self.after(pool_map(self.before(maps), self.pooled))
         return self.readout(self.norm_out(maps.flatten(2).transpose(1, 2)))
 
 

@@ -3,9 +3,9 @@
 N media   T features of one medium   W their width   K tokens of one medium   D the LLM's width   I inner width
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anymal.adapters.pooling import pool_sequence
 from anymal.adapters.projectors.fit import scaled_mlp
 from anymal.config.schema import ProjectorConfig
 from anymal.modality import Projector
@@ -40,7 +40,7 @@ class PooledProjector(Projector):
         """[N, T, W] → [N, K, D]."""
         features = features.to(self.norm.weight.dtype)
         if features.shape[1] != self.pooled:
-            features = F.adaptive_avg_pool1d(features.transpose(1, 2), self.pooled).transpose(1, 2)
+            features = pool_sequence(features, self.pooled)
         return self.layers(self.norm(features)).reshape(len(features), self.tokens, self.llm_width)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from anymal.adapters.image.lookup import look_up
 from anymal.adapters.image.mixture import Mixture
 from anymal.adapters.image.modality import ImageDecoder, ImageEncoder, ImageOptions, load_image_encoder, with_lookup
 from anymal.adapters.image.pictures import SquareDecoder
+from anymal.adapters.pooling import pool_map
 from anymal.adapters.pretrained import load_config, load_image_processor, load_network, save_network
 from anymal.adapters.video.frames import read_frames
 from anymal.errors import UserError
@@ -190,7 +190,7 @@ def _pool(features: Tensor, grid: tuple[int, int] | None, pool: int) -> Tensor:
     if not pool:
         return features
     maps = features.transpose(1, 2).unflatten(2, grid)
-    return F.adaptive_avg_pool2d(maps, math.isqrt(pool)).flatten(2).transpose(1, 2)
+    return pool_map(maps, math.isqrt(pool)).flatten(2).transpose(1, 2)
 
 
 def load_video_encoder(

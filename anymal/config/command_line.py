@@ -56,7 +56,7 @@ def describe(cls: type, prefix: str = "") -> list[str]:
             lines.append(f"  {prefix}{f.name}  ({_kind(hint)}, {shown})")
             lines += textwrap.wrap(docs.get(f.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
         else:
-            lines += ["", docs.get(f.name, ""), *describe(inner, f"{prefix}{f.name}.NAME.")]
+            lines += ["", *textwrap.wrap(docs.get(f.name, ""), 106), *describe(inner, f"{prefix}{f.name}.NAME."), ""]
     return lines
 
 

@@ -268,7 +268,10 @@ class OptimGroup:
     """Decoupled weight decay of these parameters; null takes optim.weight_decay."""
 
     def __post_init__(self):
-        _require(min(self.lr or 0, self.weight_decay or 0) >= 0, "a group's lr and weight_decay cannot be negative")
+        _require(
+            min(self.lr or 0, self.weight_decay or 0) >= 0,
+            f"optim.groups: a group has lr {self.lr} and weight_decay {self.weight_decay}; they cannot be negative",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +295,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     """In place of warmup: the number of these steps."""
     min_lr_rate: float = 0.0
-    """Where a cosine or linear schedule ends, as a share of the peak."""
+    """Where a cosine or linear schedule ends, as a share of the peak, not a rate: 0.1 of 2e-4 ends at 2e-5."""
     steps: int = 1000
     """Optimizer steps of the run."""
     gradient_accumulation: int = 1

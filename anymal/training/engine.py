@@ -134,6 +134,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": False},  # autocast does it; else DeepSpeed would cast what learns
         "fp16": {"enabled": False},
         "steps_per_print": 10**9,  # progress is ours to show
+        "timers": {"throughput": {"enabled": False}},  # they wait for the GPU twice a micro-batch
     }
     if config.engine.deepspeed is None:
         return derived

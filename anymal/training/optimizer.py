@@ -97,11 +97,10 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], step: int, optim: OptimC
         optim: The settings.
 
     Returns:
-        ``lr``, that of ``optim.lr``, and ``lr/NAME`` of each group with another peak: the figures of that step.
+        The figures of that step: ``lr`` where anything learns at ``optim.lr``, and ``lr/NAME`` of each other group.
     """
-    rates = {"lr": learning_rate(step, optim)}
+    rates = {}
     for group in groups:
         group["lr"] = learning_rate(step, optim, group["peak"])
-        if group["peak"] != optim.lr:
-            rates[f"lr/{group['called']}"] = group["lr"]
+        rates["lr" if group["peak"] == optim.lr else f"lr/{group['called']}"] = group["lr"]
     return rates

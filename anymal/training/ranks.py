@@ -4,20 +4,39 @@ They go over a gloo group of their own. Over NCCL, the group of the gradients, e
 and back, for which the host waits until the GPU has done all that it was given.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from anymal.errors import UserError
+
 T = TypeVar("T")
 _hosts: Any = None  # a process group; None is the default one
 
 
 def make_host_group() -> None:
-    """Make the group, once the default one is there. On every rank."""
+    """Make the group, once the default one is there. On every rank.
+
+    gloo talks over the interface that the host's name stands for, unless it is told of one. Who told NCCL means it as
+    well.
+
+    Raises:
+        UserError: The hosts do not find one another over it.
+    """
     global _hosts
-    _hosts = dist.new_group(backend="gloo")
+    told = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if told and not set("^=,") & set(told):  # one name, not a rule
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", told)
+    try:
+        _hosts = dist.new_group(backend="gloo")
+    except RuntimeError as error:
+        raise UserError(
+            f"the ranks' hosts do not reach one another by gloo ({error}); set GLOO_SOCKET_IFNAME to the network "
+            "interface that they share, such as eth0 (ip -brief address lists them)"
+        ) from error
 
 
 def forget_host_group() -> None:

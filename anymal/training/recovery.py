@@ -64,22 +64,22 @@ def _not_finite(model: AnyMAL, items: list[Item]) -> list[tuple[int, str, str]]:
     """Position, key and reason of each sample whose loss, alone in a row, is not finite, or has such a gradient."""
     bad = []
     model.eval()
+    prefetcher = Prefetcher(model)  # one: each has a CUDA stream, and a pool of memory, of its own
     set_frozen_mode(model.llm, recompute=True)  # a long sample may not fit without what checkpointing saves
     # A sharded model runs only where all ranks run it: those with fewer samples run their last one again.
     for number in range(max(gather(len(items)))):
         item = items[min(number, len(items) - 1)]
-        reason = _fault(model, item)
+        reason = _fault(model, prefetcher, item)
         if reason and number < len(items):
             bad.append((item.position, item.tokens.key, reason))
     model.train()
     return bad
 
 
-def _fault(model: AnyMAL, item: Item) -> str:
+def _fault(model: AnyMAL, prefetcher: Prefetcher, item: Item) -> str:
     """What is not finite about a sample; empty if nothing is."""
     learns = list(trainable(model).values())
     sharded = hasattr(learns[0], "ds_id")  # by ZeRO-3, whose parameters are whole for the moment of a layer only
-    prefetcher = Prefetcher(model)
     prefetcher.start(Row(items=[item]))
     with torch.set_grad_enabled(not sharded):
         total, _ = model(*prefetcher.take())

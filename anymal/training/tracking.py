@@ -262,4 +262,5 @@ def altered_media(media: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _postfix(figures: Mapping[str, Any], texts: Mapping[str, str] = _POSTFIX) -> str:
-    return ", ".join(text.format(figures[name]) for name, text in texts.items() if name in figures)
+    rates = {name: f"{name} {{:.1e}}" for name in figures if name.startswith("lr/")} if "lr" in texts else {}
+    return ", ".join(text.format(figures[name]) for name, text in {**texts, **rates}.items() if name in figures)

@@ -91,7 +91,7 @@ def test_the_default_schedule_is_to_the_bit_what_it_always_was():
         (["optim.schedule=constant", "optim.min_lr_rate=0.1"], r"min_lr_rate is 0\.1, but optim\.schedule=constant"),
         (["optim.min_lr_rate=2"], r"optim\.min_lr_rate is 2\.0; it is a share"),
         (["optim.weight_decay=-1"], r"optim\.weight_decay .* cannot be negative"),
-        (["optim.groups.lora.lr=-1"], r"a group's lr and weight_decay cannot be negative"),
+        (["optim.groups.lora.lr=-1"], r"a group has lr -1.0 .* cannot be negative"),
         (["optim.groups.projector.lr=1"], r"optim\.groups has no 'projector'; did you mean projectors\?"),
         (["optim.groups={projectors.imagge: {lr: 1}}"], r"no 'projectors\.imagge'; did you mean projectors\.image\?"),
         (["optim.groups.lora.rate=1"], r"Key 'rate' not in 'OptimGroup'"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +72,18 @@ def test_host_reads_are_noticed(tiny_llm, encoders, shards, tmp_path, monkeypatc
         assert len(x[x > 1]) == 2 and x.sum() == 6 and len(torch.nonzero(x)) == 3
         x[x > 1] = 0
     assert {place.split()[0] for place in mode.found} >= {"index", "_local_scalar_dense", "nonzero", "index_put_"}
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_deepspeed_does_not_wait_for_the_device(tiny_llm, encoders, shards, tmp_path, monkeypatch, zero):
+    """Its throughput timer did, twice a micro-batch from the third step on: no operation that is seen above."""
+    waited: list[int] = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waited.append(1))
+    counted = []
+    monkeypatch.setattr(loop, "step", lambda engine, step=loop.step: (step(engine), counted.append(len(waited)))[0])
+    more = {"optim__steps": 5, "optim__gradient_accumulation": 2, "data__workers": 1, "engine__zero": zero}
+    run_stage(load(Config, None, settings(tiny_llm, encoders, tmp_path, shards, KINDS, **more)), REGISTRY)
+    assert len(counted) == 10 and counted[-1] == counted[0]
 
 
 class Copies(TorchDispatchMode):
