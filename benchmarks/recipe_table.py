@@ -63,7 +63,7 @@ PAPER: dict[str, dict[str, int]] = {
 WIDTHS = {"Llama-3.1-8B-Instruct": 4096, "Llama-3.1-70B-Instruct": 8192, "Llama-2-7b-hf": 4096}
 """Of the embeddings of the LLMs that recipes name."""
 GIVEN = ["data.shards=x", "model.checkpoint=null", "run.wandb=disabled"]
-STEPS, LR, LAYERS = 2, 2e-5, 4
+STEPS, LR, LAYERS = 2, 5e-6, 4  # AdamW's first steps move every weight by LR: small, or random networks overshoot
 RATE = 50
 """Samples per second (Hz) of the IMU recordings that stand in for the recipes': the demo's."""
 
