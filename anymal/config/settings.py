@@ -285,7 +285,9 @@ def _reason(error: Exception) -> str:
     name = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     said = f"{lines[0]} (at {name})" if name else lines[0]
     if isinstance(error, ConfigKeyError) and "Did you mean" not in said and dataclasses.is_dataclass(error.object_type):
-        return f"{said}; known are: {', '.join(field.name for field in dataclasses.fields(error.object_type))}"
+        said = f"{said}; known are: {', '.join(field.name for field in dataclasses.fields(error.object_type))}"
+    if group := re.match(r"optim\.groups\.((?:projectors|encoders)\.\w+)$", name):
+        said = f"{said}. A group of one modality has a dot in its name: 'optim.groups={{{group[1]}: {{lr: 1e-3}}}}'"
     return said
 
 

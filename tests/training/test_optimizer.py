@@ -94,7 +94,11 @@ def test_the_default_schedule_is_to_the_bit_what_it_always_was():
         (["optim.groups.lora.lr=-1"], r"a group has lr -1.0 .* cannot be negative"),
         (["optim.groups.projector.lr=1"], r"optim\.groups has no 'projector'; did you mean projectors\?"),
         (["optim.groups={projectors.imagge: {lr: 1}}"], r"no 'projectors\.imagge'; did you mean projectors\.image\?"),
-        (["optim.groups.lora.rate=1"], r"Key 'rate' not in 'OptimGroup'"),
+        (["optim.groups.lora.rate=1"], r"Key 'rate' not in 'OptimGroup'.*known are: lr, weight_decay$"),
+        (
+            ["optim.groups.projectors.image.lr=1"],
+            r"a dot in its name: 'optim\.groups=\{projectors\.image: ",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(overrides, said):
