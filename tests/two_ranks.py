@@ -46,12 +46,14 @@ def run(folder: Path, recipe: Path, given: list[str]) -> None:
     ranks = [fork.Process(target=_rank, args=(rank, port, folder, recipe, given)) for rank in range(2)]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks):
-        wait([process.sentinel for process in ranks if process.is_alive()])
+    # Asked once a turn: of the last one, which ends in between, nothing would be waited for, for ever.
+    while alive := [process.sentinel for process in ranks if process.is_alive()]:
+        wait(alive)
         if any(process.exitcode for process in ranks):  # the other would wait for it
             for process in ranks:
                 process.kill()
-            sys.exit("a rank failed")
+    if any(process.exitcode for process in ranks):
+        sys.exit("a rank failed")
 
 
 def main(folder: Path, recipe: Path, given: list[str]) -> None:
