@@ -3,7 +3,7 @@
     stream ──▶ prefetch ──micro-batches──▶ forward, backward: gradient accumulation ──▶ optimizer step ──▶ save
 
 Between the first forward pass of a step and the optimizer's the host reads nothing off the GPU, and so runs ahead of
-it. In the time that this leaves it reads and starts what comes next.
+it. In the time that this leaves it reads and starts what comes next. (Under ZeRO 3 DeepSpeed waits of its own accord.)
 
 Where the rest of a step is: AdamW and the learning rate schedule in `anymal.training.optimizer`, data parallel ranks
 and ZeRO in `anymal.training.engine`; gradient clipping is DeepSpeed's (``optim.clip``); mixed precision (bfloat16 on a
